@@ -1,0 +1,10 @@
+"""A small Transformer, written out to be read: decoder or encoder, pre- or post-norm.
+
+Read in this order: config, attention, feedforward, embedding, block, transformer, heads, generation.
+"""
+
+from minitransformer.config import TransformerConfig
+from minitransformer.heads import SequenceClassifier
+from minitransformer.transformer import Transformer
+
+__all__ = ["SequenceClassifier", "Transformer", "TransformerConfig"]

@@ -1,0 +1,67 @@
+"""The shape of a Transformer, as one frozen record.
+
+The letters used for axes everywhere in this repository:
+
+    B  rows in a batch          T  tokens of a row (queries)     S  keys a query may see
+    H  heads (n_heads)          d_head = d_model / n_heads       V  words (vocab_size)
+"""
+
+from dataclasses import dataclass
+
+NORMS = ("pre", "post")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+LM_HEADS = ("tied", "bert", "none")
+ATTENTIONS = ("fused", "written_out")
+INITS = ("gpt2", "unit_embedding")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Everything that fixes a Transformer's shape and arithmetic; weights are not in it.
+
+    Raises:
+        ValueError: a size below 1, heads that do not divide d_model, or an unknown choice.
+    """
+
+    vocab_size: int  # V
+    max_len: int  # rows of the position table: the longest sequence that can be read
+    d_model: int = 128  # width of the residual stream
+    n_heads: int = 4
+    n_layers: int = 4
+    d_ff: int = 512  # hidden width of the feed-forward network
+    dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs, in training only
+    causal: bool = True  # True: decoder (GPT), each token sees itself and the past; False: encoder (BERT)
+    norm: str = "pre"  # "pre": x + f(norm(x)), as GPT-2;  "post": norm(x + f(x)), as Vaswani et al. 2017 and BERT
+    activation: str = "gelu"  # "gelu" (erf) | "gelu_tanh" (GPT-2's approximation) | "relu"
+    norm_eps: float = 1e-5  # added to the variance inside LayerNorm; BERT's checkpoints use 1e-12
+    n_segments: int = 0  # BERT's token types: 0 means no segment table
+    embedding_norm: bool = False  # BERT normalises the sum of its embeddings
+    lm_head: str = "tied"  # "tied": E h;  "bert": BERT's transform before the tied product;  "none": hidden states only
+    logit_scale: float = 1.0  # logits are multiplied by it: 1/sqrt(d_model) suits embeddings of unit variance
+    attention: str = "fused"  # "fused": PyTorch's kernel;  "written_out": the formula, line by line
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    init: str = "gpt2"  # how fresh weights are drawn, see minitransformer/initialization.py
+
+    def __post_init__(self):
+        for name in ("vocab_size", "max_len", "d_model", "n_heads", "n_layers", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads; "
+                f"choose d_model as a multiple of n_heads"
+            )
+        if self.n_segments < 0:
+            raise ValueError(f"n_segments must be 0 (no segment table) or more, got {self.n_segments}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
+        choices = {"norm": NORMS, "activation": ACTIVATIONS, "lm_head": LM_HEADS}
+        choices |= {"attention": ATTENTIONS, "init": INITS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head: d_model / n_heads."""
+        return self.d_model // self.n_heads

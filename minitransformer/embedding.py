@@ -1,0 +1,90 @@
+"""Embeddings: from word numbers to vectors, with a vector for each position added.
+
+Source: Vaswani et al. 2017, sections 3.4 and 3.5; learned positions as in GPT (Radford et al. 2018) and BERT
+(Devlin et al. 2019, figure 2: token + segment + position, then a norm).
+
+    x_t = E[token_t] + P[position_t] (+ S[segment_t])          [B, T, d_model]
+
+A position counts the real tokens in front of a token, so padding on either side changes nothing.
+
+Differs from the paper: positions are learned, and the embeddings are not multiplied by sqrt(d_model).
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from minitransformer.cache import KVCache
+from minitransformer.config import TransformerConfig
+
+
+class Embedding(nn.Module):
+    """Tables `token` [V, d_model], `position` [max_len, d_model] and, for BERT, `segment` [n_segments, d_model]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.d_model)
+        self.position = nn.Embedding(config.max_len, config.d_model)
+        self.segment = nn.Embedding(config.n_segments, config.d_model) if config.n_segments else None
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.embedding_norm else None
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        real: Bool[Tensor, "B T"],
+        segments: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T d_model"]:
+        """Look the tokens up and add what each position (and segment) means.
+
+        Args:
+            tokens: word numbers.
+            real: False at padding.
+            segments: token types, for models that have a segment table; all 0 if left out.
+            cache: what came before, so that positions go on counting from there.
+
+        Raises:
+            ValueError: a token outside the vocabulary, a position beyond max_len, or segments without a table.
+        """
+        return self.compose(self.look_up(tokens), positions(real, cache), segments)
+
+    def look_up(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
+        """The word vectors alone."""
+        n_words = self.token.num_embeddings
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
+            raise ValueError(
+                f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_words} "
+                f"words (0 to {n_words - 1}); encode the text with the vocabulary the model was trained with"
+            )
+        return self.token(tokens)
+
+    def compose(
+        self,
+        vectors: Float[Tensor, "B T d_model"],
+        positions: Int[Tensor, "B T"],
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T d_model"]:
+        """What happens to word vectors, wherever they come from: add positions and segments, normalise, drop out."""
+        if positions.numel() and int(positions.max()) >= self.position.num_embeddings:
+            raise ValueError(
+                f"the sequence has {int(positions.max()) + 1} positions, but max_len is "
+                f"{self.position.num_embeddings}; shorten the text (or the prompt in front of it), or build the "
+                f"model with a larger max_len"
+            )
+        x = vectors + self.position(positions)
+        if self.segment is not None:
+            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
+        elif segments is not None:
+            raise ValueError("segments were given, but this model has no segment table (config.n_segments is 0)")
+        if self.norm is not None:
+            x = self.norm(x)
+        return F.dropout(x, self.dropout, self.training)
+
+
+def positions(real: Bool[Tensor, "B T"], cache: KVCache | None = None) -> Int[Tensor, "B T"]:
+    """How many real tokens stand in front of each token of the row, those in the cache included."""
+    counted = real.long().cumsum(dim=1) - 1
+    if cache is not None and cache.n_tokens is not None:
+        counted = counted + cache.n_tokens[:, None]
+    return counted.clamp(min=0)

@@ -1,0 +1,44 @@
+"""The position-wise feed-forward network: the same two-layer perceptron at every token.
+
+Source: Vaswani et al. 2017, section 3.3, equation 2.
+
+    FFN(x) = W_down act(W_up x + b_up) + b_down
+
+Shapes: x [B, T, d_model] -> hidden [B, T, d_ff] -> [B, T, d_model].
+
+Differs from the paper: the activation may be GELU (Hendrycks & Gimpel 2016), as in BERT and GPT-2, instead of ReLU.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.config import TransformerConfig
+
+
+def activate(x: Float[Tensor, "*shape"], activation: str) -> Float[Tensor, "*shape"]:
+    """Apply "gelu" (x Phi(x), exact), "gelu_tanh" (GPT-2's approximation of it) or "relu" elementwise."""
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    raise ValueError(f"activation={activation!r} is unknown; choose gelu, gelu_tanh or relu")
+
+
+class FeedForward(nn.Module):
+    """Weights: `up` [d_ff, d_model] and `down` [d_model, d_ff], each with a bias."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.up = nn.Linear(config.d_model, config.d_ff)
+        self.down = nn.Linear(config.d_ff, config.d_model)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+    def forward(self, x: Float[Tensor, "B T d_model"]) -> Float[Tensor, "B T d_model"]:
+        """Widen, bend, narrow."""
+        return self.down(activate(self.up(x), self.activation))

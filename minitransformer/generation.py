@@ -1,0 +1,98 @@
+"""Generation: ask for the next word, append it, ask again.
+
+Source: Radford et al. 2019 (greedy and top-k sampling from a language model). With a KV cache each step reads one new
+token per row; without, the whole text. Both give the same words.
+
+Shapes: tokens [B, T] -> [B, T + max_new_tokens].
+"""
+
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from minitransformer.cache import KVCache
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """Dropout off inside; afterwards every module is in the mode it was in, also after an exception."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def next_word(
+    logits: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Int[Tensor, "B"]:
+    """The best word (temperature 0), or one drawn from softmax(logits / temperature) over the `top_k` best."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    if top_k is not None:
+        worst_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # [B, 1]
+        logits = logits.masked_fill(logits < worst_kept, float("-inf"))
+    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    max_new_tokens: int,
+    padding_mask: Bool[Tensor, "B T"] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Int[Tensor, "B more"]:
+    """Continue each row by `max_new_tokens` words.
+
+    Args:
+        model: a causal Transformer.
+        tokens: the beginnings, [B, T].
+        max_new_tokens: how many words to add.
+        padding_mask: True = a real token; shorter rows are padded on the left.
+        temperature: 0 is greedy; higher values draw more freely.
+        top_k: draw among the k best words only.
+        seed: of the draws.
+        use_cache: keep keys and values instead of computing them again.
+
+    Raises:
+        ValueError: an encoder, a text that would outgrow max_len, right padding, or a bad option.
+    """
+    _check(model, tokens, max_new_tokens, padding_mask, temperature, top_k)
+    generator = torch.Generator(device=tokens.device).manual_seed(seed) if temperature else None
+    real = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
+    cache = KVCache(model.config.n_layers) if use_cache else None
+    unread = tokens
+    with evaluation_mode(model):
+        for _ in range(max_new_tokens):
+            hidden = model.hidden(unread, real[:, -unread.shape[1] :], cache=cache)
+            word = next_word(model.lm_head(hidden[:, -1]), temperature, top_k, generator)[:, None]
+            tokens = torch.cat([tokens, word], dim=1)
+            real = torch.cat([real, torch.ones_like(word, dtype=torch.bool)], dim=1)
+            unread = word if use_cache else tokens
+    return tokens
+
+
+def _check(model, tokens, max_new_tokens, padding_mask, temperature, top_k) -> None:
+    if not model.config.causal:
+        raise ValueError("an encoder (causal=False) cannot generate: it reads in both directions; use a decoder")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if temperature < 0.0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if tokens.shape[1] + max_new_tokens > model.config.max_len:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens and {max_new_tokens} new ones exceed max_len {model.config.max_len}; "
+            f"ask for at most {max(0, model.config.max_len - tokens.shape[1])} new tokens, or shorten the beginning"
+        )
+    if padding_mask is not None and not bool(padding_mask[:, -1].all()):
+        raise ValueError("generation goes on from the last column, so pad on the left (the mask ends in False)")

@@ -1,0 +1,95 @@
+"""Heads: from hidden states to scores.
+
+    LMHead            logits = s E h                               tied to the token embedding, as GPT-2
+    MaskedLMHead      logits = E norm(gelu(W h + b)) + c           BERT's, also tied
+    ClassificationHead  scores = W dropout(h_first or h_mean) + b  a fresh head on top of a pretrained encoder
+
+Sources: Press & Wolf 2017 (tied embeddings); Devlin et al. 2019, section 3.1 and appendix A.2 (masked language model);
+the pooled classification input is BERT's first token or, as sentence encoders do, the mean over real tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from minitransformer.config import TransformerConfig
+
+
+class LMHead(nn.Module):
+    """Scores every word by its embedding. Holds no weight of its own: the table is handed in, so it stays tied."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.logit_scale = config.logit_scale
+
+    def forward(
+        self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
+    ) -> Float[Tensor, "*rows V"]:
+        """logits = logit_scale * E h."""
+        return F.linear(hidden, embedding) * self.logit_scale
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's head: one dense layer, GELU and a norm before the tied product, and a bias per word."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(
+        self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
+    ) -> Float[Tensor, "*rows V"]:
+        """logits = E norm(gelu(W h + b)) + c."""
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)
+
+
+class SequenceClassifier(nn.Module):
+    """A Transformer with a classification head: one score per class for a whole row.
+
+    `pool="mean"` averages the hidden states of the real tokens; `pool="first"` takes that of the first real token.
+    """
+
+    def __init__(self, transformer: nn.Module, n_classes: int, pool: str = "mean", dropout: float = 0.0, seed: int = 0):
+        super().__init__()
+        if pool not in ("mean", "first"):
+            raise ValueError(f'pool={pool!r} is unknown; choose "mean" or "first"')
+        if n_classes < 2:
+            raise ValueError(f"n_classes must be at least 2, got {n_classes}")
+        self.transformer = transformer
+        self.pool = pool
+        self.dropout = dropout
+        self.head = nn.Linear(transformer.config.d_model, n_classes)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.head.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B n_classes"]:
+        """Class scores (logits), one row per text."""
+        hidden = self.transformer.hidden(tokens, padding_mask)
+        pooled = mean_pool(hidden, padding_mask) if self.pool == "mean" else first_real(hidden, padding_mask)
+        return self.head(F.dropout(pooled, self.dropout, self.training))
+
+
+def mean_pool(
+    hidden: Float[Tensor, "B T d_model"], padding_mask: Bool[Tensor, "B T"] | None = None
+) -> Float[Tensor, "B d_model"]:
+    """The mean of the hidden states over real tokens."""
+    if padding_mask is None:
+        return hidden.mean(dim=1)
+    real = padding_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
+    return (hidden * real).sum(dim=1) / real.sum(dim=1)
+
+
+def first_real(
+    hidden: Float[Tensor, "B T d_model"], padding_mask: Bool[Tensor, "B T"] | None = None
+) -> Float[Tensor, "B d_model"]:
+    """The hidden state of the first real token (BERT's [CLS])."""
+    if padding_mask is None:
+        return hidden[:, 0]
+    first = padding_mask.to(torch.int64).argmax(dim=1)  # [B]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]

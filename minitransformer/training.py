@@ -1,0 +1,325 @@
+"""Training and evaluation: one loop for pretraining, full fine-tuning and every PEFT method.
+
+The loop does not know what it trains: it hands the optimizer the tensors with `requires_grad`, and refuses a model that
+has none, or an optimizer that holds others.
+
+Sources: AdamW, Loshchilov & Hutter 2019, algorithm 2; warm-up, Vaswani et al. 2017, section 5.3; cosine decay,
+Loshchilov & Hutter 2017, equation 5 without restarts; clipping by the global norm, Pascanu et al. 2013, algorithm 1.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minitransformer.generation import evaluation_mode
+from minitransformer.tasks.dataset import Dataset
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass
+class Score:
+    """What an objective says of one batch."""
+
+    loss: Tensor  # scalar, mean over the batch
+    correct: int  # right answers
+    count: int  # answers
+
+
+Objective = Callable[[nn.Module, Dataset], Score]
+
+
+def answer_logits(model: nn.Module, batch: Dataset) -> Float[Tensor, "B V"]:
+    """The scores of every word at the last real token of each row; the other positions never meet the LM head."""
+    hidden = model.hidden(batch.tokens, batch.padding_mask)  # [B, T, d_model]
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (batch.padding_mask * columns).argmax(dim=1)  # [B]
+    return model.lm_head(hidden[torch.arange(len(last), device=hidden.device), last])
+
+
+def answer_loss(model: nn.Module, batch: Dataset) -> Score:
+    """Cross-entropy of the one answer word, read at the last real token."""
+    return _score(answer_logits(model, batch), batch.targets)
+
+
+def label_loss(model: nn.Module, batch: Dataset) -> Score:
+    """Cross-entropy of a class, for a `SequenceClassifier`."""
+    return _score(model(batch.tokens, batch.padding_mask), batch.targets)
+
+
+def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
+    """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for."""
+    logits = model(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, V]
+    asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
+    return _score(logits[asked], batch.tokens[:, 1:][asked])
+
+
+def _score(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> Score:
+    correct = int((logits.argmax(dim=-1) == targets).sum())
+    return Score(F.cross_entropy(logits, targets), correct, len(targets))
+
+
+@dataclass
+class History:
+    """What a run recorded, step by step, for plots."""
+
+    loss: list[float] = field(default_factory=list)  # training loss of each step
+    accuracy: list[float] = field(default_factory=list)  # training accuracy of each step
+    learning_rate: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)  # before clipping
+    validation_step: list[int] = field(default_factory=list)  # steps done when it was taken
+    validation_loss: list[float] = field(default_factory=list)
+    validation_accuracy: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # of the training steps, without validation
+    kept_step: int = 0  # the weights at the end are those after this many steps
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean wall-clock time of a training step."""
+        return self.seconds / max(1, len(self.loss))
+
+
+def fit(
+    model: nn.Module,
+    train: Dataset | Callable[[int], Dataset],
+    validation: Dataset | None = None,
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+    batch_size: int = 32,
+    objective: Objective = answer_loss,
+    warmup: int | None = None,
+    schedule: str = "cosine",
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip: float | None = 1.0,
+    validate_every: int | None = None,
+    keep: str = "last",
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    description: str = "fit",
+) -> History:
+    """Train the tensors of `model` that require a gradient, in place.
+
+    Args:
+        model: whatever the objective can call; its trainable tensors are those with `requires_grad`.
+        train: a dataset, walked in a fresh random order each epoch, or a function from the step to a batch.
+        validation: scored every `validate_every` steps and at the end.
+        steps: optimizer steps.
+        learning_rate: peak of the schedule. With an `optimizer` of your own its groups' rates are the peaks.
+        batch_size: rows a step, where `train` is a dataset.
+        objective: from model and batch to a `Score`.
+        warmup: steps of linear warm-up; by default a twentieth of all, at most 100.
+        schedule: what follows it: "cosine" or "linear" decay to 0, or "constant".
+        weight_decay, betas: of AdamW.
+        clip: largest global gradient norm; None never clips.
+        validate_every: steps between validations; None validates once, at the end.
+        keep: "last" weights, or the "best" ones by validation accuracy (by loss where that ties).
+        optimizer: instead of AdamW. It must hold every trainable tensor.
+        seed: of the data order and of dropout. The caller's random state is left alone.
+        progress: show a bar with loss and accuracy.
+        description: its caption.
+
+    Returns:
+        The history of the run.
+
+    Raises:
+        ValueError: nothing to train, a trainable tensor that the optimizer does not hold, or a bad option.
+        FloatingPointError: a loss or a gradient is NaN or infinite; the weights are those before that step.
+    """
+    _check_options(steps, batch_size, schedule, keep, validation, validate_every)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if optimizer is None:
+        _check_trainable(trainable)
+        optimizer = torch.optim.AdamW(trainable.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    check_optimizer(model, optimizer)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    warmup = min(100, steps // 20) if warmup is None else warmup
+    batches = _stream(train, steps) if callable(train) else _epochs(train, steps, batch_size, seed)
+    history, best = History(), None
+    was_training = model.training
+    with torch.random.fork_rng(devices=[]), tqdm(
+        total=steps, desc=description, disable=not progress, file=sys.stdout, ncols=100, mininterval=0.5
+    ) as bar:
+        torch.manual_seed(seed)
+        for step, batch in enumerate(batches):
+            factor = learning_rate_factor(step, steps, warmup, schedule)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            began = time.perf_counter()
+            model.train()
+            score, norm = training_step(model, batch, objective, optimizer, list(trainable.values()), clip, step)
+            history.seconds += time.perf_counter() - began
+            _record(history, score, norm, optimizer)
+            _show(bar, history)
+            done = step + 1
+            if validation is not None and (done == steps or (validate_every and done % validate_every == 0)):
+                result = evaluate(model, validation, objective)
+                history.validation_step.append(done)
+                history.validation_loss.append(result["loss"])
+                history.validation_accuracy.append(result["accuracy"])
+                rank = (result["accuracy"], -result["loss"])
+                if keep == "best" and (best is None or rank > best[0]):
+                    best = (rank, done, {name: p.detach().clone() for name, p in trainable.items()})
+    history.kept_step = steps
+    if best is not None:
+        history.kept_step = best[1]
+        with torch.no_grad():
+            for name, p in trainable.items():
+                p.copy_(best[2][name])
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak
+    model.train(was_training)
+    return history
+
+
+def training_step(
+    model: nn.Module,
+    batch: Dataset,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    trainable: list[nn.Parameter],
+    clip: float | None,
+    step: int,
+) -> tuple[Score, float]:
+    """One forward pass, one backward pass, one step. Returns the score and the gradient norm before clipping.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite; no weight has changed then.
+    """
+    score = objective(model, batch)
+    loss = score.loss.item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step}; the weights are still those before it. Lower the learning rate, "
+            f"warm up for longer, or look for bad values in the data"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    score.loss.backward()
+    norm = nn.utils.clip_grad_norm_(trainable, math.inf if clip is None else clip).item()
+    if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(
+            f"the gradient norm is {norm} at step {step}; the weights are still those before it. Lower the learning "
+            f"rate, or warm up for longer"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return score, norm
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """The share of the peak learning rate that `step` (from 0) uses: linear warm-up, then the decay."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)  # from 0 at the peak towards 1
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0 if schedule == "constant" else 1.0 - done
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: Dataset, objective: Objective = answer_loss, batch_size: int = 250
+) -> dict[str, float]:
+    """Mean loss and accuracy over a dataset, with dropout off; every module's mode is restored."""
+    loss = correct = count = 0.0
+    with evaluation_mode(model):
+        for start in range(0, len(dataset), batch_size):
+            batch = dataset.rows(torch.arange(start, min(start + batch_size, len(dataset)))).trimmed()
+            score = objective(model, batch)
+            loss += score.loss.item() * score.count
+            correct += score.correct
+            count += score.count
+    return {"loss": loss / count, "accuracy": correct / count}
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataset: Dataset, choices: list[int] | None = None, batch_size: int = 250
+) -> Int[Tensor, "N"]:
+    """The answer word of each row: the best of all words, or of `choices` only."""
+    answers = []
+    with evaluation_mode(model):
+        for start in range(0, len(dataset), batch_size):
+            batch = dataset.rows(torch.arange(start, min(start + batch_size, len(dataset)))).trimmed()
+            logits = answer_logits(model, batch)
+            if choices is None:
+                answers.append(logits.argmax(dim=-1))
+            else:
+                answers.append(torch.tensor(choices)[logits[:, choices].argmax(dim=-1)])
+    return torch.cat(answers)
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless the model has trainable tensors and the optimizer holds every one of them."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check_trainable(trainable)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in trainable.items() if id(p) not in held]
+    if left_out:
+        raise ValueError(
+            f"the optimizer does not hold {len(left_out)} trainable tensors ({', '.join(left_out[:3])}"
+            f"{', …' if len(left_out) > 3 else ''}), so they would never move; make the optimizer after the last attach()"
+        )
+
+
+def _check_trainable(trainable: dict[str, nn.Parameter]) -> None:
+    if not trainable:
+        raise ValueError(
+            "the model has nothing to train: no tensor requires a gradient. Attach a method first, or call "
+            "model.requires_grad_(True) to fine-tune everything"
+        )
+
+
+def _check_options(steps, batch_size, schedule, keep, validation, validate_every) -> None:
+    if steps < 1 or batch_size < 1 or (validate_every is not None and validate_every < 1):
+        raise ValueError(f"steps={steps}, batch_size={batch_size}, validate_every={validate_every} must be at least 1")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if keep not in ("last", "best"):
+        raise ValueError(f'keep={keep!r} is unknown; choose "last" or "best"')
+    if keep == "best" and validation is None:
+        raise ValueError('keep="best" needs a validation set to judge by')
+
+
+def _epochs(dataset: Dataset, steps: int, batch_size: int, seed: int) -> Iterator[Dataset]:
+    """`steps` batches: each epoch walks the rows in an order that depends on (seed, epoch) alone."""
+    if len(dataset) == 0:
+        raise ValueError("the training set is empty")
+    per_epoch = max(1, len(dataset) // batch_size)
+    for step in range(steps):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(len(dataset), generator=generator)
+        yield dataset.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
+
+
+def _stream(batch_at: Callable[[int], Dataset], steps: int) -> Iterator[Dataset]:
+    for step in range(steps):
+        yield batch_at(step)
+
+
+def _record(history: History, score: Score, norm: float, optimizer: torch.optim.Optimizer) -> None:
+    history.loss.append(score.loss.item())
+    history.accuracy.append(score.correct / score.count)
+    history.gradient_norm.append(norm)
+    history.learning_rate.append(optimizer.param_groups[0]["lr"])
+
+
+def _show(bar: tqdm, history: History) -> None:
+    recent = slice(-20, None)
+    n = len(history.loss[recent])
+    loss, accuracy = sum(history.loss[recent]) / n, sum(history.accuracy[recent]) / n
+    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
+    bar.update()

@@ -1,0 +1,136 @@
+"""The Transformer: embedding, a stack of blocks, a last norm, and scores for every word.
+
+Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2019 (BERT: `causal=False, norm="post"`).
+
+    h = norm(block_L(… block_1(embedding(tokens))))        [B, T, d_model]   (no last norm where norms come "post")
+    logits = lm_head(h)                                    [B, T, V]
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minitransformer.attention import attention_mask
+from minitransformer.block import Block
+from minitransformer.cache import KVCache
+from minitransformer.config import TransformerConfig
+from minitransformer.embedding import Embedding
+from minitransformer.generation import generate
+from minitransformer.heads import LMHead, MaskedLMHead
+from minitransformer.initialization import initialize
+
+
+class Transformer(nn.Module):
+    """A decoder (GPT) or an encoder (BERT), as its config says.
+
+    Args:
+        config: shape and arithmetic.
+        seed: of the fresh weights; the same seed gives the same weights.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        # PyTorch's layers draw weights of their own when they are made; ours replace them, so the caller's random
+        # state must not notice.
+        with torch.random.fork_rng(devices=[]):
+            self.embedding = Embedding(config)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+            self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
+            heads = {"tied": LMHead, "bert": MaskedLMHead, "none": lambda _: None}
+            self.head = heads[config.lm_head](config)
+        initialize(self, config.init, config.n_layers, seed)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        padding_mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Scores for every word at every position (for a decoder: of the word that comes next).
+
+        Args and errors as in `hidden`.
+        """
+        return self.lm_head(self.hidden(tokens, padding_mask, segments, cache))
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        padding_mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+        weights: list | None = None,
+    ) -> Float[Tensor, "B T d_model"]:
+        """The hidden states after the last norm.
+
+        Args:
+            tokens: word numbers, [B, T].
+            padding_mask: True = a real token. Padding may stand on either side; it changes no real token's output.
+            segments: BERT's token types.
+            cache: a `KVCache`, which is read and extended (decoders only).
+            weights: a list that receives each layer's attention weights [B, H, T, S].
+
+        Raises:
+            ValueError: a row without a real token, a sequence longer than max_len, a token outside the vocabulary.
+        """
+        self._check(tokens, padding_mask, cache)
+        real = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
+        x = self.embedding(tokens, real, segments, cache)  # [B, n + T, d_model]
+        n = x.shape[1] - tokens.shape[1]  # vectors that an embedding may put in front of the words: always real
+        if cache is not None:
+            cache.count(real)
+        if padding_mask is None and cache is None:
+            real_keys, n_keys = None, x.shape[1]
+        else:
+            front = real.new_ones(real.shape[0], n)
+            real_keys = torch.cat([front, real], dim=1)
+            real_keys = real_keys if cache is None else cache.extend(real_keys)
+            n_keys = real_keys.shape[1]
+        mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
+        for i, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layers[i]
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                # The non-reentrant form: the other one gives no gradient where the block's input needs none, which is
+                # so for the first block of every frozen model.
+                x = checkpoint(block, x, mask, layer_cache, weights, use_reentrant=False)
+            else:
+                x = block(x, mask, layer_cache, weights)
+        return self.norm(x[:, n:])
+
+    def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
+        """Scores for every word from hidden states: all of them, or only those that are needed.
+
+        Raises:
+            ValueError: the model was built with `lm_head="none"`.
+        """
+        if self.head is None:
+            raise ValueError('this model has no language-model head (config.lm_head is "none"); use model.hidden(...)')
+        return self.head(hidden, self.embedding.token.weight)
+
+    @torch.no_grad()
+    def attention_weights(
+        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
+    ) -> list[Float[Tensor, "B H T S"]]:
+        """Each layer's attention weights, for pictures: row t says where query t looks, and sums to 1."""
+        weights: list[Tensor] = []
+        self.hidden(tokens, padding_mask, weights=weights)
+        return weights
+
+    def generate(self, tokens: Int[Tensor, "B T"], max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
+        """Continue each row by `max_new_tokens` words; see `minitransformer.generation.generate` for the options."""
+        return generate(self, tokens, max_new_tokens, **options)
+
+    def _check(self, tokens: Tensor, padding_mask: Tensor | None, cache: KVCache | None) -> None:
+        if tokens.numel() == 0:
+            raise ValueError(f"tokens is empty, shape {tuple(tokens.shape)}; give at least one row of one token")
+        # Behind a cache a row may well receive padding only: its real tokens came earlier.
+        if padding_mask is not None and cache is None and not bool(padding_mask.any(dim=1).all()):
+            empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"padding_mask hides every token of row {empty[0]} ({len(empty)} such rows); True marks a real token: "
+                f"drop the empty rows, or invert the mask if it marks padding"
+            )
+        if cache is not None and not self.config.causal:
+            raise ValueError("an encoder has no KV cache: earlier tokens would have to see later ones")

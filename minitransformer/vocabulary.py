@@ -1,0 +1,77 @@
+"""Words and their ids: a word-level vocabulary, small enough to print.
+
+Differs from real tokenizers: no sub-words, so a word outside the list is an error (with the nearest known words) and
+never an `<unk>` that silently loses what the reader typed.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+PAD = "<pad>"
+BOS = "<bos>"
+
+TOKEN_PATTERN = re.compile(r"<\w+>|\w+|[^\w\s]")
+
+
+class Vocabulary:
+    """A fixed list of words; a word's id is its index in the list.
+
+    `<pad>` has id 0, and `<bos>`, which opens every document, has id 1.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        """Make a vocabulary of `words`, without the two special tokens, which are put in front.
+
+        Raises:
+            ValueError: a word is given twice.
+        """
+        self.words = (PAD, BOS, *words)
+        self._ids = {word: index for index, word in enumerate(self.words)}
+        if len(self._ids) < len(self.words):
+            twice = sorted({word for word in self.words if self.words.count(word) > 1})
+            raise ValueError(f"these words are in the list twice: {', '.join(twice)}; give each word once")
+        self.pad_id = self._ids[PAD]
+        self.bos_id = self._ids[BOS]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self._ids
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self)} words: {' '.join(self.words[:6])} ...)"
+
+    def id(self, word: str) -> int:
+        """The id of one word.
+
+        Raises:
+            ValueError: the word is unknown; the message names the nearest known words.
+        """
+        if word not in self._ids:
+            near = difflib.get_close_matches(word, self.words, n=3, cutoff=0.5)
+            cure = f"did you mean {' or '.join(near)}?" if near else "see Vocabulary.words for the whole list"
+            raise ValueError(f"the word {word!r} is not in the vocabulary of {len(self)} words; {cure}")
+        return self._ids[word]
+
+    def encode(self, text: str | Iterable[str]) -> list[int]:
+        """Turn a text, or a list of words, into ids. A text is lower-cased and its punctuation split off.
+
+        Raises:
+            ValueError: a word is unknown; the message names the nearest known words.
+        """
+        words = TOKEN_PATTERN.findall(text.lower()) if isinstance(text, str) else text
+        return [self.id(word) for word in words]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids (a list or a 1-D tensor) back into words joined by spaces; `<pad>` is left out.
+
+        Raises:
+            ValueError: an id is negative or beyond the vocabulary.
+        """
+        indices = [int(index) for index in ids]
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise ValueError(f"the id {index} is outside the vocabulary: ids run from 0 to {len(self) - 1}")
+        return " ".join(self.words[index] for index in indices if index != self.pad_id)
