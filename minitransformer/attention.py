@@ -76,6 +76,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.d_model = config.d_model
         self.n_heads = config.n_heads
         self.dropout = config.dropout
         self.implementation = config.attention

@@ -30,7 +30,7 @@ class KVCache:
     def __init__(self, n_layers: int):
         self.layers = [LayerCache() for _ in range(n_layers)]
         self.real_keys: Bool[Tensor, "B S"] | None = None
-        self.n_tokens: Int[Tensor, "B"] | None = None  # real tokens of each row: the next position to hand out
+        self.n_tokens: Int[Tensor, B] | None = None  # real tokens of each row: the next position to hand out
 
     @property
     def is_empty(self) -> bool:

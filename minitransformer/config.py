@@ -55,6 +55,8 @@ class TransformerConfig:
             raise ValueError(f"n_segments must be 0 (no segment table) or more, got {self.n_segments}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
+        if self.lm_head == "bert" and self.logit_scale != 1.0:
+            raise ValueError(f'lm_head="bert" has no logit_scale, got {self.logit_scale}; leave it at 1.0')
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "lm_head": LM_HEADS}
         choices |= {"attention": ATTENTIONS, "init": INITS}
         for name, allowed in choices.items():

@@ -45,7 +45,8 @@ class Embedding(nn.Module):
             cache: what came before, so that positions go on counting from there.
 
         Raises:
-            ValueError: a token outside the vocabulary, a position beyond max_len, or segments without a table.
+            ValueError: a token outside the vocabulary, a position beyond max_len, segments outside their table
+                or without one.
         """
         return self.compose(self.look_up(tokens), positions(real, cache), segments)
 
@@ -74,12 +75,24 @@ class Embedding(nn.Module):
             )
         x = vectors + self.position(positions)
         if self.segment is not None:
-            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
+            x = x + (self.segment.weight[0] if segments is None else self._look_up_segments(segments))
         elif segments is not None:
-            raise ValueError("segments were given, but this model has no segment table (config.n_segments is 0)")
+            raise ValueError(
+                "segments were given, but this model has no segment table (config.n_segments is 0); "
+                "leave them out"
+            )
         if self.norm is not None:
             x = self.norm(x)
         return F.dropout(x, self.dropout, self.training)
+
+    def _look_up_segments(self, segments: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
+        n = self.segment.num_embeddings
+        if segments.numel() and not 0 <= int(segments.min()) <= int(segments.max()) < n:
+            raise ValueError(
+                f"segments range from {int(segments.min())} to {int(segments.max())}, but the model has {n} "
+                f"(0 to {n - 1}); number the segments from 0"
+            )
+        return self.segment(segments)
 
 
 def positions(real: Bool[Tensor, "B T"], cache: KVCache | None = None) -> Int[Tensor, "B T"]:

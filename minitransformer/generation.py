@@ -18,8 +18,14 @@ from minitransformer.cache import KVCache
 @contextmanager
 def evaluation_mode(model: nn.Module):
     """Dropout off inside; afterwards every module is in the mode it was in, also after an exception."""
+    with modes_restored(model):
+        yield model.eval()
+
+
+@contextmanager
+def modes_restored(model: nn.Module):
+    """Afterwards every module is in the mode (training or evaluation) it was in, also after an exception."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield model
     finally:

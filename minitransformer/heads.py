@@ -1,7 +1,7 @@
 """Heads: from hidden states to scores.
 
     LMHead            logits = s E h                               tied to the token embedding, as GPT-2
-    MaskedLMHead      logits = E norm(gelu(W h + b)) + c           BERT's, also tied
+    MaskedLMHead      logits = E norm(act(W h + b)) + c            BERT's, also tied
     ClassificationHead  scores = W dropout(h_first or h_mean) + b  a fresh head on top of a pretrained encoder
 
 Sources: Press & Wolf 2017 (tied embeddings); Devlin et al. 2019, section 3.1 and appendix A.2 (masked language model);
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.feedforward import activate
 
 
 class LMHead(nn.Module):
@@ -31,10 +32,11 @@ class LMHead(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """BERT's head: one dense layer, GELU and a norm before the tied product, and a bias per word."""
+    """BERT's head: dense layer, activation and norm before the tied product, and a bias per word."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.activation = config.activation
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -42,8 +44,8 @@ class MaskedLMHead(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
     ) -> Float[Tensor, "*rows V"]:
-        """logits = E norm(gelu(W h + b)) + c."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)
+        """logits = E norm(act(W h + b)) + c."""
+        return F.linear(self.norm(activate(self.dense(hidden), self.activation)), embedding, self.bias)
 
 
 class SequenceClassifier(nn.Module):
@@ -61,7 +63,8 @@ class SequenceClassifier(nn.Module):
         self.transformer = transformer
         self.pool = pool
         self.dropout = dropout
-        self.head = nn.Linear(transformer.config.d_model, n_classes)
+        with torch.random.fork_rng(devices=[]):  # PyTorch's own draw must not move the caller's random state
+            self.head = nn.Linear(transformer.config.d_model, n_classes)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.head.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.head.bias)

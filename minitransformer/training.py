@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minitransformer.generation import evaluation_mode
+from minitransformer.generation import evaluation_mode, modes_restored
 from minitransformer.tasks.dataset import Dataset
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -136,7 +137,7 @@ def fit(
         ValueError: nothing to train, a trainable tensor that the optimizer does not hold, or a bad option.
         FloatingPointError: a loss or a gradient is NaN or infinite; the weights are those before that step.
     """
-    _check_options(steps, batch_size, schedule, keep, validation, validate_every)
+    _check_options(steps, batch_size, warmup, clip, schedule, keep, validation, validate_every)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if optimizer is None:
         _check_trainable(trainable)
@@ -146,8 +147,7 @@ def fit(
     warmup = min(100, steps // 20) if warmup is None else warmup
     batches = _stream(train, steps) if callable(train) else _epochs(train, steps, batch_size, seed)
     history, best = History(), None
-    was_training = model.training
-    with torch.random.fork_rng(devices=[]), tqdm(
+    with _left_as_found(model, optimizer), torch.random.fork_rng(devices=[]), tqdm(
         total=steps, desc=description, disable=not progress, file=sys.stdout, ncols=100, mininterval=0.5
     ) as bar:
         torch.manual_seed(seed)
@@ -176,10 +176,19 @@ def fit(
         with torch.no_grad():
             for name, p in trainable.items():
                 p.copy_(best[2][name])
-    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak
-    model.train(was_training)
     return history
+
+
+@contextmanager
+def _left_as_found(model: nn.Module, optimizer: torch.optim.Optimizer):
+    """Afterwards the modules' modes and the optimizer's rates are as they were, also after an exception."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    try:
+        with modes_restored(model):
+            yield
+    finally:
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak
 
 
 def training_step(
@@ -231,15 +240,22 @@ def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> f
 def evaluate(
     model: nn.Module, dataset: Dataset, objective: Objective = answer_loss, batch_size: int = 250
 ) -> dict[str, float]:
-    """Mean loss and accuracy over a dataset, with dropout off; every module's mode is restored."""
+    """Mean loss and accuracy over a dataset, with dropout off; every module's mode is restored.
+
+    Raises:
+        ValueError: there is nothing to score.
+    """
     loss = correct = count = 0.0
     with evaluation_mode(model):
         for start in range(0, len(dataset), batch_size):
             batch = dataset.rows(torch.arange(start, min(start + batch_size, len(dataset)))).trimmed()
             score = objective(model, batch)
-            loss += score.loss.item() * score.count
-            correct += score.correct
-            count += score.count
+            if score.count:  # the mean loss over no answers is NaN
+                loss += score.loss.item() * score.count
+                correct += score.correct
+                count += score.count
+    if count == 0:
+        raise ValueError("the data set asks nothing: it is empty, or no row is long enough to have a next word")
     return {"loss": loss / count, "accuracy": correct / count}
 
 
@@ -269,7 +285,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if left_out:
         raise ValueError(
             f"the optimizer does not hold {len(left_out)} trainable tensors ({', '.join(left_out[:3])}"
-            f"{', …' if len(left_out) > 3 else ''}), so they would never move; make the optimizer after the last attach()"
+            f"{', …' if len(left_out) > 3 else ''}), so they would never move; make the optimizer after the last "
+            f"attach()"
         )
 
 
@@ -281,7 +298,11 @@ def _check_trainable(trainable: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _check_options(steps, batch_size, schedule, keep, validation, validate_every) -> None:
+def _check_options(steps, batch_size, warmup, clip, schedule, keep, validation, validate_every) -> None:
+    if warmup is not None and not 0 <= warmup < max(1, steps):
+        raise ValueError(f"warmup={warmup} must be at least 0 and shorter than the run of {steps} steps")
+    if clip is not None and clip <= 0:
+        raise ValueError(f"clip={clip} must be above 0; None never clips")
     if steps < 1 or batch_size < 1 or (validate_every is not None and validate_every < 1):
         raise ValueError(f"steps={steps}, batch_size={batch_size}, validate_every={validate_every} must be at least 1")
     if schedule not in SCHEDULES:
@@ -290,6 +311,8 @@ def _check_options(steps, batch_size, schedule, keep, validation, validate_every
         raise ValueError(f'keep={keep!r} is unknown; choose "last" or "best"')
     if keep == "best" and validation is None:
         raise ValueError('keep="best" needs a validation set to judge by')
+    if validation is not None and len(validation) == 0:
+        raise ValueError("the validation set is empty; leave it out, or give it rows")
 
 
 def _epochs(dataset: Dataset, steps: int, batch_size: int, seed: int) -> Iterator[Dataset]:

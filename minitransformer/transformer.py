@@ -16,7 +16,7 @@ from minitransformer.block import Block
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding
-from minitransformer.generation import generate
+from minitransformer.generation import evaluation_mode, generate
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
 
@@ -73,7 +73,8 @@ class Transformer(nn.Module):
             weights: a list that receives each layer's attention weights [B, H, T, S].
 
         Raises:
-            ValueError: a row without a real token, a sequence longer than max_len, a token outside the vocabulary.
+            ValueError: a row without a real token, a sequence longer than max_len, a token outside the vocabulary,
+                a padding_mask that does not fit the tokens, a cache for an encoder.
         """
         self._check(tokens, padding_mask, cache)
         real = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
@@ -89,9 +90,12 @@ class Transformer(nn.Module):
             real_keys = real_keys if cache is None else cache.extend(real_keys)
             n_keys = real_keys.shape[1]
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
+        # A block that runs twice would also extend the cache and the list of weights twice.
+        once = cache is not None or weights is not None or not torch.is_grad_enabled()
+        recompute = self.config.gradient_checkpointing and not once
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            if recompute:
                 # The non-reentrant form: the other one gives no gradient where the block's input needs none, which is
                 # so for the first block of every frozen model.
                 x = checkpoint(block, x, mask, layer_cache, weights, use_reentrant=False)
@@ -113,9 +117,10 @@ class Transformer(nn.Module):
     def attention_weights(
         self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
     ) -> list[Float[Tensor, "B H T S"]]:
-        """Each layer's attention weights, for pictures: row t says where query t looks, and sums to 1."""
+        """Each layer's attention weights, for pictures (dropout off): row t says where query t looks."""
         weights: list[Tensor] = []
-        self.hidden(tokens, padding_mask, weights=weights)
+        with evaluation_mode(self):
+            self.hidden(tokens, padding_mask, weights=weights)
         return weights
 
     def generate(self, tokens: Int[Tensor, "B T"], max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
@@ -125,6 +130,15 @@ class Transformer(nn.Module):
     def _check(self, tokens: Tensor, padding_mask: Tensor | None, cache: KVCache | None) -> None:
         if tokens.numel() == 0:
             raise ValueError(f"tokens is empty, shape {tuple(tokens.shape)}; give at least one row of one token")
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"tokens must be [B, T], got shape {tuple(tokens.shape)}; tokens[None] makes a batch of one row"
+            )
+        if padding_mask is not None and (padding_mask.shape != tokens.shape or padding_mask.dtype != torch.bool):
+            raise ValueError(
+                f"padding_mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got "
+                f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
+            )
         # Behind a cache a row may well receive padding only: its real tokens came earlier.
         if padding_mask is not None and cache is None and not bool(padding_mask.any(dim=1).all()):
             empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()

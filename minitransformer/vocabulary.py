@@ -1,12 +1,15 @@
 """Words and their ids: a word-level vocabulary, small enough to print.
 
-Differs from real tokenizers: no sub-words, so a word outside the list is an error (with the nearest known words) and
-never an `<unk>` that silently loses what the reader typed.
+Differs from real tokenizers: no sub-words, so a word outside the list is an error (with the nearest known
+words) and never an `<unk>` that silently loses what the reader typed.
 """
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+
+from jaxtyping import Int
+from torch import Tensor
 
 PAD = "<pad>"
 BOS = "<bos>"
@@ -64,7 +67,7 @@ class Vocabulary:
         words = TOKEN_PATTERN.findall(text.lower()) if isinstance(text, str) else text
         return [self.id(word) for word in words]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[Tensor, " T"]) -> str:
         """Turn ids (a list or a 1-D tensor) back into words joined by spaces; `<pad>` is left out.
 
         Raises:
@@ -73,5 +76,7 @@ class Vocabulary:
         indices = [int(index) for index in ids]
         for index in indices:
             if not 0 <= index < len(self):
-                raise ValueError(f"the id {index} is outside the vocabulary: ids run from 0 to {len(self) - 1}")
+                raise ValueError(
+                    f"the id {index} is not in the vocabulary: ids run from 0 to {len(self) - 1}"
+                )
         return " ".join(self.words[index] for index in indices if index != self.pad_id)

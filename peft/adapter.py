@@ -1,0 +1,122 @@
+"""Adapters: a small bottleneck network added to what a frozen sublayer computes.
+
+Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1 and figure 2.
+
+    bottleneck(h) = W_up act(W_down h + b_down) + b_up
+
+    placement="houlsby"      y = h + bottleneck(h),  h = sublayer(x)      after attention and after the FFN
+    placement="pfeiffer"     the same after the FFN only                  Pfeiffer et al. 2021, section 3.2.1
+    placement="parallel"     y = ffn(x) + scale * bottleneck(x)           He et al. 2022, section 3.3
+    placement="inside_ffn"   y = W2 (h + bottleneck(h)),  h = act(W1 x)   between the two linear layers of the FFN
+
+Shapes: h [..., d], W_down [m, d], b_down [m], W_up [d, m], b_up [d]; d = d_model, for "inside_ffn" d = d_ff.
+Trained: 2 d m + m + d numbers per adapter. The sum with h is the adapter's own residual; the block's comes after it.
+
+Differs from the papers: W_up and b_up start at exactly 0, so that the model is unchanged at the start (Houlsby draws
+W_up from N(0, 0.01²)); the block's LayerNorms stay frozen, where Houlsby trains them as well; Pfeiffer's extra
+LayerNorm is left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.block import Block
+from minitransformer.config import ACTIVATIONS, TransformerConfig
+from peft.functional import bottleneck
+from peft.method import Method, Wrapper, normal, parameter_like
+from peft.sites import unwrapped
+
+# What each placement wraps in a block, and how the wrapper joins it: behind it, beside it, or in front of it.
+PLACEMENTS = {
+    "houlsby": (("attention", "feedforward"), "after"),
+    "pfeiffer": (("feedforward",), "after"),
+    "parallel": (("feedforward",), "parallel"),
+    "inside_ffn": (("feedforward.down",), "before"),
+}
+
+
+@dataclass(frozen=True)
+class BottleneckAdapter(Method):
+    """Recipe: adapters of width `bottleneck` in every block.
+
+    Args:
+        bottleneck: m, the width between the two projections.
+        placement: "houlsby" | "pfeiffer" | "parallel" | "inside_ffn", see the head of this file.
+        activation: "relu" | "gelu" | "gelu_tanh".
+        scale: factor on the bottleneck's output (the s of He et al. 2022; 1 in Houlsby et al. 2019).
+
+    Raises:
+        ValueError: a bottleneck below 1, or an unknown choice.
+    """
+
+    bottleneck: int = 8
+    placement: str = "houlsby"
+    activation: str = "relu"
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.bottleneck < 1:
+            raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+
+    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
+        """The sublayers (or the FFN's second linear map) of every block."""
+        blocks = [name for name, module in modules.items() if isinstance(module, Block)]
+        if not blocks:
+            raise ValueError("the model has no minitransformer Block, so an adapter has nowhere to enter")
+        return [f"{block}.{sublayer}" for block in blocks for sublayer in PLACEMENTS[self.placement][0]]
+
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
+        """An `Adapter` joined to the sublayer."""
+        reader = module if isinstance(module, nn.Linear) else None
+        if reader is None:
+            reader = unwrapped(module.query if hasattr(module, "query") else module.up)
+        return Adapter(module, self, reader.in_features, generator)
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """n_layers * adapters per layer * (2 d m + m + d)."""
+        d = config.d_ff if self.placement == "inside_ffn" else config.d_model
+        per_layer = len(PLACEMENTS[self.placement][0])
+        return config.n_layers * per_layer * (2 * d * self.bottleneck + self.bottleneck + d)
+
+
+class Adapter(Wrapper):
+    """A bottleneck behind, beside or in front of a frozen module, with explicit `down_…` and `up_…` tensors."""
+
+    outside = True
+
+    def __init__(self, base: nn.Module, recipe: BottleneckAdapter, d: int, generator: torch.Generator):
+        super().__init__(base)
+        self.recipe = recipe
+        self.joined = PLACEMENTS[recipe.placement][1]
+        m = recipe.bottleneck
+        self.down_weight = parameter_like(normal((m, d), 1 / math.sqrt(d), generator), base)
+        self.down_bias = parameter_like(torch.zeros(m), base)
+        self.up_weight = parameter_like(torch.zeros(d, m), base)
+        self.up_bias = parameter_like(torch.zeros(d), base)
+
+    def extra_repr(self) -> str:
+        m, d = self.down_weight.shape
+        return f"{d} -> {m} -> {d}, {self.recipe.activation}, joined {self.joined}"
+
+    def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """What the adapter adds, in the precision of its input."""
+        tensors = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        out = bottleneck(h.to(self.down_weight.dtype), *tensors, self.recipe.activation, self.recipe.scale)
+        return out.to(h.dtype)
+
+    def forward(self, x: Float[Tensor, "*rows d_in"], *rest) -> Float[Tensor, "*rows d_out"]:
+        """The wrapped module with the bottleneck joined; further arguments are the wrapped module's."""
+        if not self.enabled:
+            return self.base(x, *rest)
+        if self.joined == "before":
+            return self.base(x + self.added(x))
+        h = self.base(x, *rest)
+        return h + self.added(h if self.joined == "after" else x)

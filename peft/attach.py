@@ -1,0 +1,204 @@
+"""Attach, detach, disable: putting wrappers into a model, taking them out, and looking past them.
+
+`attach` freezes the model, wraps the modules that the recipe names, and leaves every other object as it was. `detach`
+puts the very same modules back and restores which tensors were trainable. What is attached stands in
+`model.attached`, a list of records, so that it can be saved and printed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from peft.method import Method, Wrapper
+from peft.reparameterization import ReparameterizedPrefixAttention
+from peft.sites import all_wrappers, exchange, find, named_sites, site_name, unwrap, wrap, wrappers_at
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One method in a model: its recipe, its seed, and the modules that are trained whole beside it."""
+
+    method: Method
+    seed: int
+    train_also: tuple[str, ...] = ()
+
+
+def attached(model: nn.Module) -> list[Attached]:
+    """What is attached to the model, in the order it was attached."""
+    return list(getattr(model, "attached", []))
+
+
+def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[str, ...] = ()) -> nn.Module:
+    """Freeze the model and put the method's wrappers in, in place.
+
+    Args:
+        model: a `Transformer`, or a module that contains one, such as a `SequenceClassifier`.
+        method: the recipe. Several methods may be attached one after the other.
+        seed: of the method's random numbers.
+        train_also: names of modules, by whole parts, that are trained whole beside the method, such as ("head",) for
+            a fresh classification head. They travel with the method in `save`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: a target matches nothing, a method of this kind is at that place already, or the recipe does not
+            fit the model. Nothing has changed then.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"{method!r} is not a recipe; give one such as LoRA(rank=4) or PrefixTuning(length=8)")
+    modules = named_sites(model)
+    names = method.sites(modules)
+    also = find(train_also, modules, "module") if train_also else []
+    generator = torch.Generator().manual_seed(seed)
+    wrappers = {name: method.wrap(name, modules[name], model, generator) for name in names}
+    _refuse_a_second_one(model, wrappers)
+    if not attached(model):
+        model.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.attached = []
+        model.requires_grad_(False)
+    for name, wrapper in wrappers.items():
+        wrapper.train(modules[name].training)
+        wrap(model, name, wrapper)
+    for name in also:
+        modules[name].requires_grad_(True)
+    model.attached.append(Attached(method, seed, tuple(train_also)))
+    return model
+
+
+def _refuse_a_second_one(model: nn.Module, wrappers: dict[str, Wrapper]) -> None:
+    for name, wrapper in wrappers.items():
+        for present in wrappers_at(model, name):
+            same_kind = isinstance(present, type(wrapper)) or isinstance(wrapper, type(present))
+            if same_kind or set(present.tensors()) & set(wrapper.tensors()):
+                raise ValueError(
+                    f"{name} carries a {type(present).__name__} already, and another {type(wrapper).__name__} cannot "
+                    f"stand beside it; detach(model) first, or choose other targets"
+                )
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take every method out: the very same module objects as before `attach`, trainable as they were.
+
+    Modules named in `train_also` keep the weights that training gave them.
+
+    Raises:
+        ValueError: nothing is attached.
+    """
+    _require_attached(model)
+    for name, wrappers in all_wrappers(model).items():
+        for wrapper in wrappers:
+            wrapper.release()
+        unwrap(model, name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.trainable_before[name])
+    del model.attached, model.trainable_before
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model computes what the frozen base computes, bit for bit. Nests; restored after an exception.
+
+    Modules named in `train_also` are not part of it: they stay as training left them.
+
+    Raises:
+        ValueError: nothing is attached.
+    """
+    _require_attached(model)
+    wrappers = [wrapper for at_site in all_wrappers(model).values() for wrapper in at_site]
+    before = [wrapper.enabled for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.enabled = False
+        yield model
+    finally:
+        for wrapper, enabled in zip(wrappers, before, strict=True):
+            wrapper.enabled = enabled
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Replace each prefix that comes from an MLP by the P_k and P_v that the MLP makes; the outputs stay the same.
+
+    Li & Liang 2021, section 4.3: the network is dropped once training is over.
+
+    Raises:
+        ValueError: the model has no reparameterised prefix.
+    """
+    records = attached(model)
+    old = [record for record in records if getattr(record.method, "reparameterize", None)]
+    if not old:
+        raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
+    before = old[0].method
+    recipe = replace(before, reparameterize=None)
+    for name, wrappers in all_wrappers(model).items():
+        for wrapper in wrappers:
+            if isinstance(wrapper, ReparameterizedPrefixAttention):
+                exchange(model, name, wrapper, wrapper.folded(recipe))
+    model.attached = [
+        Attached(recipe, record.seed, record.train_also) if record is old[0] else record for record in records
+    ]
+    return model
+
+
+def declared(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every tensor that belongs to the attached methods, by name: those of wrappers and of `train_also` modules."""
+    tensors = {}
+    for site, wrappers in all_wrappers(model).items():
+        for wrapper in wrappers:
+            tensors.update({f"{site}.{name}": tensor for name, tensor in wrapper.tensors().items()})
+    modules = named_sites(model)
+    for record in attached(model):
+        for site in find(record.train_also, modules, "module") if record.train_also else []:
+            for name, tensor in modules[site].named_parameters():
+                tensors[f"{site}.{site_name(name)}"] = tensor
+    return tensors
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every tensor that requires a gradient, by name; without a method attached, those of full fine-tuning."""
+    return {site_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the methods' tensors, by site and tensor name, such as `blocks.0.attention.query.A`.
+
+    Raises:
+        ValueError: nothing is attached.
+    """
+    _require_attached(model)
+    return {name: tensor.detach().clone() for name, tensor in declared(model).items()}
+
+
+def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors, as `state_dict` gave them, into the attached methods.
+
+    Raises:
+        ValueError: a missing or unexpected name, or a wrong shape. The model is as it was then.
+    """
+    _require_attached(model)
+    if any(getattr(w, "merged", False) for at_site in all_wrappers(model).values() for w in at_site):
+        raise ValueError("the weights hold a merged update, which would go stale; unmerge(model) first")
+    own = declared(model)
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"the tensors do not belong to what is attached: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name} has shape {list(tensors[name].shape)}, but what is attached needs {list(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _require_attached(model: nn.Module) -> None:
+    if not attached(model):
+        raise ValueError("no method is attached to this model; attach(model, LoRA(...)) or load(model, path) first")

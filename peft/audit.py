@@ -1,0 +1,124 @@
+"""The gradient audit: proof, by running a few steps, of which tensors learn and which stay.
+
+"Everything is frozen but A and B" is easy to write and easy to get wrong: a LayerNorm left trainable, a layer that a
+target list missed, a prompt computed once and cached. The audit trains for a few steps, looks at every tensor of the
+model, and puts all of them back.
+
+Three steps, not one: where one factor starts at zero, the gradient of the other is exactly zero in the first step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peft.attach import attached, declared
+from peft.sites import site_name
+
+
+class AuditError(AssertionError):
+    """A tensor that should learn does not, or one that should be frozen is not."""
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What the audit saw of one tensor."""
+
+    tensor: str
+    layer: int | None  # the block it belongs to; None outside of blocks
+    requires_grad: bool
+    gradient_norm: float | None  # in the last step; None if it never got a gradient
+    moved: float  # largest change of any of its numbers
+
+
+@dataclass(frozen=True)
+class AuditTable:
+    """All rows; prints those that are trained, and a summary of the others."""
+
+    rows: tuple[AuditRow, ...]
+
+    def __str__(self) -> str:
+        learning = [row for row in self.rows if row.requires_grad]
+        still = [row for row in self.rows if not row.requires_grad]
+        width = max(len(row.tensor) for row in learning)
+        lines = [f"{'tensor':<{width}}  gradient norm  moved by"]
+        lines += [f"{row.tensor:<{width}}  {row.gradient_norm:>13.2e}  {row.moved:>8.1e}" for row in learning]
+        lines.append(
+            f"{len(still)} other tensors: {sum(row.gradient_norm is not None for row in still)} got a gradient, "
+            f"{sum(row.moved > 0 for row in still)} moved"
+        )
+        return "\n".join(lines)
+
+
+def gradient_audit(
+    model: nn.Module, loss_fn: Callable[[nn.Module], Tensor], steps: int = 3, learning_rate: float = 1e-3
+) -> AuditTable:
+    """Train for a few steps with AdamW over *all* parameters and report what each tensor did; then undo it.
+
+    Args:
+        model: with methods attached, or without (then every trainable tensor is audited, as in full fine-tuning).
+        loss_fn: from the model to a scalar loss.
+        steps: at least 3, so that factors which start at zero have let the gradient through.
+        learning_rate: of the trial steps.
+
+    Raises:
+        AuditError: a declared tensor got no gradient, a frozen one got one or moved, or an undeclared one is trained.
+        ValueError: fewer than three steps, or nothing to train.
+    """
+    if steps < 3:
+        raise ValueError(f"steps={steps}: three are needed, since the gradient of A is exactly 0 while B is 0")
+    parameters = dict(model.named_parameters())
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError("the model has nothing to train: no tensor requires a gradient. Attach a method first")
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    try:
+        norms = _trial(model, parameters, loss_fn, steps, learning_rate)
+        rows = tuple(
+            AuditRow(
+                site_name(name), _layer(name), p.requires_grad, norms[name], (p - before[name]).abs().max().item()
+            )
+            for name, p in parameters.items()
+        )
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
+                p.grad = None
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+    table = AuditTable(rows)
+    _judge(table, {id(p): site_name(name) for name, p in parameters.items()}, model)
+    return table
+
+
+def _trial(model, parameters, loss_fn, steps, learning_rate) -> dict[str, float | None]:
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                loss_fn(model).backward()
+            optimizer.step()
+    return {name: None if p.grad is None else p.grad.norm().item() for name, p in parameters.items()}
+
+
+def _layer(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
+
+
+def _judge(table: AuditTable, names: dict[int, str], model: nn.Module) -> None:
+    belonging = {names[id(p)] for p in declared(model).values()}
+    problems = []
+    for row in table.rows:
+        if row.requires_grad and not row.gradient_norm:
+            problems.append(f"{row.tensor} should learn, but got no gradient")
+        if row.requires_grad and attached(model) and row.tensor not in belonging:
+            problems.append(f"{row.tensor} is trained, but no attached method declares it")
+        if not row.requires_grad and (row.gradient_norm is not None or row.moved > 0):
+            problems.append(f"{row.tensor} is frozen, but got a gradient or moved by {row.moved:.1e}")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise AuditError("; ".join(problems[:5]) + more)

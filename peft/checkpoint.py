@@ -1,0 +1,144 @@
+"""Files: the few tensors of a method, and enough about them to refuse the wrong model.
+
+One safetensors file (never pickle: a pickle can run code) holds exactly the methods' tensors, and in its header one
+JSON record: the format version, the recipes, a hash of the base weights they were trained on, and a checksum of
+everything. The file is written whole or not at all, and it is compared byte by byte with what its contents would be
+written as, so a flipped bit anywhere is noticed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
+from peft.method import Method
+from peft.sites import all_wrappers, site_name
+
+FORMAT = "peft-from-scratch 1"
+KEY = "peft"  # one metadata key only: safetensors writes several in no fixed order
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept.
+
+    Raises:
+        ValueError: nothing is attached, or a tensor holds a NaN or an infinity.
+        OSError: the file cannot be written; an older one is as it was.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state_dict(model).items()}
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ValueError(f"{broken[0]} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
+    record = {"format": FORMAT, "methods": [_record(entry) for entry in attached(model)], "base": base_hash(model)}
+    _write_whole(Path(path), _file_bytes(tensors, record))
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """Attach what a file holds, in place. If the same recipes are attached already, only their tensors are replaced.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: not a file of ours, damaged, trained on another base, or in conflict with what is attached. The
+            model is as it was then.
+        FileNotFoundError: there is no such file.
+    """
+    tensors, record = read(path)
+    entries = [
+        Attached(Method.from_dict(dict(values["recipe"])), values["seed"], tuple(values["train_also"]))
+        for values in record["methods"]
+    ]
+    present = attached(model)
+    if present and present != entries:
+        raise ValueError("other methods are attached to this model; detach(model) first, or load into a fresh model")
+    try:
+        if not present:
+            for entry in entries:
+                attach(model, entry.method, entry.seed, entry.train_also)
+        if base_hash(model) != record["base"]:
+            raise ValueError(
+                f"{path} was trained on another base model (other weights, shape or precision); load it into the "
+                f"model it was trained on"
+            )
+        load_state_dict(model, tensors)
+    except Exception:
+        if not present and attached(model):
+            detach(model)
+        raise
+    return model
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the record of a file, without a model.
+
+    Raises:
+        ValueError: not a file of ours, or damaged.
+    """
+    data = Path(path).read_bytes()
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        record = json.loads(header["__metadata__"][KEY])
+        tensors = parse(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path} is not a file that peft.save wrote, or it is cut off or damaged") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path} has another format than {FORMAT!r}; save it again with this version")
+    checksum = record.pop("checksum", None)
+    if checksum != _checksum(tensors, record) or _file_bytes(tensors, record) != data:
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum; take another copy")
+    return tensors, record
+
+
+def base_hash(model: nn.Module) -> str:
+    """SHA-256 of every tensor that no method declares: names, types, shapes and bytes. Merging does not change it."""
+    belonging = {id(tensor) for tensor in declared(model).values()}
+    base = {site_name(n): p for n, p in model.named_parameters() if id(p) not in belonging}
+    for site, wrappers in all_wrappers(model).items():
+        for wrapper in wrappers:
+            if getattr(wrapper, "merged", False):
+                base[f"{site}.weight"] = wrapper.frozen_weight
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _record(entry: Attached) -> dict:
+    return {"recipe": entry.method.as_dict(), "seed": entry.seed, "train_also": list(entry.train_also)}
+
+
+def _checksum(tensors: dict[str, Tensor], record: dict) -> str:
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _file_bytes(tensors: dict[str, Tensor], record: dict) -> bytes:
+    signed = {**record, "checksum": _checksum(tensors, record)}
+    return serialize(tensors, metadata={KEY: json.dumps(signed, sort_keys=True)})
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

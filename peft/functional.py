@@ -1,0 +1,118 @@
+"""The arithmetic of every method, as pure functions of explicit tensors.
+
+No module, no state, no frozen flag: what a method *computes* is here, what it *is made of* is in its own file. The
+wrappers call these functions, and the tests hold each against a NumPy twin, value and gradient.
+
+Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
+
+    lora_update        (alpha / r) B A x                                   Hu et al. 2022, section 4.1
+    prefix_attention   softmax(q [P_k ; K]ᵀ / sqrt(d_head)) [P_v ; V]      Li & Liang 2021, section 4; He et al. 2022
+    gated_attention    (1 - lambda) Attn(K, V) + lambda Attn(P_k, P_v)     He et al. 2022, equation 7
+    prefix_mlp         tanh(P' W_hᵀ + b_h) W_oᵀ + b_o                      Li & Liang 2021, section 4.3
+    prepend            [P ; E(tokens)]                                     Lester et al. 2021, section 2
+    bottleneck         W_up act(W_down h + b_down) + b_up                  Houlsby et al. 2019, section 2.1
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from minitransformer.attention import attention_weights
+from minitransformer.feedforward import activate
+
+
+def lora_update(
+    x: Float[Tensor, "*rows d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    scale: float,
+) -> Float[Tensor, "*rows d_out"]:
+    """scale * B A x: what LoRA adds to a linear map's output. Hu et al. 2022, equation 3; scale = alpha / r.
+
+    Two thin products: B A, which is as large as the weight itself, is never formed.
+    """
+    return scale * F.linear(F.linear(x, A), B)
+
+
+def lora_weight(A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float) -> Float[Tensor, "d_out d_in"]:
+    """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
+    return scale * (B @ A)
+
+
+def prefix_attention(
+    q: Float[Tensor, "B H T d_head"],
+    k: Float[Tensor, "B H S d_head"],
+    v: Float[Tensor, "B H S d_head"],
+    prefix_k: Float[Tensor, "B H n d_head"],
+    prefix_v: Float[Tensor, "B H n d_head"],
+    mask: Bool[Tensor, "#B #H #T S"] | None = None,
+) -> Float[Tensor, "B H T d_head"]:
+    """Attention over [P_k ; K] and [P_v ; V]: every query may also look at the n prefix positions.
+
+    Li & Liang 2021, section 4.2, in the form of He et al. 2022, equation 5. `mask` is about K alone: no query is
+    kept from the prefix. `PrefixAttention` hands P_k and P_v to the model's own attention, which does just this.
+    """
+    if mask is not None:
+        mask = F.pad(mask, (prefix_k.shape[2], 0), value=True)
+    weights = attention_weights(q, torch.cat([prefix_k, k], dim=2), mask)  # [B, H, T, n + S]
+    return weights @ torch.cat([prefix_v, v], dim=2)
+
+
+def gated_attention(
+    q: Float[Tensor, "B H T d_head"],
+    k: Float[Tensor, "B H S d_head"],
+    v: Float[Tensor, "B H S d_head"],
+    prefix_k: Float[Tensor, "B H n d_head"],
+    prefix_v: Float[Tensor, "B H n d_head"],
+    mask: Bool[Tensor, "#B #H #T S"] | None = None,
+) -> tuple[Float[Tensor, "B H T d_head"], Float[Tensor, "B H T 1"]]:
+    """The same output as `prefix_attention`, written as a mixture, and its gate lambda.
+
+        (1 - lambda) Attn(q, K, V) + lambda Attn(q, P_k, P_v)
+
+    lambda is the share of the softmax's mass that falls on the prefix. He et al. 2022, equation 7.
+    """
+    scale = 1 / math.sqrt(q.shape[-1])
+    scores = q @ k.transpose(-2, -1) * scale  # [B, H, T, S]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    prefix_scores = q @ prefix_k.transpose(-2, -1) * scale  # [B, H, T, n]
+    mass, prefix_mass = scores.logsumexp(-1, keepdim=True), prefix_scores.logsumexp(-1, keepdim=True)
+    gate = torch.sigmoid(prefix_mass - mass)  # [B, H, T, 1]
+    own = scores.softmax(dim=-1) @ v
+    return (1 - gate) * own + gate * (prefix_scores.softmax(dim=-1) @ prefix_v), gate
+
+
+def prefix_mlp(
+    source: Float[Tensor, "n d"],
+    hidden_weight: Float[Tensor, "h d"],
+    hidden_bias: Float[Tensor, "h"],
+    out_weight: Float[Tensor, "d_out h"],
+    out_bias: Float[Tensor, "d_out"],
+) -> Float[Tensor, "n d_out"]:
+    """P = MLP(P'): the prefix as the output of a small network. Li & Liang 2021, section 4.3."""
+    return F.linear(torch.tanh(F.linear(source, hidden_weight, hidden_bias)), out_weight, out_bias)
+
+
+def prepend(prompt: Float[Tensor, "n d"], vectors: Float[Tensor, "B T d"]) -> Float[Tensor, "B nT d"]:
+    """[P ; E]: the same n vectors in front of every row. Lester et al. 2021, section 2."""
+    return torch.cat([prompt.to(vectors.dtype).expand(vectors.shape[0], -1, -1), vectors], dim=1)
+
+
+def bottleneck(
+    h: Float[Tensor, "*rows d"],
+    down_weight: Float[Tensor, "m d"],
+    down_bias: Float[Tensor, "m"],
+    up_weight: Float[Tensor, "d m"],
+    up_bias: Float[Tensor, "d"],
+    activation: str = "relu",
+    scale: float = 1.0,
+) -> Float[Tensor, "*rows d"]:
+    """scale * (W_up act(W_down h + b_down) + b_up): what an adapter adds to h. Houlsby et al. 2019, section 2.1.
+
+    `scale` is the s of He et al. 2022, table 6; Houlsby's adapter has s = 1.
+    """
+    return scale * F.linear(activate(F.linear(h, down_weight, down_bias), activation), up_weight, up_bias)

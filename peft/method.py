@@ -1,0 +1,110 @@
+"""What all methods share: a recipe says what to attach and where, a wrapper holds the tensors and computes.
+
+    recipe   (`Method`)    a frozen dataclass of plain values: can be printed, compared, and written to a file
+    wrapper  (`Wrapper`)   a module round one frozen module, `base`, with a few explicit `nn.Parameter`s
+
+A method of your own is one subclass of each: `sites` names the modules to wrap, `wrap` makes the wrapper round one of
+them, `expected_parameters` says in closed form how many numbers that trains.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minitransformer.config import TransformerConfig
+
+
+class Wrapper(nn.Module):
+    """A thin layer round one frozen module. Its own parameters are the method's tensors; `base` is what it wraps.
+
+    With `enabled` off it computes what `base` computes, bit for bit. Where several wrappers share a place, those that
+    change what the frozen module itself computes (a weight, its keys and values) lie inside, and those that work on
+    its input or output lie `outside`, whatever the order they came in.
+    """
+
+    outside: ClassVar[bool] = False
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.enabled = True
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The method's tensors, by name, without those of the wrapped module."""
+        return dict(self.named_parameters(recurse=False))
+
+    def release(self) -> None:
+        """Undo whatever the wrapper did to `base` itself; called before it is taken out."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A recipe: everything needed to attach a method again, as plain values."""
+
+    registry: ClassVar[dict[str, type["Method"]]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Method.registry[cls.__name__] = cls
+
+    @abstractmethod
+    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
+        """The names of the modules to wrap, out of all of the model's.
+
+        Raises:
+            ValueError: a target matches nothing, or something of the wrong kind.
+        """
+
+    @abstractmethod
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
+        """The wrapper for one site: `module` is what it wraps, `generator` draws its random numbers."""
+
+    @abstractmethod
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """How many numbers the method trains in a Transformer of that shape, in closed form."""
+
+    def as_dict(self) -> dict:
+        """The recipe as plain values, with its name, ready for JSON."""
+        return {"method": type(self).__name__, **asdict(self)}
+
+    @staticmethod
+    def from_dict(values: dict) -> "Method":
+        """The recipe that `as_dict` described.
+
+        Raises:
+            ValueError: an unknown method or an unknown field.
+        """
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        name = values.pop("method", None)
+        if name not in Method.registry:
+            raise ValueError(
+                f"the method {name!r} is unknown; known are {', '.join(sorted(Method.registry))}. "
+                f"If it is one of your own, import its file first"
+            )
+        try:
+            return Method.registry[name](**values)
+        except TypeError as error:
+            raise ValueError(f"the recipe of {name} does not fit this version: {error}") from error
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Draws from U(-bound, bound)."""
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+def normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
+    """Draws from N(0, std²)."""
+    return torch.randn(shape, generator=generator) * std
+
+
+def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True) -> nn.Parameter:
+    """A float32 parameter on the device of `module` (float64 where the module is float64).
+
+    Half precision is for the frozen weights only: a small step would be lost in the rounding of a 16-bit tensor.
+    """
+    like = next(module.parameters())
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return nn.Parameter(values.to(device=like.device, dtype=dtype), requires_grad=requires_grad)

@@ -1,0 +1,162 @@
+"""Prefix tuning: n learned keys and values that every query of a layer may look at.
+
+Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.1 and 4.2; the
+concatenated form of He et al. 2022, equation 5.
+
+    at="kv"       Attention(q, [P_k ; K], [P_v ; V])               P_k, P_v [n, d_model] in every layer
+    at="hidden"   P_k = P W_kᵀ + b_k,  P_v = P W_vᵀ + b_v          P [n, d_model] in front of every layer's input
+
+*A prefix is a learned KV cache*: it is what the layer would remember of n words that were never written. It takes no
+part in the positions of the text, and asks no query of its own.
+
+Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model numbers per layer
+for "kv", n d_model for "hidden".
+
+Differs from the paper: nothing for "kv". For "hidden", P joins what W_k and W_v read (in a pre-norm block, after the
+norm). The MLP of the paper's section 4.3 is in `peft/reparameterization.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minitransformer.attention import Attention, attention_mask
+from minitransformer.config import TransformerConfig
+from minitransformer.generation import evaluation_mode
+from minitransformer.transformer import Transformer
+from peft.method import Method, Wrapper, normal, parameter_like
+from peft.sites import unwrapped
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """Recipe: a prefix of `length` positions in every layer's attention.
+
+    Args:
+        length: n, the number of prefix positions.
+        at: "kv" learns keys and values themselves; "hidden" learns inputs, from which the frozen W_k and W_v make them.
+        init: "activations" starts from the keys and values (or inputs) that `length` real words have in each layer;
+            "normal" from N(0, init_std²).
+        init_std: standard deviation of "normal".
+        init_tokens: the words of "activations", `length` word numbers; None draws them from the vocabulary.
+        reparameterize: hidden width of Li & Liang's MLP, which stands in for P_k and P_v while they are trained
+            (at="kv" only; it brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and
+            P_v directly.
+
+    Raises:
+        ValueError: a length below 1, an unknown choice, or `init_tokens` of another length.
+    """
+
+    length: int = 8
+    at: str = "kv"
+    init: str = "activations"
+    init_std: float = 1.0
+    init_tokens: tuple[int, ...] | None = None
+    reparameterize: int | None = None
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.at not in ("kv", "hidden"):
+            raise ValueError(f'at={self.at!r} is unknown; choose "kv" or "hidden"')
+        if self.init not in ("activations", "normal"):
+            raise ValueError(f'init={self.init!r} is unknown; choose "activations" or "normal"')
+        if self.init_tokens is not None and len(self.init_tokens) != self.length:
+            raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
+        if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
+            raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
+
+    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
+        """Every attention layer."""
+        names = [name for name, module in modules.items() if isinstance(module, Attention)]
+        if not names:
+            raise ValueError("the model has no minitransformer Attention, so a prefix has nowhere to enter")
+        return names
+
+    def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
+        """A `PrefixAttention` round the layer."""
+        if self.reparameterize is not None:
+            from peft.reparameterization import ReparameterizedPrefixAttention
+
+            return ReparameterizedPrefixAttention(module, self, generator)
+        if self.init == "normal":
+            shape = (self.length, module.d_model)
+            names = ("key", "value") if self.at == "kv" else ("hidden",)
+            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in names})
+        transformer = transformer_of(model)
+        words = words_to_start_from(self.init_tokens, self.length, transformer.config.vocab_size, generator)
+        hidden = attention_input(transformer, module, words)
+        if self.at == "hidden":
+            return PrefixAttention(module, self, {"hidden": hidden})
+        with torch.no_grad():
+            return PrefixAttention(module, self, {"key": module.key(hidden), "value": module.value(hidden)})
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """n_layers * 2 n d ("kv"), n_layers * n d ("hidden"); with the MLP, what is trained before it is folded."""
+        n, d, h = self.length, config.d_model, self.reparameterize
+        if h is not None:
+            return config.n_layers * (n * d + (h * d + h) + 2 * (d * h + d))
+        return config.n_layers * n * d * (2 if self.at == "kv" else 1)
+
+
+class PrefixAttention(Wrapper):
+    """Attention with `key` and `value` [n, d_model] in front, or with `hidden` [n, d_model] that makes them."""
+
+    def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
+        super().__init__(base)
+        self.recipe = recipe
+        for name, values in start.items():
+            self.register_parameter(name, parameter_like(values, base))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
+
+    def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
+        """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
+        if self.recipe.at == "kv":
+            return self.key, self.value
+        hidden = self.hidden.to(next(self.base.parameters()).dtype)
+        return self.base.key(hidden), self.base.value(hidden)
+
+    def forward(self, x: Float[Tensor, "B T d_model"], *rest) -> Float[Tensor, "B T d_model"]:
+        """Attention over [P_k ; K] and [P_v ; V]; the other arguments are those of `Attention.forward`."""
+        if not self.enabled:
+            return self.base(x, *rest)
+        key, value = self.prefix()
+        return self.base(x, *rest, extra_key=key, extra_value=value)
+
+
+def transformer_of(model: nn.Module) -> Transformer:
+    """The Transformer in the model, which may be a classifier round it."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            return module
+    raise ValueError("there is no minitransformer Transformer in this model")
+
+
+def words_to_start_from(
+    given: tuple[int, ...] | None, length: int, vocab_size: int, generator: torch.Generator
+) -> Int[Tensor, "n"]:
+    """The given words, or `length` drawn from the vocabulary: the same ones for every layer of one `attach`."""
+    if given is not None:
+        return torch.tensor(given)
+    again = torch.Generator().manual_seed(generator.initial_seed())
+    return torch.randint(vocab_size, (length,), generator=again)
+
+
+@torch.no_grad()
+def attention_input(
+    transformer: Transformer, attention: Attention, words: Int[Tensor, "n"]
+) -> Float[Tensor, "n d_model"]:
+    """What that attention layer reads at each of the words: the hidden states below it, after a pre-norm."""
+    tokens = words.to(next(transformer.parameters()).device)[None]
+    mask = attention_mask(tokens.shape[1], None, tokens.shape[1], transformer.config.causal, tokens.device)
+    with evaluation_mode(transformer):
+        x = unwrapped(transformer.embedding)(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        for block in transformer.blocks:
+            if unwrapped(block.attention) is attention:
+                return (block.norm_attention(x) if block.pre_norm else x)[0]
+            x = block(x, mask)
+    raise ValueError("this attention layer is not in the Transformer")

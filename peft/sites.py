@@ -1,0 +1,106 @@
+"""Names: where in a model a method can enter, and how wrappers are put in and taken out.
+
+A module keeps its name whatever is wrapped round it: `blocks.0.attention.query` is the query map of the first block,
+also when it lies in `blocks.0.attention.base.query.base`. These names are the keys of `peft.state_dict`.
+"""
+
+from torch import nn
+
+from peft.method import Wrapper
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The frozen module inside all wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
+
+
+def named_sites(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """Every module below `model` by its name, wrappers looked through."""
+    sites = {}
+    for name, child in model.named_children():
+        core, full = unwrapped(child), f"{prefix}{name}"
+        sites[full] = core
+        sites.update(named_sites(core, f"{full}."))
+    return sites
+
+
+def site_name(parameter_name: str) -> str:
+    """The name of a parameter without the wrappers on its way: `…attention.base.query.A` -> `…attention.query.A`."""
+    return ".".join(part for part in parameter_name.split(".") if part != "base")
+
+
+def matches(target: str, name: str) -> bool:
+    """Whether the name ends in the target, by whole parts: `query` matches `attention.query`, not `query_norm`."""
+    parts = target.split(".")
+    return name.split(".")[-len(parts) :] == parts
+
+
+def find(targets: tuple[str, ...], candidates: dict[str, nn.Module], what: str) -> list[str]:
+    """The names of all candidates that a target matches.
+
+    Raises:
+        ValueError: a target matches none of them, or no target is given; the message lists what exists.
+    """
+    ends = sorted({name.split(".")[-1] for name in candidates})
+    if not targets:
+        raise ValueError(f"no target is given, so nothing would be trained; {what} here: {', '.join(ends)}")
+    for target in targets:
+        if not any(matches(target, name) for name in candidates):
+            raise ValueError(
+                f"target {target!r} matches no {what}; there are {', '.join(ends)} "
+                f"(a target is compared by whole name parts: 'query', 'attention.query' or 'blocks.0.attention.query')"
+            )
+    return [name for name in candidates if any(matches(target, name) for target in targets)]
+
+
+def wrappers_at(model: nn.Module, name: str) -> list[Wrapper]:
+    """The wrappers round the module of that name, from the outside in."""
+    parent, attribute = _parent(model, name)
+    module, found = getattr(parent, attribute), []
+    while isinstance(module, Wrapper):
+        found.append(module)
+        module = module.base
+    return found
+
+
+def all_wrappers(model: nn.Module) -> dict[str, list[Wrapper]]:
+    """All wrappers of the model, by the name of what they wrap."""
+    found = {name: wrappers_at(model, name) for name in named_sites(model)}
+    return {name: wrappers for name, wrappers in found.items() if wrappers}
+
+
+def wrap(model: nn.Module, name: str, wrapper: Wrapper) -> None:
+    """Put `wrapper` in: round everything that is there if it belongs outside, else directly round the frozen module."""
+    parent, attribute = _parent(model, name)
+    present = wrappers_at(model, name)
+    if present and not wrapper.outside:
+        present[-1].base = wrapper
+    else:
+        wrapper.base = getattr(parent, attribute)
+        setattr(parent, attribute, wrapper)
+
+
+def exchange(model: nn.Module, name: str, old: Wrapper, new: Wrapper) -> None:
+    """Put `new` in the place of `old`, which wraps the module of that name."""
+    parent, attribute = _parent(model, name)
+    if getattr(parent, attribute) is old:
+        setattr(parent, attribute, new)
+    for wrapper in wrappers_at(model, name):
+        if wrapper.base is old:
+            wrapper.base = new
+
+
+def unwrap(model: nn.Module, name: str) -> None:
+    """Put the frozen module itself back in its place."""
+    parent, attribute = _parent(model, name)
+    setattr(parent, attribute, unwrapped(getattr(parent, attribute)))
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module = model
+    *path, attribute = name.split(".")
+    for part in path:
+        module = unwrapped(getattr(module, part))
+    return module, attribute
