@@ -50,7 +50,7 @@ class BottleneckAdapter(Method):
         scale: factor on the bottleneck's output (the s of He et al. 2022; 1 in Houlsby et al. 2019).
 
     Raises:
-        ValueError: a bottleneck below 1, or an unknown choice.
+        ValueError: a bottleneck below 1, a scale of 0, or an unknown choice.
     """
 
     bottleneck: int = 8
@@ -65,6 +65,8 @@ class BottleneckAdapter(Method):
             raise ValueError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number other than 0, got {self.scale}: nothing could be learned")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The sublayers (or the FFN's second linear map) of every block."""

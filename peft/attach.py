@@ -126,12 +126,14 @@ def fold(model: nn.Module) -> nn.Module:
     Li & Liang 2021, section 4.3: the network is dropped once training is over.
 
     Raises:
-        ValueError: the model has no reparameterised prefix.
+        ValueError: the model has no reparameterised prefix, or it is disabled at present.
     """
     records = attached(model)
     old = [record for record in records if getattr(record.method, "reparameterize", None)]
     if not old:
         raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
+    if not all(wrapper.enabled for at_site in all_wrappers(model).values() for wrapper in at_site):
+        raise ValueError("the methods are disabled at present; fold after leaving disabled(model)")
     before = old[0].method
     recipe = replace(before, reparameterize=None)
     for name, wrappers in all_wrappers(model).items():
@@ -177,7 +179,8 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors, as `state_dict` gave them, into the attached methods.
 
     Raises:
-        ValueError: a missing or unexpected name, or a wrong shape. The model is as it was then.
+        ValueError: a missing or unexpected name, a wrong shape, a NaN or an infinity, or the update is merged. The
+            model is as it was then.
     """
     _require_attached(model)
     if any(getattr(w, "merged", False) for at_site in all_wrappers(model).values() for w in at_site):
@@ -194,6 +197,8 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{name} has shape {list(tensors[name].shape)}, but what is attached needs {list(tensor.shape)}"
             )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise ValueError(f"{name} holds a NaN or an infinity; take tensors from before the training went wrong")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

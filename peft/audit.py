@@ -7,6 +7,7 @@ model, and puts all of them back.
 Three steps, not one: where one factor starts at zero, the gradient of the other is exactly zero in the first step.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.attach import attached, declared
-from peft.sites import site_name
+from peft.sites import all_wrappers, site_name
 
 
 class AuditError(AssertionError):
@@ -63,7 +64,8 @@ def gradient_audit(
         learning_rate: of the trial steps.
 
     Raises:
-        AuditError: a declared tensor got no gradient, a frozen one got one or moved, or an undeclared one is trained.
+        AuditError: a declared tensor got no gradient or one that is not finite, a frozen one got one or moved, an
+            undeclared one is trained, or something is computed once and kept from step to step.
         ValueError: fewer than three steps, or nothing to train.
     """
     if steps < 3:
@@ -98,10 +100,27 @@ def _trial(model, parameters, loss_fn, steps, learning_rate) -> dict[str, float 
     with torch.random.fork_rng(devices=[]):
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                loss_fn(model)  # what is computed once and kept in an evaluation pass gets no gradient afterwards
             with torch.enable_grad():
-                loss_fn(model).backward()
+                loss = loss_fn(model)
+            _backward(loss)
             optimizer.step()
     return {name: None if p.grad is None else p.grad.norm().item() for name, p in parameters.items()}
+
+
+def _backward(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        return  # no tensor has a part in the loss: the table will say so of each
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise AuditError(
+            "something is computed once and kept from one step to the next, so its gradient is lost; compute it "
+            "afresh in every forward pass"
+        ) from error
 
 
 def _layer(name: str) -> int | None:
@@ -111,10 +130,20 @@ def _layer(name: str) -> int | None:
 
 def _judge(table: AuditTable, names: dict[int, str], model: nn.Module) -> None:
     belonging = {names[id(p)] for p in declared(model).values()}
+    on_purpose = {
+        f"{site}.{name}"
+        for site, wrappers in all_wrappers(model).items()
+        for wrapper in wrappers
+        for name in wrapper.frozen_tensors()
+    }
     problems = []
     for row in table.rows:
         if row.requires_grad and not row.gradient_norm:
             problems.append(f"{row.tensor} should learn, but got no gradient")
+        elif row.gradient_norm is not None and not math.isfinite(row.gradient_norm):
+            problems.append(f"{row.tensor} has a gradient that is not finite: {row.gradient_norm}")
+        if not row.requires_grad and row.tensor in belonging - on_purpose:
+            problems.append(f"{row.tensor} should learn, but is frozen")
         if row.requires_grad and attached(model) and row.tensor not in belonging:
             problems.append(f"{row.tensor} is trained, but no attached method declares it")
         if not row.requires_grad and (row.gradient_norm is not None or row.moved > 0):

@@ -9,7 +9,7 @@ written as, so a flipped bit anywhere is noticed.
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 import torch
@@ -53,10 +53,14 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: there is no such file.
     """
     tensors, record = read(path)
-    entries = [
-        Attached(Method.from_dict(dict(values["recipe"])), values["seed"], tuple(values["train_also"]))
-        for values in record["methods"]
-    ]
+    try:
+        entries = [
+            Attached(Method.from_dict(dict(values["recipe"])), values["seed"], tuple(values["train_also"]))
+            for values in record["methods"]
+        ]
+        trained_on = record["base"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a record that is not complete; save it again with this version") from error
     present = attached(model)
     if present and present != entries:
         raise ValueError("other methods are attached to this model; detach(model) first, or load into a fresh model")
@@ -64,7 +68,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         if not present:
             for entry in entries:
                 attach(model, entry.method, entry.seed, entry.train_also)
-        if base_hash(model) != record["base"]:
+        if base_hash(model) != trained_on:
             raise ValueError(
                 f"{path} was trained on another base model (other weights, shape or precision); load it into the "
                 f"model it was trained on"
@@ -132,13 +136,13 @@ def _file_bytes(tensors: dict[str, Tensor], record: dict) -> bytes:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

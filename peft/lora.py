@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minitransformer.config import TransformerConfig
 from peft.functional import lora_update
 from peft.method import Method, Wrapper, parameter_like, uniform
-from peft.sites import find, matches
+from peft.sites import find
 
 ALL_LINEARS = ("query", "key", "value", "output", "up", "down")
 
@@ -47,7 +47,8 @@ class LoRA(Method):
             compare the two).
 
     Raises:
-        ValueError: a rank below 1, a dropout outside [0, 1), or a `train` that names no factor or an unknown one.
+        ValueError: a rank below 1, an alpha of 0, a dropout outside [0, 1), or a `train` that names no factor or an
+            unknown one.
     """
 
     rank: int = 8
@@ -57,12 +58,16 @@ class LoRA(Method):
     train: tuple[str, ...] = ("A", "B")
 
     def __post_init__(self):
+        for name in ("targets", "train"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError('targets and train are tuples of names, such as ("query", "value") and ("B",)')
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list would not equal what a file gives back
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
-        if isinstance(self.targets, str) or isinstance(self.train, str):
-            raise ValueError('targets and train are tuples of names, such as ("query", "value") and ("B",)')
+        if self.alpha == 0 or not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be a finite number other than 0, got {self.alpha}: nothing could be learned")
         if not self.train or not set(self.train) <= {"A", "B"}:
             raise ValueError(f'train={self.train!r} must name "A", "B" or both')
 
@@ -86,15 +91,21 @@ class LoRA(Method):
         return LoRALinear(module, self, generator)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """n_layers * sum over targets of r d_in (if A is trained) + r d_out (if B is)."""
+        """n_layers * sum over targets of r d_in (if A is trained) + r d_out (if B is).
+
+        Raises:
+            ValueError: a target matches no linear map of a Transformer of that shape.
+        """
         d, d_ff = config.d_model, config.d_ff
         shapes = {f"attention.{name}": (d, d) for name in ("query", "key", "value", "output")}  # (d_in, d_out)
         shapes |= {"feedforward.up": (d, d_ff), "feedforward.down": (d_ff, d)}
+        everywhere = {f"blocks.{i}.{name}": shape for i in range(config.n_layers) for name, shape in shapes.items()}
+        if config.lm_head == "bert":
+            everywhere["head.dense"] = (d, d)
         total = 0
-        for layer in range(config.n_layers):
-            for name, (d_in, d_out) in shapes.items():
-                if any(matches(target, f"blocks.{layer}.{name}") for target in self.targets):
-                    total += self.rank * (("A" in self.train) * d_in + ("B" in self.train) * d_out)
+        for name in find(self.targets, everywhere, "linear map"):
+            d_in, d_out = everywhere[name]
+            total += self.rank * (("A" in self.train) * d_in + ("B" in self.train) * d_out)
         return total
 
 
@@ -119,6 +130,10 @@ class LoRALinear(Wrapper):
         return f"A={A}, B={B}, scale={self.recipe.scale:g}, train={'+'.join(self.recipe.train)}" + (
             ", merged" if self.merged else ""
         )
+
+    def frozen_tensors(self) -> set[str]:
+        """The factor that `train` does not name, if any."""
+        return {"A", "B"} - set(self.recipe.train)
 
     @property
     def merged(self) -> bool:

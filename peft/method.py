@@ -36,6 +36,10 @@ class Wrapper(nn.Module):
         """The method's tensors, by name, without those of the wrapped module."""
         return dict(self.named_parameters(recurse=False))
 
+    def frozen_tensors(self) -> set[str]:
+        """The names of those tensors that the recipe keeps fixed on purpose."""
+        return set()
+
     def release(self) -> None:
         """Undo whatever the wrapper did to `base` itself; called before it is taken out."""
 

@@ -46,7 +46,8 @@ class PrefixTuning(Method):
             P_v directly.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, or `init_tokens` of another length.
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, or `init_tokens` of another length or
+            where they would be ignored.
     """
 
     length: int = 8
@@ -63,8 +64,14 @@ class PrefixTuning(Method):
             raise ValueError(f'at={self.at!r} is unknown; choose "kv" or "hidden"')
         if self.init not in ("activations", "normal"):
             raise ValueError(f'init={self.init!r} is unknown; choose "activations" or "normal"')
-        if self.init_tokens is not None and len(self.init_tokens) != self.length:
-            raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
+        if self.init_tokens is not None:
+            object.__setattr__(self, "init_tokens", tuple(self.init_tokens))  # a list would not equal what a file gives
+            if self.init != "activations" or self.reparameterize is not None:
+                raise ValueError('init_tokens would be ignored: they go with init="activations" and no MLP')
+            if len(self.init_tokens) != self.length:
+                raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std is a standard deviation, 0 or more, got {self.init_std}")
         if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
             raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
 
@@ -87,10 +94,11 @@ class PrefixTuning(Method):
             return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in names})
         transformer = transformer_of(model)
         words = words_to_start_from(self.init_tokens, self.length, transformer.config.vocab_size, generator)
-        hidden = attention_input(transformer, module, words)
+        pieces = words.split(transformer.config.max_len)  # a prefix may be longer than any text
+        hidden = torch.cat([attention_input(transformer, module, piece) for piece in pieces])
         if self.at == "hidden":
             return PrefixAttention(module, self, {"hidden": hidden})
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(module):  # a LoRA on the key map may have dropout
             return PrefixAttention(module, self, {"key": module.key(hidden), "value": module.value(hidden)})
 
     def expected_parameters(self, config: TransformerConfig) -> int:

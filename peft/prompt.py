@@ -40,7 +40,8 @@ class PromptTuning(Method):
         init_tokens: the words of "tokens", `length` word numbers; None draws them from the vocabulary.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, or `init_tokens` of another length.
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, or `init_tokens` of another length or
+            where they would be ignored.
     """
 
     length: int = 8
@@ -53,8 +54,14 @@ class PromptTuning(Method):
             raise ValueError(f"length must be at least 1, got {self.length}")
         if self.init not in ("tokens", "normal"):
             raise ValueError(f'init={self.init!r} is unknown; choose "tokens" or "normal"')
-        if self.init_tokens is not None and len(self.init_tokens) != self.length:
-            raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
+        if self.init_tokens is not None:
+            object.__setattr__(self, "init_tokens", tuple(self.init_tokens))  # a list would not equal what a file gives
+            if self.init != "tokens":
+                raise ValueError('init_tokens would be ignored: they go with init="tokens"')
+            if len(self.init_tokens) != self.length:
+                raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std is a standard deviation, 0 or more, got {self.init_std}")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The embedding."""

@@ -49,5 +49,5 @@ class ReparameterizedPrefixAttention(PrefixAttention):
         with torch.no_grad():
             key, value = self.prefix()
         plain = PrefixAttention(self.base, recipe, {"key": key, "value": value})
-        plain.enabled, plain.training = self.enabled, self.training
+        plain.training = self.training
         return plain

@@ -4,6 +4,8 @@ A module keeps its name whatever is wrapped round it: `blocks.0.attention.query`
 also when it lies in `blocks.0.attention.base.query.base`. These names are the keys of `peft.state_dict`.
 """
 
+from typing import Any
+
 from torch import nn
 
 from peft.method import Wrapper
@@ -37,12 +39,15 @@ def matches(target: str, name: str) -> bool:
     return name.split(".")[-len(parts) :] == parts
 
 
-def find(targets: tuple[str, ...], candidates: dict[str, nn.Module], what: str) -> list[str]:
+def find(targets: tuple[str, ...], candidates: dict[str, Any], what: str) -> list[str]:
     """The names of all candidates that a target matches.
 
     Raises:
-        ValueError: a target matches none of them, or no target is given; the message lists what exists.
+        ValueError: a target matches none of them, or no target is given; the message lists what exists. Also a bare
+            string, which Python would take for a tuple of letters.
     """
+    if isinstance(targets, str):
+        raise ValueError(f'targets are a tuple of names, such as ("{targets}",), not the string {targets!r}')
     ends = sorted({name.split(".")[-1] for name in candidates})
     if not targets:
         raise ValueError(f"no target is given, so nothing would be trained; {what} here: {', '.join(ends)}")

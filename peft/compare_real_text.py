@@ -1,0 +1,327 @@
+"""The comparison on real text: every method on MiniLM and Rotten Tomatoes, films held out.
+
+    python -m peft.compare_real_text --out notebooks/results/rotten_tomatoes.csv
+
+Each method gets the learning rate that suits it, chosen on the validation films by short runs with one seed (rows of
+stage "choice", which never see the test films). Then it is trained in full with that rate, once per seed, and scored
+once on the test films (stage "final"). A fresh classification head is trained beside every method.
+
+The sweep takes an hour or so on one thread. Each finished run is one row of the file, and rows that are there are not
+run again: a sweep that was stopped goes on where it stopped.
+"""
+
+import argparse
+import csv
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from minitransformer.generation import evaluation_mode
+from minitransformer.heads import SequenceClassifier, mean_pool
+from minitransformer.pretrained.minilm import minilm
+from minitransformer.tasks.batches import batches_of_like_length
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.tasks.rotten_tomatoes import TextTask, rotten_tomatoes_splits
+from minitransformer.training import History, evaluate, fit, label_loss
+from peft.adapter import BottleneckAdapter
+from peft.attach import attach, attached, trainable_parameters
+from peft.checkpoint import save
+from peft.counting import parameter_table
+from peft.lora import LoRA
+from peft.method import Method
+from peft.prefix import PrefixTuning
+
+BATCH_SIZE = 32
+EPOCHS = 3  # of the final runs
+CHOICE_EPOCHS = 1  # of the runs that choose the learning rate
+CHOICE_SEED = 0
+SEEDS = (1, 2, 3)  # of the final runs
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the comparison: a method (None: no PEFT method) and the learning rates to choose from."""
+
+    method: Method | None
+    learning_rates: tuple[float, ...]
+    epochs: int = EPOCHS
+    choice_epochs: int = CHOICE_EPOCHS
+
+
+HEAD, FULL = "head only", "full fine-tuning"
+# The sizes are matched: the methods train 74 to 78 thousand numbers each, about 0.33% of the model.
+ENTRIES = {
+    HEAD: Entry(None, (1e-3, 1e-2, 1e-1), epochs=30, choice_epochs=30),  # on stored features: costs next to nothing
+    FULL: Entry(None, (5e-5, 1e-4, 2e-4)),
+    "LoRA": Entry(LoRA(rank=8, alpha=16, targets=("query", "value")), (1e-3, 2e-3, 4e-3)),
+    "prefix": Entry(PrefixTuning(length=16, at="kv"), (3e-3, 1e-2, 3e-2)),
+    "Houlsby adapter": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (1e-3, 3e-3, 1e-2)),
+    "Pfeiffer adapter": Entry(BottleneckAdapter(bottleneck=16, placement="pfeiffer"), (1e-3, 3e-3, 1e-2)),
+    "parallel adapter": Entry(BottleneckAdapter(bottleneck=16, placement="parallel"), (1e-3, 3e-3, 1e-2)),
+}
+
+# What a run is, then what it gave.
+KEY = ("task", "method", "recipe", "stage", "learning_rate", "steps", "seed")
+COLUMNS = (
+    *KEY,
+    "trained_parameters",
+    "share",
+    "validation_loss",
+    "validation_accuracy",
+    "test_accuracy",
+    "seconds_per_step",
+    "file_bytes",
+    "torch_version",
+)
+
+
+def classifier(name: str, seed: int) -> SequenceClassifier:
+    """MiniLM with a fresh head on the mean of its hidden states, and with the method of that name attached.
+
+    Raises:
+        ValueError: the comparison has no method of that name.
+    """
+    if name not in ENTRIES:
+        raise ValueError(f"the method {name!r} is unknown; choose one of {', '.join(ENTRIES)}")
+    model = SequenceClassifier(minilm(), n_classes=2, pool="mean", seed=seed)
+    method = ENTRIES[name].method
+    if method is not None:
+        return attach(model, method, seed=seed, train_also=("head",))
+    if name == HEAD:
+        model.transformer.requires_grad_(False)
+    return model
+
+
+class StoredFeatures(nn.Module):
+    """A head on features that were computed once: with everything below it frozen, they never change.
+
+    `rows` stands for the data set: its only "token" is the number of the row.
+    """
+
+    def __init__(self, model: SequenceClassifier, dataset: Dataset):
+        super().__init__()
+        self.head = model.head
+        pooled = []
+        with evaluation_mode(model), torch.no_grad():
+            for start in range(0, len(dataset), 250):
+                part = dataset.rows(slice(start, start + 250)).trimmed()
+                pooled.append(mean_pool(model.transformer.hidden(part.tokens, part.padding_mask), part.padding_mask))
+        self.features = torch.cat(pooled)  # [N, d_model]
+        numbers = torch.arange(len(dataset))[:, None]
+        self.rows = Dataset(numbers, torch.ones_like(numbers, dtype=torch.bool), dataset.targets)
+
+    def forward(self, tokens: Int[Tensor, "B 1"], padding_mask: Bool[Tensor, "B 1"]) -> Float[Tensor, "B n_classes"]:
+        """The head's scores of the rows with these numbers."""
+        return self.head(self.features[tokens[:, 0]])
+
+
+def train(
+    name: str,
+    learning_rate: float,
+    task: TextTask,
+    epochs: int = EPOCHS,
+    seed: int = 1,
+    progress: bool = True,
+    model: SequenceClassifier | None = None,
+) -> tuple[SequenceClassifier, History]:
+    """Train one method of the comparison; the last weights are kept.
+
+    Args:
+        name: a key of `ENTRIES`.
+        learning_rate: peak of the schedule.
+        task: of `rotten_tomatoes_splits`.
+        epochs: walks over the training films.
+        seed: of the head, the method's tensors, the order of the data and dropout.
+        progress: show a bar.
+        model: of `classifier(name, seed)`; made here if left out.
+
+    Returns:
+        The classifier, trained, and the history of the run.
+    """
+    model = classifier(name, seed) if model is None else model
+    learner, batches = model, batches_of_like_length(task.train, BATCH_SIZE, seed)
+    if name == HEAD:
+        learner = StoredFeatures(model, task.train)
+        batches = learner.rows
+    history = fit(
+        learner,
+        batches,
+        steps=epochs * (len(task.train) // BATCH_SIZE),
+        learning_rate=learning_rate,
+        batch_size=BATCH_SIZE,
+        objective=label_loss,
+        seed=seed,
+        progress=progress,
+        description=name,
+    )
+    return model, history
+
+
+def score(model: SequenceClassifier, dataset: Dataset) -> dict[str, float]:
+    """Loss and accuracy on a split. Rows are sorted by length first, so that little padding is computed."""
+    order = dataset.padding_mask.sum(dim=1).argsort(stable=True)
+    return evaluate(model, dataset.rows(order), objective=label_loss, batch_size=64)
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Size of the file that keeps what was trained: the method's, or all trained weights where there is none."""
+    if not attached(model):
+        return len(serialize({name: p.detach() for name, p in trainable_parameters(model).items()}))
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder, "method.safetensors"))
+        return Path(folder, "method.safetensors").stat().st_size
+
+
+def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTask) -> dict[str, str]:
+    """What identifies a run: the columns of `KEY`, as they stand in the file."""
+    entry = ENTRIES[name]
+    epochs = entry.epochs if stage == "final" else entry.choice_epochs
+    values = {
+        "task": task.name,
+        "method": name,
+        "recipe": "" if entry.method is None else repr(entry.method),
+        "stage": stage,
+        "learning_rate": learning_rate,
+        "steps": epochs * (len(task.train) // BATCH_SIZE),
+        "seed": seed,
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def finished(key: dict[str, str], task: TextTask, progress: bool = True) -> dict[str, str]:
+    """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test films."""
+    epochs = int(key["steps"]) // (len(task.train) // BATCH_SIZE)
+    rate, seed = float(key["learning_rate"]), int(key["seed"])
+    model, history = train(key["method"], rate, task, epochs, seed, progress)
+    validation, table = score(model, task.validation), parameter_table(model)
+    test = f"{score(model, task.test)['accuracy']:.4f}" if key["stage"] == "final" else ""
+    return key | {
+        "trained_parameters": str(table.trained),
+        "share": f"{table.share:.6f}",
+        "validation_loss": f"{validation['loss']:.4f}",
+        "validation_accuracy": f"{validation['accuracy']:.4f}",
+        "test_accuracy": test,
+        "seconds_per_step": f"{history.seconds_per_step:.4f}",
+        "file_bytes": str(file_bytes(model)),
+        "torch_version": torch.__version__,
+    }
+
+
+def chosen_learning_rate(rows: list[dict[str, str]], name: str) -> float:
+    """The rate of the best "choice" run of a method, by validation accuracy, then by validation loss.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    choice = [row for row in rows if row["method"] == name and row["stage"] == "choice"]
+    if not choice:
+        raise ValueError(f"no learning rate was tried for {name!r}; run the sweep first: python -m peft.compare_real_text")
+    best = max(choice, key=lambda row: (float(row["validation_accuracy"]), -float(row["validation_loss"])))
+    return float(best["learning_rate"])
+
+
+def run(
+    out: str | Path,
+    names: tuple[str, ...] = tuple(ENTRIES),
+    seeds: tuple[int, ...] = SEEDS,
+    progress: bool = True,
+) -> list[dict[str, str]]:
+    """The whole sweep, or what is missing of it in the file `out`.
+
+    Args:
+        out: the CSV file, read first and then extended row by row.
+        names: keys of `ENTRIES`.
+        seeds: of the final runs.
+        progress: show bars.
+
+    Returns:
+        All rows of the file.
+    """
+    task = rotten_tomatoes_splits()
+    rows = read_rows(out)
+    for stage in ("choice", "final"):
+        for key in _plan(stage, names, seeds, task, rows):
+            if not any(all(row[column] == key[column] for column in KEY) for row in rows):
+                rows.append(finished(key, task, progress))
+                write_rows(out, rows)
+    return rows
+
+
+def _plan(stage: str, names, seeds, task: TextTask, rows) -> Iterator[dict[str, str]]:
+    """Seeds outside, methods inside: wherever the sweep stops, every method has had its turn."""
+    if stage == "choice":
+        for name in names:
+            for rate in ENTRIES[name].learning_rates:
+                yield planned(name, stage, rate, CHOICE_SEED, task)
+    else:
+        for seed in seeds:
+            for name in names:
+                yield planned(name, stage, chosen_learning_rate(rows, name), seed, task)
+
+
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a results file; none if there is no file yet.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} is not a results file of this command: its columns differ; choose another --out")
+        return list(reader)
+
+
+def write_rows(path: str | Path, rows: list[dict[str, str]]) -> None:
+    """Write the file in one move, so that a sweep stopped at any moment leaves a whole one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """One line per method: learning rate, share, mean and spread of the test accuracy over the seeds."""
+    lines = [f"{'method':<18}{'rate':>8}{'trained':>12}{'share':>9}{'test':>8}{'± std':>7}{'runs':>6}{'s/step':>8}"]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        final = [row for row in rows if row["method"] == name and row["stage"] == "final"]
+        if not final:
+            continue
+        accuracy = torch.tensor([float(row["test_accuracy"]) for row in final])
+        spread = accuracy.std().item() if len(final) > 1 else 0.0
+        seconds = sum(float(row["seconds_per_step"]) for row in final) / len(final)
+        lines.append(
+            f"{name:<18}{float(final[0]['learning_rate']):>8.0e}{int(final[0]['trained_parameters']):>12,}"
+            f"{float(final[0]['share']):>9.2%}{accuracy.mean().item():>8.3f}{spread:>7.3f}{len(final):>6}{seconds:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Every PEFT method on MiniLM and Rotten Tomatoes, films held out.")
+    parser.add_argument("--out", type=Path, required=True, help="the CSV file; a sweep that was stopped goes on")
+    parser.add_argument("--methods", nargs="+", default=list(ENTRIES), choices=list(ENTRIES), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the final runs")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(summary(run(options.out, tuple(options.methods), tuple(options.seeds))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Shapes are checked in every test: jaxtyping's import hook wraps both packages before anything imports them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def _refuse_another_peft() -> None:
+    """Another package of the name `peft` is widespread; testing that one instead of ours must not pass."""
+    spec = importlib.util.find_spec("peft")
+    found = Path(next(iter(spec.submodule_search_locations))).resolve() if spec else None
+    if found != ROOT / "peft":
+        raise RuntimeError(
+            f"`import peft` finds {found}, not {ROOT / 'peft'}; use a fresh virtual environment without another peft"
+        )
+
+
+_refuse_another_peft()
+if any(name.split(".")[0] in ("minitransformer", "peft") for name in sys.modules):
+    raise RuntimeError("the packages were imported before their shapes could be checked; look for a plugin that does so")
+install_import_hook(["minitransformer", "peft"], "beartype.beartype")
+# Tiny tensors gain nothing from a second thread, and on a busy machine waiting for it costs ten times the work.
+torch.set_num_threads(1)
+
+KINDS = [(causal, norm) for causal in (True, False) for norm in ("pre", "post")]
+KIND_NAMES = [f"{'causal' if causal else 'encoder'}-{norm}" for causal, norm in KINDS]
+
+
+@pytest.fixture(params=KINDS, ids=KIND_NAMES)
+def tiny(request):
+    """A tiny model of each kind: `tiny(activation="relu", ...)`; decoders and encoders, pre- and post-norm."""
+    from minitransformer import Transformer, TransformerConfig
+
+    causal, norm = request.param
+
+    def build(seed: int = 0, **changes):
+        sizes = {"vocab_size": 23, "max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24}
+        config = TransformerConfig(**(sizes | {"causal": causal, "norm": norm} | changes))
+        return randomize(Transformer(config, seed))
+
+    return build
+
+
+def randomize(model, seed: int = 5, std: float = 0.3):
+    """Draw every weight anew: fresh biases are 0 and norms are 1, which would hide that one is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            p.copy_(gain + std * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def unchecked():
+    """Run without the shape checks, as a user does: what our own error messages say then."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,104 @@
+"""The audit raises on each defect it is for, and puts every bit back."""
+
+import pytest
+import torch
+from method_cases import RECIPES, assert_same, fingerprint, loss_of, outputs
+
+import peft
+from peft import AuditError
+
+
+def audited(model, message, loss=loss_of, error=AuditError):
+    before, state = fingerprint(model), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        peft.gradient_audit(model, loss)
+    assert_same(before, fingerprint(model))
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_notices_a_layer_norm_left_trainable(tiny):
+    model = peft.attach(tiny(), RECIPES["lora"])
+    model.blocks[1].norm_feedforward.weight.requires_grad_(True)
+    audited(model, r"blocks\.1\.norm_feedforward\.weight is trained, but no attached method declares it")
+
+
+@pytest.mark.parametrize("name", ["lora", "houlsby", "prefix kv", "prefix hidden"])
+def test_it_notices_a_layer_that_is_cut_off(tiny, name):
+    model = peft.attach(tiny(), RECIPES[name])
+    wrapper = model.blocks[1].attention
+    wrapper.forward = lambda x, *rest, forward=wrapper.forward: forward(x, *rest).detach()
+    audited(model, r"blocks\.\d\.\S+ should learn, but got no gradient")
+
+
+def test_it_notices_a_declared_tensor_that_was_frozen_by_accident(tiny):
+    model = peft.attach(tiny(), RECIPES["houlsby"])
+    before = set(peft.trainable_parameters(model))
+    model.blocks[0].attention.up_bias.requires_grad_(False)
+    audited(model, r"blocks\.0\.attention\.up_bias")
+    assert len(before) == len(peft.trainable_parameters(model)) + 1
+
+
+@pytest.mark.parametrize("when", ["in training", "under no_grad only"])
+@pytest.mark.parametrize("name", ["prefix hidden", "prefix mlp"])
+def test_it_notices_a_prefix_that_is_computed_once_and_kept(tiny, name, when):
+    """litgpt #1287: fine in the first step, no gradient (or a crash) after the first evaluation pass."""
+    model = peft.attach(tiny(), RECIPES[name])
+    for block in model.blocks:
+        kept = []
+
+        def prefix(compute=block.attention.prefix, kept=kept):
+            if kept:
+                return kept[0]
+            made = compute()
+            if when == "in training" or not torch.is_grad_enabled():
+                kept.append(made)
+            return made
+
+        block.attention.prefix = prefix
+    audited(model, "should learn, but got no gradient|computed once")
+
+
+def test_it_notices_a_disabled_method(tiny):
+    model = peft.attach(tiny(), RECIPES["houlsby"])
+    peft.attach(model, RECIPES["lora"])
+    for block in model.blocks:
+        block.attention.enabled = False
+    audited(model, r"attention\.down_weight should learn")
+
+
+def test_it_notices_a_loss_that_is_not_a_number(tiny):
+    model = peft.attach(tiny(), RECIPES["lora"])
+    audited(model, "NaN|not finite", loss=lambda m: loss_of(m) * float("nan"))
+
+
+def test_an_exception_in_the_loss_leaves_the_model_as_it_was(tiny):
+    model = peft.attach(tiny(), RECIPES["lora"])
+    calls = []
+
+    def loss(m):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("data ran out")
+        return loss_of(m)
+
+    audited(model, "data ran out", loss=loss, error=KeyError)
+
+
+def test_full_fine_tuning_can_be_audited(decoder):
+    table = peft.gradient_audit(decoder(), loss_of)
+    assert all(row.requires_grad and row.moved > 0 for row in table.rows)
+    assert {row.layer for row in table.rows} == {None, 0, 1}
+
+
+def test_fewer_than_three_steps_and_nothing_to_train_are_refused(decoder):
+    with pytest.raises(ValueError, match="three are needed"):
+        peft.gradient_audit(peft.attach(decoder(), RECIPES["lora"]), loss_of, steps=2)
+    with pytest.raises(ValueError, match="nothing to train"):
+        peft.gradient_audit(decoder().requires_grad_(False), loss_of)
+
+
+def test_the_audit_works_in_training_mode_with_dropout(tiny):
+    model = peft.attach(tiny(dropout=0.2).train(), peft.LoRA(rank=2, dropout=0.3))
+    peft.gradient_audit(model, loss_of)
+    assert model.training and torch.equal(outputs(model.eval()), outputs(tiny()))

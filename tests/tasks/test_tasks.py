@@ -1,0 +1,159 @@
+"""Both tasks: answers are right, splits disjoint, seeded and balanced, and counting words does not help."""
+
+import pytest
+import torch
+
+from minitransformer.tasks import (
+    bag_of_words_accuracy,
+    encode_question,
+    encode_review,
+    qa_splits,
+    sentiment_splits,
+    world_vocabulary,
+)
+from minitransformer.tasks.bag_of_words import bag_of_words
+from minitransformer.tasks.qa import QUESTION_SHARES
+from minitransformer.tasks.world import LABELS, MOVES, NAMES, OBJECTS, TAKES
+
+
+@pytest.fixture(scope="module")
+def qa():
+    return qa_splits(seed=0)
+
+
+@pytest.fixture(scope="module")
+def sentiment():
+    return sentiment_splits(seed=0)
+
+
+@pytest.fixture(params=["qa", "sentiment"])
+def task(request, qa, sentiment):
+    return {"qa": qa, "sentiment": sentiment}[request.param]
+
+
+def texts(split):
+    return {split.text(index) for index in range(len(split))}
+
+
+def test_train_validation_and_test_are_disjoint(task):
+    train, validation, test = texts(task.train), texts(task.validation), texts(task.test)
+    assert (len(train), len(validation), len(test)) == (10_000, 1_000, 2_000)
+    assert not train & validation and not train & test and not validation & test
+
+
+@pytest.mark.parametrize("splits", [qa_splits, sentiment_splits])
+def test_the_seed_decides_the_texts(splits):
+    sizes = (50, 10, 10)
+    one, same, other = splits(1, sizes), splits(1, sizes), splits(2, sizes)
+    assert torch.equal(one.test.tokens, same.test.tokens) and torch.equal(one.test.targets, same.test.targets)
+    assert texts(one.train) != texts(other.train)
+
+
+def test_splits_leave_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    qa_splits(0, (5, 1, 1))
+    sentiment_splits(0, (5, 1, 1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_rows_are_short_and_open_with_bos(task):
+    for split in (task.train, task.validation, task.test):
+        assert split.tokens.shape[1] <= 72
+        assert (split.tokens[:, 0] == task.vocabulary.bos_id).all()
+        assert ((split.tokens != task.vocabulary.pad_id) == split.padding_mask).all()
+
+
+def test_answers_are_among_the_answer_words(task):
+    assert set(task.train.targets.tolist()) == set(task.answer_ids.tolist())
+
+
+def read_story(text):
+    """A reader independent of the generator: the answer to the question at the end of a story."""
+    words = text.removeprefix("<bos> ").split()
+    *sentences, question = " ".join(words).split(" . ")
+    places, holders, colours, moves = {}, {}, {}, {}
+    for sentence in sentences:
+        parts = sentence.split()
+        if parts[1] in MOVES:
+            places[parts[0]] = parts[-1]
+            moves[parts[0]] = moves.get(parts[0], 0) + 1
+        else:
+            assert parts[1] in TAKES
+            holders[parts[-1]], colours[parts[-1]] = parts[0], parts[-2]
+    asked = question.split()
+    subject = asked[-2]
+    if asked[0] == "who":
+        return holders[subject], "holder", moves
+    if asked[0] == "what":
+        return colours[subject], "colour", moves
+    if subject in OBJECTS:
+        return places[holders[subject]], "object", moves
+    assert subject in NAMES
+    return places[subject], "person", moves
+
+
+def test_qa_answers_are_right_and_at_least_two_people_move_more_than_once(qa):
+    for index in range(len(qa.test)):
+        answer, kind, moves = read_story(qa.test.text(index))
+        assert answer == qa.test.answer(index), qa.test.text(index)
+        assert kind == qa.test.kinds[index]
+        assert len(moves) in (2, 3)
+        assert sum(count > 1 for count in moves.values()) >= 2
+
+
+def test_qa_kinds_have_their_shares(qa):
+    for kind, share in QUESTION_SHARES.items():
+        assert qa.train.kinds.count(kind) / len(qa.train) == pytest.approx(share, abs=0.02)
+
+
+def test_sentiment_labels_are_balanced(sentiment):
+    for split in (sentiment.train, sentiment.validation, sentiment.test):
+        positive = (split.targets == sentiment.vocabulary.id(LABELS[0])).float().mean().item()
+        assert positive == pytest.approx(0.5, abs=0.001)
+
+
+def test_counting_words_does_not_find_the_sentiment(sentiment):
+    accuracy = bag_of_words_accuracy(sentiment)
+    assert 0.4 < accuracy["test"] < 0.6
+    assert 0.4 < accuracy["validation"] < 0.6
+
+
+def test_bag_of_words_counts_words_and_not_padding(sentiment):
+    counts = bag_of_words(sentiment.test, len(sentiment.vocabulary))
+    assert torch.equal(counts.sum(dim=1), sentiment.test.padding_mask.sum(dim=1).float())
+    words = sentiment.test.text(0).split()
+    assert counts[0, sentiment.vocabulary.id("the")] == words.count("the")
+
+
+def test_bag_of_words_learns_what_words_do_tell():
+    """The baseline is no straw man: where single words decide, it finds them."""
+    task = sentiment_splits(0, (1_000, 50, 200))
+    good, bad = task.vocabulary.encode("good bad")
+    for split in (task.train, task.validation, task.test):
+        split.tokens[:, 1] = torch.where(split.targets == task.answer_ids[0], good, bad)
+    assert bag_of_words_accuracy(task)["test"] > 0.9
+
+
+def test_a_question_typed_by_the_reader_becomes_the_row_of_the_task(qa):
+    typed = qa.test.text(0).removeprefix("<bos> ")
+    own = qa.test.tokens[0][qa.test.padding_mask[0]]
+    assert encode_question(typed)[0].tolist() == own.tolist()
+
+
+def test_a_review_typed_by_the_reader_becomes_the_row_of_the_task(sentiment):
+    typed = sentiment.test.text(0).removeprefix("<bos> ").removesuffix(" sentiment :")
+    own = sentiment.test.tokens[0][sentiment.test.padding_mask[0]]
+    assert encode_review(typed)[0].tolist() == own.tolist()
+
+
+def test_bad_sentences_are_refused_with_the_cure():
+    with pytest.raises(ValueError, match=r'ends with "\?"'):
+        encode_question("mary went to paris .")
+    with pytest.raises(ValueError, match="did you mean paris"):
+        encode_question("mary went to pariss . where is mary ?")
+    with pytest.raises(ValueError, match="type one"):
+        encode_review("")
+
+
+def test_the_vocabulary_has_between_100_and_300_words():
+    assert 100 <= len(world_vocabulary()) <= 300

@@ -1,0 +1,143 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize
+from reference.numpy_transformer import attention_of_one_head
+
+from minitransformer import TransformerConfig
+from minitransformer.attention import (
+    Attention,
+    attention_mask,
+    attention_weights,
+    fused_attention,
+    written_out_attention,
+)
+from minitransformer.cache import LayerCache
+
+B, H, T, S, D = 2, 3, 5, 5, 4
+CONFIG = TransformerConfig(vocab_size=5, max_len=9, d_model=12, n_heads=3, n_layers=1, d_ff=8)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def qkv():
+    return [normal(B, H, n, D, seed=i).requires_grad_() for i, n in enumerate((T, S, S))]
+
+
+def masks():
+    """None, causal, padding on the right, both."""
+    real = torch.arange(S) < torch.tensor([5, 3])[:, None]
+    return {
+        "none": None,
+        "causal": attention_mask(T, None, S, causal=True),
+        "padding": attention_mask(T, real, S, causal=False),
+        "both": attention_mask(T, real, S, causal=True),
+    }
+
+
+@pytest.mark.parametrize("name", masks())
+def test_written_out_equals_fused_in_values_and_gradients(name):
+    results = []
+    for attend in (lambda *args: written_out_attention(*args)[0], fused_attention):
+        tensors = qkv()
+        out = attend(*tensors, masks()[name])
+        results.append([out, *torch.autograd.grad((out * normal(*out.shape, seed=9)).sum(), tensors)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", masks())
+def test_rows_of_attention_weights_sum_to_1_and_hidden_keys_get_0(name):
+    q, k, _ = qkv()
+    mask = masks()[name]
+    weights = attention_weights(q, k, mask)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+    if mask is not None:
+        assert weights.masked_select(~mask).abs().max() == 0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_agrees_with_the_formula_in_numpy(causal):
+    q, k, v = (x.detach() for x in qkv())
+    out, weights = written_out_attention(q, k, v, attention_mask(T, None, S, causal))
+    expected = attention_of_one_head(*(x[1, 2].numpy() for x in (q, k, v)), causal)
+    np.testing.assert_allclose(out[1, 2], expected[0], atol=1e-12)
+    np.testing.assert_allclose(weights[1, 2], expected[1], atol=1e-12)
+
+
+def test_dropout_falls_on_the_weights_and_keeps_their_mean():
+    q, k, v = (torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 4000, 1), torch.ones(1, 1, 4000, 1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        out, weights = written_out_attention(q, k, v, dropout=0.25)
+    assert 0.95 < out.item() < 1.05 and out.item() != 1.0
+    torch.testing.assert_close(weights.sum().item(), 1.0, atol=1e-5, rtol=0)  # the weights of a picture are undropped
+
+
+def test_the_mask_shows_the_past_the_real_keys_and_oneself():
+    real = torch.tensor([[False, True, True, False]])
+    x = attention_mask(4, real, 4, causal=True)[0, 0].int().tolist()
+    assert x == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+    x = attention_mask(4, real, 4, causal=False)[0, 0].int().tolist()
+    assert x == [[1, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+
+
+def test_the_queries_of_a_mask_are_the_last_keys():
+    full = attention_mask(4, None, 4, causal=True)
+    assert torch.equal(attention_mask(2, None, 4, causal=True), full[:, :, 2:])
+
+
+def test_an_encoder_without_padding_needs_no_mask():
+    assert attention_mask(4, None, 4, causal=False) is None
+
+
+def attention_and_input(**changes):
+    config = TransformerConfig(**(CONFIG.__dict__ | changes))
+    return randomize(Attention(config)).double(), normal(B, T, 12, seed=3)
+
+
+@pytest.mark.parametrize("mask", [None, attention_mask(T, None, T, causal=True)], ids=["all", "causal"])
+def test_extra_keys_equal_a_cache_that_holds_them(mask):
+    attention, x = attention_and_input()
+    key, value = normal(2, 12, seed=4), normal(2, 12, seed=5)
+    cache = LayerCache()
+    cache.append(*(attention.split_heads(extra.expand(B, -1, -1)) for extra in (key, value)))
+    with_front = None if mask is None else torch.cat([torch.ones(1, 1, T, 2, dtype=torch.bool), mask], dim=-1)
+    expected = attention(x, with_front, cache)
+    assert torch.equal(attention(x, mask, extra_key=key, extra_value=value), expected)
+
+
+def test_extra_keys_show_in_the_weights_in_front():
+    attention, x = attention_and_input()
+    weights = []
+    attention(x, weights=weights, extra_key=normal(2, 12), extra_value=normal(2, 12))
+    assert weights[0].shape == (B, 3, T, 2 + T)
+
+
+def test_the_two_implementations_of_the_module_agree_with_padding_and_extra_keys():
+    fused, x = attention_and_input(attention="fused")
+    written, _ = attention_and_input(attention="written_out")
+    mask = attention_mask(T, torch.arange(T) < torch.tensor([5, 2])[:, None], T, causal=True)
+    extra = {"extra_key": normal(2, 12, seed=4), "extra_value": normal(2, 12, seed=5)}
+    torch.testing.assert_close(fused(x, mask, **extra), written(x, mask, **extra), atol=1e-6, rtol=0)
+
+
+def test_scores_are_divided_by_the_root_of_the_head_width():
+    q = torch.full((1, 1, 1, 16), 1.0)
+    k = torch.stack([torch.ones(16), torch.zeros(16)])[None, None]
+    ratio = torch.log(attention_weights(q, k)[0, 0, 0]).diff().item()
+    assert math.isclose(ratio, -16 / 4, rel_tol=1e-6)
+
+
+def test_a_wrong_shape_is_refused_by_the_shape_checks():
+    from jaxtyping import TypeCheckError
+
+    q, k, v = (x.detach() for x in qkv())
+    with pytest.raises(TypeCheckError):
+        fused_attention(q, k, v[:, :, :-1])
+    with pytest.raises(TypeCheckError):
+        Attention(CONFIG)(torch.zeros(T, 12))
