@@ -76,7 +76,5 @@ class Vocabulary:
         indices = [int(index) for index in ids]
         for index in indices:
             if not 0 <= index < len(self):
-                raise ValueError(
-                    f"the id {index} is not in the vocabulary: ids run from 0 to {len(self) - 1}"
-                )
+                raise ValueError(f"the id {index} is not in the vocabulary: ids run from 0 to {len(self) - 1}")
         return " ".join(self.words[index] for index in indices if index != self.pad_id)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from reference.random_weights import randomize
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,7 +25,7 @@ def _refuse_another_peft() -> None:
 
 _refuse_another_peft()
 if any(name.split(".")[0] in ("minitransformer", "peft") for name in sys.modules):
-    raise RuntimeError("the packages were imported before their shapes could be checked; look for a plugin that does so")
+    raise RuntimeError("the packages were imported before their shapes could be checked; look for a plugin that does")
 install_import_hook(["minitransformer", "peft"], "beartype.beartype")
 # Tiny tensors gain nothing from a second thread, and on a busy machine waiting for it costs ten times the work.
 torch.set_num_threads(1)
@@ -46,16 +47,6 @@ def tiny(request):
         return randomize(Transformer(config, seed))
 
     return build
-
-
-def randomize(model, seed: int = 5, std: float = 0.3):
-    """Draw every weight anew: fresh biases are 0 and norms are 1, which would hide that one is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            p.copy_(gain + std * torch.randn(p.shape, generator=generator))
-    return model.eval()
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from reference.numpy_transformer import attention_of_one_head
+from reference.random_weights import randomize
 
 from minitransformer import TransformerConfig
 from minitransformer.attention import (

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import randomize
+from reference.random_weights import randomize
 
 from minitransformer import TransformerConfig
 from minitransformer.cache import KVCache

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from reference.numpy_transformer import ACTIVATIONS
+from reference.random_weights import randomize
 
 from minitransformer import TransformerConfig
 from minitransformer.feedforward import FeedForward, activate

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import randomize
+from reference.random_weights import randomize
 
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.generation import evaluation_mode, next_word

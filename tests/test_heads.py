@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from reference.numpy_transformer import NumpyTransformer
+from reference.random_weights import randomize
 
 from minitransformer import SequenceClassifier
 from minitransformer.heads import first_real, mean_pool

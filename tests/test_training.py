@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from reference.numpy_transformer import NumpyAdamW, clip_by_global_norm
+from reference.random_weights import randomize
 from torch import nn
 
 from minitransformer import SequenceClassifier, Transformer, TransformerConfig

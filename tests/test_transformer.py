@@ -4,8 +4,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from reference.numpy_transformer import ACTIVATIONS, NumpyTransformer
+from reference.random_weights import randomize
 
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.cache import KVCache

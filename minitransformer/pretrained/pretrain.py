@@ -48,9 +48,19 @@ class Stage:
 CURRICULUM = (
     Stage(
         {"story": 0.30, "review": 0.20, "pairs": 0.24, "chains": 0.13, "inventory": 0.10, "facts": 0.03},
-        until={"person": 0.85, "holder": 0.85, "opinion": 0.85},
+        until={"person": 0.85, "holder": 0.80, "opinion": 0.85},
     ),
-    Stage({"story": 0.66, "review": 0.15, "pairs": 0.03, "chains": 0.08, "inventory": 0.05, "facts": 0.03}),
+    Stage(
+        {
+            "story": 0.46,
+            "whereabouts": 0.25,
+            "review": 0.12,
+            "pairs": 0.03,
+            "chains": 0.06,
+            "inventory": 0.05,
+            "facts": 0.03,
+        }
+    ),
 )
 PROBE_ROWS = 500  # for each of the recorded probe scores
 
@@ -59,7 +69,7 @@ PROBE_ROWS = 500  # for each of the recorded probe scores
 class Recipe:
     """Everything that decides the weights, beside the machine."""
 
-    steps: int = 4_000
+    steps: int = 6_500
     n_rows: int = 20
     length: int = 128  # the whole position table, so that every position is trained
     learning_rate: float = 2e-3
@@ -69,7 +79,7 @@ class Recipe:
     clip: float = 1.0
     probe_every: int = 250
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
 
     def rate(self, step: int) -> float:
         """The learning rate at a step: linear warm-up, then a cosine down to 0."""

@@ -5,6 +5,7 @@
     pairs    bare pairs, told twice: "mary paris apple red apple red mary paris"
     chains   bare pairs that join: "mary paris apple mary mary paris apple paris"
     inventory   whose things are and of which colour, told twice
+    whereabouts people go somewhere, things come to people, then where each thing is: two steps, nothing else
     facts    numbers, signs, words: contexts for the words of the tasks that say nothing about opinions
 
 Pairs look silly, and decide everything: they make the model form its induction circuit (find the earlier
@@ -27,7 +28,7 @@ from minitransformer.tasks.recaps import (
     relative_recap,
 )
 from minitransformer.tasks.reviews import review
-from minitransformer.tasks.stories import object_steps, story_steps, tell
+from minitransformer.tasks.stories import Paint, object_steps, story_steps, tell
 from minitransformer.tasks.world import (
     COLOURS,
     DISPLEASED,
@@ -108,6 +109,23 @@ def inventory_document(random: Random) -> list[str]:
     return words + [word for sentence in recaps(random, world) for word in sentence]
 
 
+def whereabouts_document(random: Random) -> list[str]:
+    """Two to four people move once or twice, two to four objects come to them; then where each object is.
+
+    The places of the people are not told again, so the place of an object can only be found in two steps.
+    """
+    moves_of = [random.choices((1, 2), (3, 2))[0] for _ in range(random.randint(2, 4))]
+    world = World()
+    words: list[str] = []
+    for step in story_steps(random, moves_of, n_objects=random.randint(2, 4)):
+        if not isinstance(step, Paint):
+            words += tell(step, world)
+    objects = world.located_objects()
+    for thing in random.sample(objects, len(objects)):
+        words += object_recap(random, world, thing)
+    return words
+
+
 def random_pairs(random: Random) -> list[tuple[str, str]]:
     """Two to six pairs with different first words: name-place, object-name, object-colour or object-place."""
     firsts = random.sample(NAMES + OBJECTS, random.randint(2, 6))
@@ -159,9 +177,10 @@ DOCUMENTS = {
     "pairs": pairs_document,
     "chains": chains_document,
     "inventory": inventory_document,
+    "whereabouts": whereabouts_document,
     "facts": facts_document,
 }
-MEAN_LENGTHS = {"story": 100, "review": 16, "pairs": 17, "chains": 21, "inventory": 75, "facts": 12}  # words, roughly
+MEAN_LENGTHS = {"story": 100, "review": 16, "pairs": 17, "chains": 21, "inventory": 75, "whereabouts": 60, "facts": 12}  # words, roughly
 
 
 def pretraining_rows(

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import pytest
@@ -5,15 +6,15 @@ import torch
 
 from minitransformer.tasks.pretraining import DOCUMENTS, pretraining_rows
 from minitransformer.tasks.world import (
+    ARRIVALS,
     BAD,
+    COLOURS,
     DISPLEASED,
     GOOD,
     LABELS,
     NAMES,
     OBJECTS,
-    PLACES,
     PLEASED,
-    TAKES,
     WORDS,
     world_vocabulary,
 )
@@ -76,40 +77,52 @@ def test_half_of_the_reviews_are_single_clauses():
 
 def told_and_asked(words):
     """The pairs of the first and of the second half of a document."""
-    pairs = [tuple(pair.split()) for pair in " ".join(words).removesuffix(" .").split(" . ")]
+    pairs = [tuple(words[index : index + 2]) for index in range(0, len(words), 2)]
     return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
 
 
 def test_pairs_are_told_twice():
-    turned = 0
     for words in documents("pairs", 50):
         told, asked = told_and_asked(words)
-        assert sorted(map(sorted, told)) == sorted(map(sorted, asked))
-        assert all(first in NAMES + OBJECTS and second not in OBJECTS for first, second in asked)
-        turned += sum(second in OBJECTS for _, second in told)
-    assert turned > 50
+        assert sorted(told) == sorted(asked)
+        assert len({first for first, _ in told}) == len(told)
 
 
 def test_chains_join_object_to_place_through_its_holder():
     for words in documents("chains", 50):
         told, asked = told_and_asked(words)
-        place_of = {first: second for first, second in told if second in PLACES}
-        holder_of = dict(sorted(pair, key=lambda word: word in NAMES) for pair in told if set(pair) & set(OBJECTS))
-        assert holder_of
+        facts = dict(told)
         for first, second in asked:
-            assert second == (place_of[first] if first in NAMES else place_of[holder_of[first]])
+            assert second == (facts[first] if first in NAMES else facts[facts[first]])
+        assert any(first in OBJECTS for first, _ in asked)
 
 
 def test_inventories_tell_colour_and_holder_of_every_object():
     for words in documents("inventory", 50):
-        for verb in TAKES:
-            for index in (place for place, word in enumerate(words) if word == verb):
-                holder, colour, thing = words[index - 1], words[index + 2], words[index + 3]
-                recap = " ".join(words[index + 5 :])
-                assert f"{thing} is {colour} ." in recap
-                forms = (f"{thing} is with {holder}", f"{holder} has the {thing}")
-                forms += tuple(f"the holder of the {thing} is {now}{holder}" for now in ("", "now ", "still "))
-                assert any(form in recap for form in forms)
+        text = " ".join(words)
+        arrivals = [index for index, word in enumerate(words) if word in ARRIVALS]
+        assert 2 <= len(arrivals) <= 4
+        recap = " ".join(words[arrivals[-1] + 4 :])
+        for index in arrivals:
+            thing, holder = words[index - 1], words[index + 2]
+            forms = (f"{thing} is with {holder}", f"{holder} has the {thing}")
+            forms += tuple(f"holder of the {thing} is {now}{holder}" for now in ("", "now ", "still "))
+            assert any(form in recap for form in forms)
+            assert len(re.findall(rf"{thing} is ({'|'.join(COLOURS)})", text)) == 2
+
+
+def test_errands_end_with_the_place_of_every_object():
+    for words in documents("errands", 50):
+        places, holders = {}, {}
+        for sentence in " ".join(words).removesuffix(" .").split(" . "):
+            parts = [word for word in sentence.split() if word not in ("the", "of", "is", "in", "now", "still", "to")]
+            if parts[0] in NAMES:
+                places[parts[0]] = parts[-1]
+            elif parts[1] in ARRIVALS:
+                holders[parts[0]] = parts[-1]
+            else:
+                assert parts[-1] == places[holders[parts[-2]]]
+        assert holders
 
 
 def test_the_mixture_is_a_share_of_the_text():
@@ -120,7 +133,7 @@ def test_the_mixture_is_a_share_of_the_text():
         for text in VOCABULARY.decode(row).split("<bos>")[1:]:
             words = text.split()
             lengths["story" if "to" in words else "pairs"] += len(words)
-    assert lengths["story"] / sum(lengths.values()) == pytest.approx(0.5, abs=0.08)
+    assert lengths["story"] / sum(lengths.values()) == pytest.approx(0.5, abs=0.12)
 
 
 def test_an_unknown_kind_of_document_is_refused():

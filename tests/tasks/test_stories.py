@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from minitransformer.tasks import recaps as recaps_module
-from minitransformer.tasks.stories import Move, Take, story_steps, tell
+from minitransformer.tasks.stories import Arrival, Move, Paint, story_steps, tell
 from minitransformer.tasks.world import World
 
 
@@ -16,28 +16,31 @@ def played(*steps):
 
 
 def test_a_story_is_told_in_words():
-    _, words = played(Move("mary", "went", "paris"), Take("tom", "took", "red", "apple"))
-    assert " ".join(words) == "mary went to paris . tom took the red apple ."
+    _, words = played(Move("mary", "went", "paris"), Arrival("apple", "came", "tom"), Paint("apple", "red"))
+    assert " ".join(words) == "mary went to paris . the apple came to tom . the apple is red ."
 
 
 def test_the_latest_place_counts_and_objects_follow_their_holder():
     world, _ = played(
         Move("mary", "went", "paris"),
-        Take("mary", "took", "red", "apple"),
+        Arrival("apple", "came", "mary"),
+        Paint("apple", "red"),
         Move("tom", "went", "rome"),
         Move("mary", "moved", "oslo"),
     )
     assert world.places == {"mary": "oslo", "tom": "rome"}
     assert world.place_of_object("apple") == "oslo"
+    assert world.located_objects() == ["apple"]
     assert world.holders == {"apple": "mary"} and world.colours == {"apple": "red"}
 
 
 def test_an_object_is_nowhere_until_its_holder_has_a_place():
-    world, _ = played(Take("mary", "took", "red", "apple"))
-    assert world.place_of_object("apple") is None
-    assert recaps_module.recaps(Random(0), world)  # colour or holder, never a place
+    world, _ = played(Arrival("apple", "came", "mary"), Paint("apple", "red"))
+    assert world.place_of_object("apple") is None and world.located_objects() == []
     for seed in range(20):
-        assert all("place" not in sentence for sentence in recaps_module.recaps(Random(seed), world))
+        sentences = recaps_module.recaps(Random(seed), world)
+        assert len(sentences) == 2  # colour and holder
+        assert all("place" not in sentence and "in" not in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -45,7 +48,8 @@ def test_story_steps_keep_the_counts_and_never_stay(seed):
     steps = story_steps(Random(seed), [2, 3, 1], n_objects=2)
     moves = [step for step in steps if isinstance(step, Move)]
     assert sorted(Counter(move.person for move in moves).values()) == [1, 2, 3]
-    assert len({step.thing for step in steps if isinstance(step, Take)}) == 2
+    for kind in (Arrival, Paint):
+        assert len({step.thing for step in steps if isinstance(step, kind)}) == 2
     for person in {move.person for move in moves}:
         places = [move.place for move in moves if move.person == person]
         assert all(before != after for before, after in pairwise(places))
@@ -76,8 +80,8 @@ def test_recaps_are_true(seed):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_relative_recaps_are_true_and_ask_nothing(seed):
-    world, _ = played(Move("mary", "went", "paris"), Take("mary", "took", "red", "apple"))
+    world, _ = played(Move("mary", "went", "paris"), Arrival("apple", "came", "mary"))
     sentence = " ".join(recaps_module.relative_recap(Random(seed), world))
     assert sentence in (
-        "paris is where mary is .", "mary is who took the apple .", "the apple is what mary has ."
+        "paris is where mary is .", "mary is who the apple came to .", "the apple is what mary has ."
     )  # fmt: skip

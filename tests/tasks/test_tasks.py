@@ -13,7 +13,7 @@ from minitransformer.tasks import (
 )
 from minitransformer.tasks.bag_of_words import bag_of_words
 from minitransformer.tasks.qa import QUESTION_SHARES
-from minitransformer.tasks.world import LABELS, MOVES, NAMES, OBJECTS, TAKES
+from minitransformer.tasks.world import ARRIVALS, LABELS, MOVES, NAMES, OBJECTS
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,11 @@ def read_story(text):
         if parts[1] in MOVES:
             places[parts[0]] = parts[-1]
             moves[parts[0]] = moves.get(parts[0], 0) + 1
+        elif parts[2] in ARRIVALS:
+            holders[parts[1]] = parts[-1]
         else:
-            assert parts[1] in TAKES
-            holders[parts[-1]], colours[parts[-1]] = parts[0], parts[-2]
+            assert parts[2] == "is"
+            colours[parts[1]] = parts[-1]
     asked = question.split()
     subject = asked[-2]
     if asked[0] == "who":
