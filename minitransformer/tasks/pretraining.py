@@ -1,12 +1,12 @@
 """The pretraining text: documents of several kinds, packed into rows of token ids.
 
-    story    steps with recaps in between, then a recap of everything
-    review   an opinion, then what it led to ("so tom smiled ."), then perhaps a fact of no relation
-    pairs    bare pairs, told twice: "mary paris apple red apple red mary paris"
-    chains   bare pairs that join: "mary paris apple mary mary paris apple paris"
-    inventory   whose things are and of which colour, told twice
-    whereabouts people go somewhere, things come to people, then where each thing is: two steps, nothing else
-    facts    numbers, signs, words: contexts for the words of the tasks that say nothing about opinions
+    story        steps with recaps in between, then a recap of everything
+    review       an opinion, then what it led to ("so tom smiled ."), then perhaps a fact of no relation
+    pairs        bare pairs, told twice: "mary paris apple red apple red mary paris"
+    chains       bare pairs that join: "mary paris apple mary mary paris apple paris"
+    inventory    whose things are and of which colour, told twice
+    whereabouts  people go somewhere, things come to people, then where each thing is: two steps, nothing else
+    facts        numbers, signs, words: contexts for the words of the tasks that say nothing about opinions
 
 Pairs look silly, and decide everything: they make the model form its induction circuit (find the earlier
 mention, copy what came with it), which the stories then use. Stories alone never formed it.
@@ -109,7 +109,7 @@ def inventory_document(random: Random) -> list[str]:
     return words + [word for sentence in recaps(random, world) for word in sentence]
 
 
-def whereabouts_document(random: Random) -> list[str]:
+def errands_document(random: Random) -> list[str]:
     """Two to four people move once or twice, two to four objects come to them; then where each object is.
 
     The places of the people are not told again, so the place of an object can only be found in two steps.
@@ -177,10 +177,12 @@ DOCUMENTS = {
     "pairs": pairs_document,
     "chains": chains_document,
     "inventory": inventory_document,
-    "whereabouts": whereabouts_document,
+    "errands": errands_document,
     "facts": facts_document,
 }
-MEAN_LENGTHS = {"story": 100, "review": 16, "pairs": 17, "chains": 21, "inventory": 75, "whereabouts": 60, "facts": 12}  # words, roughly
+MEAN_LENGTHS = {  # words, roughly
+    "story": 100, "review": 16, "pairs": 17, "chains": 21, "inventory": 75, "errands": 60, "facts": 12,
+}  # fmt: skip
 
 
 def pretraining_rows(
