@@ -11,9 +11,8 @@ run again: a sweep that was stopped goes on where it stopped.
 """
 
 import argparse
-import csv
 import os
-import tempfile
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,15 @@ from minitransformer.tasks.batches import batches_of_like_length
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.tasks.rotten_tomatoes import TextTask, rotten_tomatoes_splits
 from minitransformer.training import History, evaluate, fit, label_loss
+from peft import compare
 from peft.adapter import BottleneckAdapter
 from peft.attach import attach, attached, trainable_parameters
-from peft.checkpoint import save
+from peft.compare import chosen_learning_rate, summaries, table
 from peft.counting import parameter_table
-from peft.lora import LoRA
+from peft.lora import ALL_LINEARS, LoRA
 from peft.method import Method
 from peft.prefix import PrefixTuning
+from peft.results import Row, read_rows, write_rows
 
 BATCH_SIZE = 32
 EPOCHS = 3  # of the final runs
@@ -56,30 +57,22 @@ class Entry:
 
 
 HEAD, FULL = "head only", "full fine-tuning"
-# The sizes are matched: the methods train 74 to 78 thousand numbers each, about 0.33% of the model.
+# The sizes are matched: all but "LoRA all" train 74 to 78 thousand numbers, about 0.33% of the model.
 ENTRIES = {
     HEAD: Entry(None, (1e-3, 1e-2, 1e-1), epochs=30, choice_epochs=30),  # on stored features: costs next to nothing
     FULL: Entry(None, (5e-5, 1e-4, 2e-4)),
-    "LoRA": Entry(LoRA(rank=8, alpha=16, targets=("query", "value")), (1e-3, 2e-3, 4e-3)),
-    "prefix": Entry(PrefixTuning(length=16, at="kv"), (3e-3, 1e-2, 3e-2)),
-    "Houlsby adapter": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (1e-3, 3e-3, 1e-2)),
-    "Pfeiffer adapter": Entry(BottleneckAdapter(bottleneck=16, placement="pfeiffer"), (1e-3, 3e-3, 1e-2)),
-    "parallel adapter": Entry(BottleneckAdapter(bottleneck=16, placement="parallel"), (1e-3, 3e-3, 1e-2)),
+    "LoRA q,v r=8": Entry(LoRA(rank=8, alpha=32.0), (5e-4, 1e-3, 2e-3)),
+    "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-3, 1e-2, 3e-2)),
+    "Houlsby adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (1e-3, 3e-3, 1e-2)),
+    "Pfeiffer adapter m=16": Entry(BottleneckAdapter(bottleneck=16, placement="pfeiffer"), (1e-3, 3e-3, 1e-2)),
+    "parallel adapter m=16": Entry(BottleneckAdapter(bottleneck=16, placement="parallel"), (1e-3, 3e-3, 1e-2)),
+    "LoRA all r=8": Entry(LoRA(rank=8, alpha=16.0, targets=ALL_LINEARS), (5e-4, 1e-3)),
 }
 
-# What a run is, then what it gave.
-KEY = ("task", "method", "recipe", "stage", "learning_rate", "steps", "seed")
-COLUMNS = (
-    *KEY,
-    "trained_parameters",
-    "share",
-    "validation_loss",
-    "validation_accuracy",
-    "test_accuracy",
-    "seconds_per_step",
-    "file_bytes",
-    "torch_version",
-)
+BACKBONE = "pretrained"
+# What a run is, then what it gave: the columns of `peft.compare`, without its kinds of rows.
+KEY = compare.KEY
+COLUMNS = tuple(column for column in compare.COLUMNS if column != "test_by_kind")
 
 
 def classifier(name: str, seed: int) -> SequenceClassifier:
@@ -99,6 +92,11 @@ def classifier(name: str, seed: int) -> SequenceClassifier:
     return model
 
 
+def by_length(dataset: Dataset) -> Int[Tensor, "N"]:
+    """The numbers of the rows, short ones first: cut into batches in this order, little padding is computed."""
+    return dataset.padding_mask.sum(dim=1).argsort(stable=True)
+
+
 class StoredFeatures(nn.Module):
     """A head on features that were computed once: with everything below it frozen, they never change.
 
@@ -108,12 +106,12 @@ class StoredFeatures(nn.Module):
     def __init__(self, model: SequenceClassifier, dataset: Dataset):
         super().__init__()
         self.head = model.head
-        pooled = []
+        self.features = torch.empty(len(dataset), model.head.in_features)  # [N, d_model]
         with evaluation_mode(model), torch.no_grad():
-            for start in range(0, len(dataset), 250):
-                part = dataset.rows(slice(start, start + 250)).trimmed()
-                pooled.append(mean_pool(model.transformer.hidden(part.tokens, part.padding_mask), part.padding_mask))
-        self.features = torch.cat(pooled)  # [N, d_model]
+            for rows in by_length(dataset).split(64):
+                part = dataset.rows(rows).trimmed()
+                hidden = model.transformer.hidden(part.tokens, part.padding_mask)
+                self.features[rows] = mean_pool(hidden, part.padding_mask)
         numbers = torch.arange(len(dataset))[:, None]
         self.rows = Dataset(numbers, torch.ones_like(numbers, dtype=torch.bool), dataset.targets)
 
@@ -165,26 +163,24 @@ def train(
 
 
 def score(model: SequenceClassifier, dataset: Dataset) -> dict[str, float]:
-    """Loss and accuracy on a split. Rows are sorted by length first, so that little padding is computed."""
-    order = dataset.padding_mask.sum(dim=1).argsort(stable=True)
-    return evaluate(model, dataset.rows(order), objective=label_loss, batch_size=64)
+    """Loss and accuracy on a split."""
+    return evaluate(model, dataset.rows(by_length(dataset)), objective=label_loss, batch_size=64)
 
 
 def file_bytes(model: nn.Module) -> int:
     """Size of the file that keeps what was trained: the method's, or all trained weights where there is none."""
-    if not attached(model):
-        return len(serialize({name: p.detach() for name, p in trainable_parameters(model).items()}))
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder, "method.safetensors"))
-        return Path(folder, "method.safetensors").stat().st_size
+    if attached(model):
+        return compare.file_bytes(model)
+    return len(serialize({name: p.detach() for name, p in trainable_parameters(model).items()}))
 
 
-def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTask) -> dict[str, str]:
+def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTask) -> Row:
     """What identifies a run: the columns of `KEY`, as they stand in the file."""
     entry = ENTRIES[name]
     epochs = entry.epochs if stage == "final" else entry.choice_epochs
     values = {
         "task": task.name,
+        "backbone": BACKBONE,
         "method": name,
         "recipe": "" if entry.method is None else repr(entry.method),
         "stage": stage,
@@ -195,36 +191,25 @@ def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTa
     return {key: str(value) for key, value in values.items()}
 
 
-def finished(key: dict[str, str], task: TextTask, progress: bool = True) -> dict[str, str]:
+def finished(key: Row, task: TextTask, progress: bool = True) -> Row:
     """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test films."""
     epochs = int(key["steps"]) // (len(task.train) // BATCH_SIZE)
     rate, seed = float(key["learning_rate"]), int(key["seed"])
     model, history = train(key["method"], rate, task, epochs, seed, progress)
-    validation, table = score(model, task.validation), parameter_table(model)
+    validation, counted = score(model, task.validation), parameter_table(model)
     test = f"{score(model, task.test)['accuracy']:.4f}" if key["stage"] == "final" else ""
     return key | {
-        "trained_parameters": str(table.trained),
-        "share": f"{table.share:.6f}",
+        "trained_parameters": str(counted.trained),
+        "share": f"{counted.share:.6f}",
         "validation_loss": f"{validation['loss']:.4f}",
         "validation_accuracy": f"{validation['accuracy']:.4f}",
         "test_accuracy": test,
         "seconds_per_step": f"{history.seconds_per_step:.4f}",
         "file_bytes": str(file_bytes(model)),
+        "threads": str(torch.get_num_threads()),
         "torch_version": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-
-
-def chosen_learning_rate(rows: list[dict[str, str]], name: str) -> float:
-    """The rate of the best "choice" run of a method, by validation accuracy, then by validation loss.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    choice = [row for row in rows if row["method"] == name and row["stage"] == "choice"]
-    if not choice:
-        raise ValueError(f"no learning rate was tried for {name!r}; run the sweep first: python -m peft.compare_real_text")
-    best = max(choice, key=lambda row: (float(row["validation_accuracy"]), -float(row["validation_loss"])))
-    return float(best["learning_rate"])
 
 
 def run(
@@ -232,7 +217,7 @@ def run(
     names: tuple[str, ...] = tuple(ENTRIES),
     seeds: tuple[int, ...] = SEEDS,
     progress: bool = True,
-) -> list[dict[str, str]]:
+) -> list[Row]:
     """The whole sweep, or what is missing of it in the file `out`.
 
     Args:
@@ -245,16 +230,16 @@ def run(
         All rows of the file.
     """
     task = rotten_tomatoes_splits()
-    rows = read_rows(out)
+    rows = read_rows(out, COLUMNS)
     for stage in ("choice", "final"):
         for key in _plan(stage, names, seeds, task, rows):
             if not any(all(row[column] == key[column] for column in KEY) for row in rows):
                 rows.append(finished(key, task, progress))
-                write_rows(out, rows)
+                write_rows(out, rows, COLUMNS)
     return rows
 
 
-def _plan(stage: str, names, seeds, task: TextTask, rows) -> Iterator[dict[str, str]]:
+def _plan(stage: str, names, seeds, task: TextTask, rows) -> Iterator[Row]:
     """Seeds outside, methods inside: wherever the sweep stops, every method has had its turn."""
     if stage == "choice":
         for name in names:
@@ -263,52 +248,7 @@ def _plan(stage: str, names, seeds, task: TextTask, rows) -> Iterator[dict[str, 
     else:
         for seed in seeds:
             for name in names:
-                yield planned(name, stage, chosen_learning_rate(rows, name), seed, task)
-
-
-def read_rows(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a results file; none if there is no file yet.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} is not a results file of this command: its columns differ; choose another --out")
-        return list(reader)
-
-
-def write_rows(path: str | Path, rows: list[dict[str, str]]) -> None:
-    """Write the file in one move, so that a sweep stopped at any moment leaves a whole one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
-def summary(rows: list[dict[str, str]]) -> str:
-    """One line per method: learning rate, share, mean and spread of the test accuracy over the seeds."""
-    lines = [f"{'method':<18}{'rate':>8}{'trained':>12}{'share':>9}{'test':>8}{'± std':>7}{'runs':>6}{'s/step':>8}"]
-    for name in dict.fromkeys(row["method"] for row in rows):
-        final = [row for row in rows if row["method"] == name and row["stage"] == "final"]
-        if not final:
-            continue
-        accuracy = torch.tensor([float(row["test_accuracy"]) for row in final])
-        spread = accuracy.std().item() if len(final) > 1 else 0.0
-        seconds = sum(float(row["seconds_per_step"]) for row in final) / len(final)
-        lines.append(
-            f"{name:<18}{float(final[0]['learning_rate']):>8.0e}{int(final[0]['trained_parameters']):>12,}"
-            f"{float(final[0]['share']):>9.2%}{accuracy.mean().item():>8.3f}{spread:>7.3f}{len(final):>6}{seconds:>8.2f}"
-        )
-    return "\n".join(lines)
+                yield planned(name, stage, chosen_learning_rate(rows, name, BACKBONE), seed, task)
 
 
 def main() -> None:
@@ -320,7 +260,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(summary(run(options.out, tuple(options.methods), tuple(options.seeds))))
+    print(table(summaries(run(options.out, tuple(options.methods), tuple(options.seeds)))))
 
 
 if __name__ == "__main__":

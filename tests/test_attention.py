@@ -74,7 +74,7 @@ def test_dropout_falls_on_the_weights_and_keeps_their_mean():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         out, weights = written_out_attention(q, k, v, dropout=0.25)
-    assert 0.95 < out.item() < 1.05 and out.item() != 1.0
+    assert 1e-4 < abs(out.item() - 1.0) < 0.05  # the sum of 4000 dropped and rescaled weights: spread 0.009
     torch.testing.assert_close(weights.sum().item(), 1.0, atol=1e-5, rtol=0)  # the weights of a picture are undropped
 
 

@@ -73,6 +73,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     probe_every: int = 250
+    probe_rows: int = 250  # rows of each probe during the run; more rows make the gate less of a gamble
     seed: int = 0
     threads: int = 1
 
@@ -158,7 +159,7 @@ def _run(recipe: Recipe, steps: int, progress: bool, on_probe) -> tuple[Transfor
         losses = []
         if (step + 1) % recipe.probe_every == 0 or step + 1 == steps:
             entry["held_out_loss"] = held_out_loss(model, recipe)
-            entry["probes"] = probe_scores(model)
+            entry["probes"] = probe_scores(model, n_rows=recipe.probe_rows)
             if CURRICULUM[stage].is_over(entry["probes"]):
                 stage += 1
             if on_probe is not None:

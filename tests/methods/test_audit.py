@@ -85,6 +85,18 @@ def test_an_exception_in_the_loss_leaves_the_model_as_it_was(tiny):
     audited(model, "data ran out", loss=loss, error=KeyError)
 
 
+def test_buffers_that_the_loss_moves_are_put_back(tiny):
+    model = peft.attach(tiny(), RECIPES["lora"])
+    model.register_buffer("calls", torch.zeros(1))
+
+    def loss(m):
+        m.calls += 1
+        return loss_of(m)
+
+    peft.gradient_audit(model, loss)
+    assert model.calls.item() == 0
+
+
 def test_full_fine_tuning_can_be_audited(decoder):
     table = peft.gradient_audit(decoder(), loss_of)
     assert all(row.requires_grad and row.moved > 0 for row in table.rows)

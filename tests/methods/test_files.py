@@ -80,6 +80,15 @@ def test_one_flipped_bit_anywhere_is_noticed(small, tmp_path, decoder):
         refused(model, broken, r"damaged|another format")
 
 
+def test_the_same_contents_written_in_another_way_are_noticed(small, decoder):
+    """The checksum covers what is read; comparing the bytes also covers what a reader would skip."""
+    path, _ = small
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    record = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+    save_file(load_file(path), path, metadata=record | {"note": "hello"})
+    refused(decoder(), path, "damaged")
+
+
 def test_a_file_cut_off_or_prolonged_anywhere_is_refused(small, tmp_path, decoder):
     path, _ = small
     data, broken = path.read_bytes(), tmp_path / "broken"

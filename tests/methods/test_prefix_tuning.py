@@ -230,4 +230,4 @@ def test_zero_scores_give_the_prefix_its_share_by_count(decoder):
     weights: list = []
     model.hidden(torch.tensor([[1, 2, 3, 4, 5]]), weights=weights)
     assert weights[0][..., :3].sum(-1).flatten().tolist() == pytest.approx([3 / 8] * 10, abs=1e-6)
-    assert math.isclose(float(weights[0][0, 0, 0, 0]), 1 / 8, abs_tol=1e-6)
+    assert math.isclose(weights[0][0, 0, 0, 0].item(), 1 / 8, abs_tol=1e-6)

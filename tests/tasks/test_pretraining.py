@@ -111,8 +111,8 @@ def test_inventories_tell_colour_and_holder_of_every_object():
             assert len(re.findall(rf"{thing} is ({'|'.join(COLOURS)})", text)) == 2
 
 
-def test_whereabouts_end_with_the_place_of_every_object_that_has_one():
-    for words in documents("whereabouts", 50):
+def test_errands_end_with_the_place_of_every_object():
+    for words in documents("errands", 50):
         places, holders = {}, {}
         for sentence in " ".join(words).removesuffix(" .").split(" . "):
             parts = [word for word in sentence.split() if word not in ("the", "of", "is", "in", "now", "still", "to")]
