@@ -56,7 +56,7 @@ class BottleneckAdapter(Method):
     bottleneck: int = 8
     placement: str = "houlsby"
     activation: str = "relu"
-    scale: float = 1.0
+    scale: float | int = 1.0
 
     def __post_init__(self):
         if self.bottleneck < 1:

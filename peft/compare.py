@@ -4,9 +4,9 @@
     python -m peft.compare --task qa --out notebooks/results/qa.csv
 
 A comparison without a choice of learning rate for each method lies: what suits LoRA leaves a prefix where it started.
-So each method first tries the rates of its grid with one seed, in full runs, judged on the validation split (rows of
-stage "choice"); the best one is then run with every seed and scored once on the test split (stage "final"). Everything
-else (batch size, schedule, data order) is the same for all.
+So each method first tries the rates of its grid with one seed, in runs of half the length, judged on the validation
+split (rows of stage "choice"); the best one is then run in full with every seed and scored once on the test split (stage
+"final"). Everything else (batch size, schedule, data order) is the same for all.
 
 On top of the methods come a row without any training (zero-shot), and, with `--random-backbone`, the same methods on a
 frozen backbone that was never pretrained: what they then reach, they owe to the task alone.
@@ -154,7 +154,7 @@ def planned(name: str, task: str, backbone_kind: str, stage: str, learning_rate:
         "recipe": "" if entry.method is None else repr(entry.method),
         "stage": stage,
         "learning_rate": learning_rate,
-        "steps": entry.steps[task],
+        "steps": entry.steps[task] if stage == "final" else entry.steps[task] // 2,
         "seed": seed,
     }
     return {key: str(value) for key, value in values.items()}

@@ -28,7 +28,7 @@ def lora_update(
     x: Float[Tensor, "*rows d_in"],
     A: Float[Tensor, "r d_in"],
     B: Float[Tensor, "d_out r"],
-    scale: float,
+    scale: float | int,
 ) -> Float[Tensor, "*rows d_out"]:
     """scale * B A x: what LoRA adds to a linear map's output. Hu et al. 2022, equation 3; scale = alpha / r.
 
@@ -37,7 +37,9 @@ def lora_update(
     return scale * F.linear(F.linear(x, A), B)
 
 
-def lora_weight(A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float) -> Float[Tensor, "d_out d_in"]:
+def lora_weight(
+    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float | int
+) -> Float[Tensor, "d_out d_in"]:
     """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
     return scale * (B @ A)
 
@@ -109,7 +111,7 @@ def bottleneck(
     up_weight: Float[Tensor, "d m"],
     up_bias: Float[Tensor, "d"],
     activation: str = "relu",
-    scale: float = 1.0,
+    scale: float | int = 1.0,
 ) -> Float[Tensor, "*rows d"]:
     """scale * (W_up act(W_down h + b_down) + b_up): what an adapter adds to h. Houlsby et al. 2019, section 2.1.
 

@@ -52,8 +52,8 @@ class LoRA(Method):
     """
 
     rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    alpha: float | int = 16.0
+    dropout: float | int = 0.0
     targets: tuple[str, ...] = ("query", "value")
     train: tuple[str, ...] = ("A", "B")
 

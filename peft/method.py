@@ -99,7 +99,7 @@ def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) ->
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound
 
 
-def normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
+def normal(shape: tuple[int, ...], std: float | int, generator: torch.Generator) -> Tensor:
     """Draws from N(0, std²)."""
     return torch.randn(shape, generator=generator) * std
 

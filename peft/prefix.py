@@ -53,7 +53,7 @@ class PrefixTuning(Method):
     length: int = 8
     at: str = "kv"
     init: str = "activations"
-    init_std: float = 1.0
+    init_std: float | int = 1.0
     init_tokens: tuple[int, ...] | None = None
     reparameterize: int | None = None
 

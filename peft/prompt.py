@@ -46,7 +46,7 @@ class PromptTuning(Method):
 
     length: int = 8
     init: str = "tokens"
-    init_std: float = 1.0
+    init_std: float | int = 1.0
     init_tokens: tuple[int, ...] | None = None
 
     def __post_init__(self):

@@ -1,0 +1,79 @@
+"""The README's result table, from the result files of the comparison.
+
+    python -m peft.report              writes the table into README.md, between its two markers
+    python -m peft.report --check      says whether the table there is the current one
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from peft.compare import COLUMNS, summaries
+from peft.results import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results"
+START, END = "<!-- results: written by python -m peft.report -->", "<!-- end of results -->"
+
+
+def report(results: Path = RESULTS) -> str:
+    """Both toy tasks side by side, a row for each method, as Markdown.
+
+    Raises:
+        ValueError: there is no result file.
+    """
+    tables = {}
+    for task in ("sentiment", "qa"):
+        rows = read_rows(results / f"{task}.csv", COLUMNS)
+        if not rows:
+            raise ValueError(
+                f"{results / task}.csv is missing or empty; run: python -m peft.compare --task {task} "
+                f"--out notebooks/results/{task}.csv"
+            )
+        for kind in ("pretrained", "random"):
+            for record in summaries(rows, kind):
+                name = record["method"] if kind == "pretrained" else f"{record['method']}, random backbone"
+                tables.setdefault(name, {})[task] = record
+    lines = ["| method | trained numbers | share | sentiment | question answering |", "|---|---:|---:|---:|---:|"]
+    for name, records in tables.items():
+        any_record = next(iter(records.values()))
+        cells = [_accuracy(records.get(task)) for task in ("sentiment", "qa")]
+        lines.append(f"| {name} | {any_record['trained']:,} | {any_record['share']:.2%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(record: dict | None) -> str:
+    if record is None:
+        return "not run"
+    runs = f"{record['runs']} seeds" if record["runs"] > 1 else "1 seed"
+    return f"{record['mean']:.1%} ± {record['spread']:.1%} ({runs})"
+
+
+def written_into(text: str, table: str) -> str:
+    """The README's text with the table between its markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    if START not in text or END not in text:
+        raise ValueError(f"README.md has lost its markers; put {START} and {END} round the place of the table")
+    before, rest = text.split(START, 1)
+    return f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Write the result table into README.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the table is not the current one")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = written_into(text, report())
+    if options.check:
+        sys.exit(0 if new == text else "the table in README.md is not that of the result files: python -m peft.report")
+    readme.write_text(new)
+    print(report())
+
+
+if __name__ == "__main__":
+    main()
