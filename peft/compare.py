@@ -5,7 +5,7 @@
 
 A comparison without a choice of learning rate for each method lies: what suits LoRA leaves a prefix where it started.
 So each method first tries the rates of its grid with one seed, in runs of half the length, judged on the validation
-split (rows of stage "choice"); the best one is then run in full with every seed and scored once on the test split (stage
+split (stage "choice"); the best one is then run in full with every seed and scored once on the test split (stage
 "final"). Everything else (batch size, schedule, data order) is the same for all.
 
 On top of the methods come a row without any training (zero-shot), and, with `--random-backbone`, the same methods on a
