@@ -6,8 +6,8 @@ Each method gets the learning rate that suits it, chosen on the validation films
 stage "choice", which never see the test films). Then it is trained in full with that rate, once per seed, and scored
 once on the test films (stage "final"). A fresh classification head is trained beside every method.
 
-The sweep takes an hour or so on one thread. Each finished run is one row of the file, and rows that are there are not
-run again: a sweep that was stopped goes on where it stopped.
+The sweep takes about two hours on one free thread. Each finished run is one row of the file, and rows that are there
+are not run again: a sweep that was stopped goes on where it stopped.
 """
 
 import argparse
