@@ -114,20 +114,26 @@ def plot_attention(weights, words: Sequence[str], title: str, n_prefix: int = 0)
     weights = np.asarray(weights)
     n_heads, n_queries, n_keys = weights.shape
     columns = [f"P{i + 1}" for i in range(n_prefix)] + list(words)
-    size = max(3.0, 0.26 * n_keys)
-    height = size * n_queries / n_keys + 1.6
-    figure, axes = plt.subplots(1, n_heads, figsize=(size * n_heads, height), layout="constrained")
-    for head, axis in enumerate(np.atleast_1d(axes)):
+    across = n_heads if n_keys <= 12 else min(2, n_heads)  # long texts get two panels a line, to stay legible
+    down = -(-n_heads // across)
+    width = max(3.2, 0.3 * n_keys)
+    height = width * n_queries / n_keys + 0.9
+    figure, axes = plt.subplots(
+        down, across, figsize=(width * across + 1, height * down + 0.5), layout="constrained", squeeze=False
+    )
+    for head, axis in enumerate(axes.flat):
+        if head >= n_heads:
+            axis.axis("off")
+            continue
         image = axis.imshow(weights[head], cmap="Blues", vmin=0, vmax=1)
-        axis.set_xticks(range(n_keys), columns, rotation=90, fontsize=8)
-        axis.set_yticks(range(n_queries), words if head == 0 else [""] * n_queries, fontsize=8)
-        axis.set(title=f"head {head}", xlabel="key")
+        axis.set_xticks(range(n_keys), columns, rotation=90, fontsize=9)
+        axis.set_yticks(range(n_queries), words if head % across == 0 else [""] * n_queries, fontsize=9)
+        axis.set(title=f"head {head}", xlabel="key", ylabel="query" if head % across == 0 else "")
         axis.grid(False)
         if n_prefix:
             axis.axvline(n_prefix - 0.5, color=COLOURS["prefix"], linewidth=2)
             for label in axis.get_xticklabels()[:n_prefix]:
                 label.set_color(COLOURS["prefix"])
-    np.atleast_1d(axes)[0].set_ylabel("query")
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.7)
     figure.suptitle(title)
     return figure

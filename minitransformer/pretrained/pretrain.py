@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.toy import BACKBONE, toy_vocabulary
@@ -140,7 +141,8 @@ def _run(recipe: Recipe, steps: int, progress: bool, on_probe) -> tuple[Transfor
         model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
     stage, losses, history = 0, [], []
-    for step in tqdm(range(steps), disable=not progress, desc="pretraining"):
+    bar = {"desc": "pretraining", "file": sys.stdout, "ncols": 100, "mininterval": 0.5, "disable": not progress}
+    for step in tqdm(range(steps), **bar):
         rows = pretraining_rows(
             vocabulary, CURRICULUM[stage].mixture, recipe.n_rows, recipe.length, seed=recipe.seed, step=step
         )

@@ -1,6 +1,10 @@
-"""Classification as text-to-text: a review, the prompt "sentiment :", one of two label words.
+"""Classification as text-to-text: a review, the prompt "so the sentiment is", one of two label words.
 
-    although the play was not dull , the music was awful . sentiment :     -> negative
+    although the play was not dull , the music was awful . so the sentiment is     -> negative
+
+The prompt matters. Behind "is", the pretrained model knows that a label word may come ("the number two is positive"),
+so a method only has to say which. With the prompt "sentiment :", behind which it has never seen one, LoRA on query and
+value and prefixes stayed at chance for hundreds of steps on the same backbone.
 
 Every review has two clauses or a correction ("not dull but charming"), and every clause is denied as often as
 not: whoever counts good and bad words is right half of the time (`bag_of_words.py` measures it).
@@ -13,7 +17,7 @@ from minitransformer.tasks.reviews import review
 from minitransformer.tasks.world import LABELS, world_vocabulary
 
 KINDS = ("correction", "agreement", "contrast", "concession")
-PROMPT = ("sentiment", ":")
+PROMPT = ("so", "the", "sentiment", "is")
 SPLIT_SIZES = (10_000, 1_000, 2_000)  # train, validation, test
 
 

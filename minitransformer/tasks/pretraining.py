@@ -6,7 +6,6 @@
     chains       bare pairs that join: "mary paris apple mary mary paris apple paris"
     inventory    whose things are and of which colour, told twice
     errands      people go somewhere, things come to people, then where each thing is: two steps, nothing else
-    whereabouts  people go somewhere, things come to people, then where each thing is: two steps, nothing else
     facts        numbers, signs, words: contexts for the words of the tasks that say nothing about opinions
 
 Pairs look silly, and decide everything: they make the model form its induction circuit (find the earlier

@@ -21,7 +21,7 @@ def encode_question(text: str) -> Int[Tensor, "1 T"]:
 
 
 def encode_review(text: str) -> Int[Tensor, "1 T"]:
-    """A review, such as "the plot was not dull but charming ."; the prompt "sentiment :" is added.
+    """A review, such as "the plot was not dull but charming ."; the prompt "so the sentiment is" is added.
 
     Raises:
         ValueError: the text is empty, or holds an unknown word (the message names the nearest known ones).

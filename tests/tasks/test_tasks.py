@@ -143,7 +143,7 @@ def test_a_question_typed_by_the_reader_becomes_the_row_of_the_task(qa):
 
 
 def test_a_review_typed_by_the_reader_becomes_the_row_of_the_task(sentiment):
-    typed = sentiment.test.text(0).removeprefix("<bos> ").removesuffix(" sentiment :")
+    typed = sentiment.test.text(0).removeprefix("<bos> ").removesuffix(" so the sentiment is")
     own = sentiment.test.tokens[0][sentiment.test.padding_mask[0]]
     assert encode_review(typed)[0].tolist() == own.tolist()
 
