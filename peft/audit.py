@@ -78,9 +78,7 @@ def gradient_audit(
     try:
         norms = _trial(model, parameters, loss_fn, steps, learning_rate)
         rows = tuple(
-            AuditRow(
-                site_name(name), _layer(name), p.requires_grad, norms[name], (p - before[name]).abs().max().item()
-            )
+            AuditRow(site_name(name), _layer(name), p.requires_grad, norms[name], (p - before[name]).abs().max().item())
             for name, p in parameters.items()
         )
     finally:

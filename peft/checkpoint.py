@@ -8,8 +8,6 @@ written as, so a flipped bit anywhere is noticed.
 
 import hashlib
 import json
-import os
-import uuid
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from minitransformer.files import write_whole
 from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
 from peft.method import Method
 from peft.sites import all_wrappers, site_name
@@ -38,7 +37,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     if broken:
         raise ValueError(f"{broken[0]} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
     record = {"format": FORMAT, "methods": [_record(entry) for entry in attached(model)], "base": base_hash(model)}
-    _write_whole(Path(path), _file_bytes(tensors, record))
+    write_whole(path, _file_bytes(tensors, record))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -133,16 +132,3 @@ def _checksum(tensors: dict[str, Tensor], record: dict) -> str:
 def _file_bytes(tensors: dict[str, Tensor], record: dict) -> bytes:
     signed = {**record, "checksum": _checksum(tensors, record)}
     return serialize(tensors, metadata={KEY: json.dumps(signed, sort_keys=True)})
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

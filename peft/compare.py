@@ -4,9 +4,10 @@
     python -m peft.compare --task qa --out notebooks/results/qa.csv
 
 A comparison without a choice of learning rate for each method lies: what suits LoRA leaves a prefix where it started.
-So each method first tries the rates of its grid with one seed, in runs of half the length, judged on the validation
-split (stage "choice"); the best one is then run in full with every seed and scored once on the test split (stage
-"final"). Everything else (batch size, schedule, data order) is the same for all.
+So each method first tries the rates of its grid in full runs with a seed of their own, judged on the validation split
+(stage "choice"; shorter runs would favour the higher rate, whatever is best in the end); the best rate is then run with
+every seed and scored once on the test split (stage "final"). Everything else (batch size, schedule, data order) is the
+same for all.
 
 On top of the methods come a row without any training (zero-shot), and, with `--random-backbone`, the same methods on a
 frozen backbone that was never pretrained: what they then reach, they owe to the task alone.
@@ -64,11 +65,11 @@ ENTRIES = {
     "Pfeiffer adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="pfeiffer"), (5e-3, 1e-2), SHORT),
     "parallel adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="parallel"), (5e-3, 1e-2), SHORT),
     "adapter inside FFN m=4": Entry(BottleneckAdapter(bottleneck=4, placement="inside_ffn"), (5e-3, 1e-2), SHORT),
-    "prefix k,v n=8": Entry(PrefixTuning(length=8), (3e-2, 1e-1), LONG),
-    "prefix hidden n=8": Entry(PrefixTuning(length=8, at="hidden"), (3e-2, 1e-1), LONG),
-    "soft prompt n=8": Entry(PromptTuning(length=8), (1e-1, 3e-1), LONG),
+    "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-2, 1e-1), LONG),
+    "prefix hidden n=16": Entry(PrefixTuning(length=16, at="hidden"), (3e-2, 1e-1), LONG),
+    "soft prompt n=16": Entry(PromptTuning(length=16), (1e-1, 3e-1), LONG),
 }
-RANDOM_BACKBONE = ("LoRA all r=4", "Houlsby adapter m=8", "prefix k,v n=8")
+RANDOM_BACKBONE = ("LoRA all r=4", "Houlsby adapter m=8", "prefix k,v n=16")
 
 KEY = ("task", "backbone", "method", "recipe", "stage", "learning_rate", "steps", "seed")
 COLUMNS = (
@@ -154,7 +155,7 @@ def planned(name: str, task: str, backbone_kind: str, stage: str, learning_rate:
         "recipe": "" if entry.method is None else repr(entry.method),
         "stage": stage,
         "learning_rate": learning_rate,
-        "steps": entry.steps[task] if stage == "final" else entry.steps[task] // 2,
+        "steps": entry.steps[task],
         "seed": seed,
     }
     return {key: str(value) for key, value in values.items()}
@@ -183,11 +184,7 @@ def finished(key: Row, task: Task, progress: bool = True) -> Row:
 
 def chosen_learning_rate(rows: list[Row], name: str, backbone_kind: str) -> float:
     """The rate of the best "choice" run of a method, by validation accuracy, then by validation loss."""
-    runs = [
-        row
-        for row in rows
-        if (row["method"], row["backbone"], row["stage"]) == (name, backbone_kind, "choice")
-    ]
+    runs = [row for row in rows if (row["method"], row["backbone"], row["stage"]) == (name, backbone_kind, "choice")]
     if not runs:
         raise ValueError(f"no learning rate was tried for {name!r}; run the sweep first: python -m peft.compare")
     best = max(runs, key=lambda row: (float(row["validation_accuracy"]), -float(row["validation_loss"])))

@@ -139,13 +139,16 @@ def plot_attention(weights, words: Sequence[str], title: str, n_prefix: int = 0)
     return figure
 
 
-def plot_comparison(rows: Sequence[Mapping], title: str, chance: float | None = None) -> Figure:
+def plot_comparison(
+    rows: Sequence[Mapping], title: str, chance: float | None = None, chance_label: str = "chance"
+) -> Figure:
     """Test accuracy against the trained share (log axis), a point with its spread for each method.
 
     Args:
         rows: mappings with "method", "share", "mean" and "spread" (both between 0 and 1).
         title: says what is seen.
         chance: accuracy of guessing, drawn as a line.
+        chance_label: what the legend calls it.
     """
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     markers = _markers([row["method"] for row in rows])
@@ -155,7 +158,7 @@ def plot_comparison(rows: Sequence[Mapping], title: str, chance: float | None = 
             color=colour_of(row["method"]), marker=markers[row["method"]], markersize=9, linestyle="none",
         )  # fmt: skip
     if chance is not None:
-        axis.axhline(100 * chance, color=COLOURS["base"], linestyle=":", label="chance")
+        axis.axhline(100 * chance, color=COLOURS["base"], linestyle=":", label=chance_label)
     axis.set_xscale("log")
     axis.set(xlabel="trained numbers, % of the base model (log)", ylabel="test accuracy (%)", title=title)
     axis.legend(fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,10 +1,11 @@
 """Result files: one CSV row for each finished run, so that a sweep that was stopped goes on where it stopped."""
 
 import csv
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from pathlib import Path
+
+from minitransformer.files import write_whole
 
 Row = dict[str, str]
 
@@ -28,10 +29,8 @@ def write_rows(path: str | Path, rows: list[Row], columns: Sequence[str]) -> Non
     """Write the file in one move, so that a sweep stopped at any moment leaves a whole one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())

@@ -37,7 +37,7 @@ def test_chosen_rows_get_the_same_scores_as_all(tiny):
 
 def test_a_model_without_a_head_says_so(tiny):
     model = tiny(lm_head="none")
-    with pytest.raises(ValueError, match=r'no language-model head .*use model.hidden\(...\)'):
+    with pytest.raises(ValueError, match=r"no language-model head .*use model.hidden\(...\)"):
         model(TOKENS)
 
 

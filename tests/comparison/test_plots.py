@@ -1,0 +1,97 @@
+"""Figures: what was given is what is drawn, each axis is named, and each method has one colour."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from minitransformer.training import History
+from peft import plots
+from peft.compare import ENTRIES
+from peft.compare_real_text import ENTRIES as REAL_TEXT_ENTRIES
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def named(axis):
+    return bool(axis.get_xlabel() and axis.get_ylabel() and axis.get_title())
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, *REAL_TEXT_ENTRIES])
+def test_every_method_of_the_comparisons_has_the_colour_of_its_family(name):
+    family = name.split()[0].lower()
+    family = {"soft": "prompt", "houlsby": "adapter", "pfeiffer": "adapter", "parallel": "adapter"}.get(family, family)
+    assert plots.colour_of(name) == plots.COLOURS[family]
+    assert plots.colour_of("something else") not in plots.COLOURS.values()
+
+
+def test_the_running_mean():
+    assert plots.smoothed([2.0, 4.0, 6.0, 8.0], window=2) == pytest.approx([2.0, 3.0, 5.0, 7.0])
+    assert plots.smoothed([5.0] * 40) == pytest.approx([5.0] * 40)
+
+
+def test_training_curves():
+    history = History(loss=[3.0, 2.0, 1.0], validation_step=[2, 3], validation_accuracy=[0.5, 0.75])
+    figure = plots.plot_training({"LoRA a": history, "LoRA b": history, "prefix": history}, "three runs")
+    loss, accuracy = figure.axes
+    assert named(loss) and named(accuracy) and figure.get_suptitle() == "three runs"
+    assert loss.lines[0].get_ydata() == pytest.approx([3.0, 2.5, 2.0])
+    assert list(accuracy.lines[0].get_xdata()) == [2, 3]
+    assert accuracy.lines[0].get_ydata() == pytest.approx([50, 75])
+    looks = {(line.get_color(), line.get_linestyle()) for line in loss.lines}
+    assert len(looks) == 3  # two runs of one colour differ in their dashes
+
+
+def test_a_sweep_labels_every_point():
+    axis = plots.plot_sweep((1, 4), (0.5, 0.875), "rank r", "Rank", "lora")
+    assert axis.lines[0].get_ydata() == pytest.approx([50, 87.5])
+    assert [text.get_text() for text in axis.texts] == ["50.0", "87.5"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "4"]
+    assert axis.get_xlabel() == "rank r" and axis.get_title() == "Rank"
+
+
+@pytest.mark.parametrize("n_prefix", [0, 2])
+def test_an_attention_map_has_a_panel_for_each_head_and_marks_the_prefix(n_prefix):
+    weights = np.full((3, 4, n_prefix + 4), 1 / (n_prefix + 4))
+    figure = plots.plot_attention(weights, ["where", "is", "mary", "?"], "layer 0", n_prefix)
+    panels = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in panels] == ["head 0", "head 1", "head 2"]
+    assert np.array_equal(panels[1].images[0].get_array(), weights[1])
+    labels = [label.get_text() for label in panels[0].get_xticklabels()]
+    assert labels == [*["P1", "P2"][:n_prefix], "where", "is", "mary", "?"]
+
+
+def test_the_comparison_draws_every_method_once():
+    rows = [
+        {"method": "LoRA q,v r=4", "share": 0.01, "mean": 0.9, "spread": 0.02},
+        {"method": "LoRA all r=4", "share": 0.03, "mean": 0.95, "spread": 0.01},
+        {"method": "full fine-tuning", "share": 1.0, "mean": 1.0, "spread": 0.0},
+    ]
+    figure = plots.plot_comparison(rows, "a title", chance=0.5, chance_label="guessing")
+    (axis,) = figure.axes
+    assert named(axis) and axis.get_xscale() == "log"
+    points = {c.get_label(): c.lines[0] for c in axis.containers}
+    assert {name: (line.get_xdata()[0], line.get_ydata()[0]) for name, line in points.items()} == {
+        row["method"]: (100 * row["share"], 100 * row["mean"]) for row in rows
+    }
+    assert points["LoRA q,v r=4"].get_marker() != points["LoRA all r=4"].get_marker()
+    assert "guessing" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_the_picture_of_the_block_names_the_four_methods():
+    texts = " ".join(text.get_text() for text in plots.draw_block().axes[0].texts)
+    for method in ("prompt tuning", "LoRA", "prefix tuning", "adapter"):
+        assert method in texts
+
+
+def test_the_style_is_set_for_all_figures_that_follow():
+    with matplotlib.rc_context():
+        plots.use_style()
+        assert plt.rcParams["figure.facecolor"] == "white" and plt.rcParams["font.size"] >= 11

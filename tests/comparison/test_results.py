@@ -1,0 +1,87 @@
+"""Result files, and the README's table that is made from them."""
+
+import os
+
+import pytest
+
+from peft import report
+from peft.compare import COLUMNS
+from peft.results import read_rows, write_rows
+
+
+def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretrained"):
+    values = dict.fromkeys(COLUMNS, "")
+    return values | {
+        "task": task, "backbone": backbone, "method": method, "stage": "final", "learning_rate": "0.005",
+        "steps": "600", "seed": str(seed), "trained_parameters": "8192", "share": "0.009896",
+        "test_accuracy": accuracy, "seconds_per_step": "0.1", "file_bytes": "34000",
+    }  # fmt: skip
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    rows = [row("qa", 'a "quoted", name'), row("qa", seed=2)]
+    write_rows(tmp_path / "new" / "rows.csv", rows, COLUMNS)
+    assert read_rows(tmp_path / "new" / "rows.csv", COLUMNS) == rows
+    assert os.listdir(tmp_path / "new") == ["rows.csv"]
+    assert read_rows(tmp_path / "none.csv", COLUMNS) == []
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="is not a results file of this command"):
+        read_rows(tmp_path / "other.csv", COLUMNS)
+    assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    write_rows(path, [row("qa")], COLUMNS)
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        write_rows(path, [row("qa"), row("qa", seed=2)], COLUMNS)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["rows.csv"]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds on each task, and one run on a random backbone."""
+    for task, accuracies in (("sentiment", ("1.0000", "0.9800")), ("qa", ("0.9000", "0.9200"))):
+        rows = [row(task, seed=seed, accuracy=accuracy) for seed, accuracy in enumerate(accuracies)]
+        rows.append(row(task, accuracy="0.5000", backbone="random"))
+        write_rows(tmp_path / f"{task}.csv", rows, COLUMNS)
+    return tmp_path
+
+
+def test_the_report_has_a_line_for_each_method(results):
+    lines = report.report(results).splitlines()
+    assert lines[2] == "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | 91.0% ± 1.4% (2 seeds) |"
+    assert lines[3] == (
+        "| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% ± 0.0% (1 seed) | 50.0% ± 0.0% (1 seed) |"
+    )
+    assert len(lines) == 4
+
+
+def test_a_method_that_was_not_run_is_not_hidden(results):
+    write_rows(results / "qa.csv", [row("qa", "another")], COLUMNS)
+    table = report.report(results)
+    assert "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | not run |" in table
+
+
+def test_without_result_files_the_cure_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"missing or empty; run: python -m peft\.compare --task sentiment"):
+        report.report(tmp_path)
+
+
+def test_the_table_goes_between_its_markers_and_nothing_else_changes():
+    text = f"head\n{report.START}\nold\n{report.END}\ntail\n"
+    once = report.written_into(text, "new")
+    assert once == f"head\n{report.START}\nnew\n{report.END}\ntail\n"
+    assert report.written_into(once, "new") == once
+    with pytest.raises(ValueError, match="has lost its markers"):
+        report.written_into("no markers here", "new")
