@@ -114,8 +114,20 @@ class Attention(nn.Module):
                 They stand in front, belong to every row, and are visible to every query.
         """
         q = self.split_heads(self.query(x))  # [B, H, T, d_head]
-        k = self.split_heads(self.key(x))
-        v = self.split_heads(self.value(x))
+        return self.join_heads(self.attend(q, x, mask, cache, weights, extra_key, extra_value))
+
+    def attend(
+        self,
+        q: Float[Tensor, "B H T d_head"],
+        x: Float[Tensor, "B T d_model"],
+        mask: Bool[Tensor, "#B 1 T S"] | None = None,
+        cache: LayerCache | None = None,
+        weights: list | None = None,
+        extra_key: Float[Tensor, "n d_model"] | None = None,
+        extra_value: Float[Tensor, "n d_model"] | None = None,
+    ) -> Float[Tensor, "B H T d_head"]:
+        """What each head's queries `q` see in x and in what stands in front of it; the rest as in `forward`."""
+        k, v = self.split_heads(self.key(x)), self.split_heads(self.value(x))
         if cache is not None:
             cache.append(k, v)
             k, v = cache.key, cache.value  # [B, H, S, d_head]
@@ -125,13 +137,16 @@ class Attention(nn.Module):
             if mask is not None:
                 mask = F.pad(mask, (extra_key.shape[0], 0), value=True)  # [B, 1, T, n + S]
         dropout = self.dropout if self.training else 0.0
-        if weights is not None or self.implementation == "written_out":
-            out, seen = written_out_attention(q, k, v, mask, dropout)
-            if weights is not None:
-                weights.append(seen)
-        else:
-            out = fused_attention(q, k, v, mask, dropout)
-        return self.output(out.transpose(1, 2).flatten(-2))  # [B, T, d_model]
+        if weights is None and self.implementation == "fused":
+            return fused_attention(q, k, v, mask, dropout)
+        out, seen = written_out_attention(q, k, v, mask, dropout)
+        if weights is not None:
+            weights.append(seen)
+        return out
+
+    def join_heads(self, heads: Float[Tensor, "B H T d_head"]) -> Float[Tensor, "B T d_model"]:
+        """Concatenate the heads and mix them by W_O."""
+        return self.output(heads.transpose(1, 2).flatten(-2))
 
     def _prepend(
         self, extra: Float[Tensor, "n d_model"], own: Float[Tensor, "B H S d_head"]

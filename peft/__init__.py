@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning from scratch: prefix tuning, prompt tuning, LoRA and adapters as explicit tensors.
 
-Read in this order: functional (all the arithmetic), method, then lora, prefix, prompt, adapter, and attach.
+Read in this order: functional (all the arithmetic), method, lora, prefix, prompt, adapter, bitfit, ia3, attach.
 """
 
 from peft.adapter import BottleneckAdapter
@@ -15,18 +15,24 @@ from peft.attach import (
     trainable_parameters,
 )
 from peft.audit import AuditError, gradient_audit
-from peft.checkpoint import load, save
+from peft.bitfit import BitFit
+from peft.checkpoint import describe, load, save
+from peft.combine import combine
 from peft.counting import expected_parameters, parameter_table
-from peft.lora import ALL_LINEARS, LoRA
-from peft.merge import merge, unmerge
+from peft.ia3 import IA3
+from peft.lora import ALL_LINEARS, DoRA, LoRA, lora_plus_groups
+from peft.merge import merge, merged_copy, unmerge
 from peft.method import Method, Wrapper
 from peft.prefix import PrefixTuning
 from peft.prompt import PromptTuning
 
 __all__ = [
     "ALL_LINEARS",
+    "IA3",
     "AuditError",
+    "BitFit",
     "BottleneckAdapter",
+    "DoRA",
     "LoRA",
     "Method",
     "PrefixTuning",
@@ -34,6 +40,8 @@ __all__ = [
     "Wrapper",
     "attach",
     "attached",
+    "combine",
+    "describe",
     "detach",
     "disabled",
     "expected_parameters",
@@ -41,7 +49,9 @@ __all__ = [
     "gradient_audit",
     "load",
     "load_state_dict",
+    "lora_plus_groups",
     "merge",
+    "merged_copy",
     "parameter_table",
     "save",
     "state_dict",

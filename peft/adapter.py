@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from minitransformer.block import Block
 from minitransformer.config import ACTIVATIONS, TransformerConfig
 from peft.functional import bottleneck
-from peft.method import Method, Wrapper, normal, parameter_like
-from peft.sites import unwrapped
+from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like
+from peft.sites import in_layers, unwrapped
 
 # What each placement wraps in a block, and how the wrapper joins it: behind it, beside it, or in front of it.
 PLACEMENTS = {
@@ -40,8 +40,8 @@ PLACEMENTS = {
 
 
 @dataclass(frozen=True)
-class BottleneckAdapter(Method):
-    """Recipe: adapters of width `bottleneck` in every block.
+class BottleneckAdapter(LayerwiseMethod):
+    """Recipe: adapters of width `bottleneck` in every block, or in those that `layers` names.
 
     Args:
         bottleneck: m, the width between the two projections.
@@ -59,6 +59,7 @@ class BottleneckAdapter(Method):
     scale: float | int = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
         if self.placement not in PLACEMENTS:
@@ -73,7 +74,8 @@ class BottleneckAdapter(Method):
         blocks = [name for name, module in modules.items() if isinstance(module, Block)]
         if not blocks:
             raise ValueError("the model has no minitransformer Block, so an adapter has nowhere to enter")
-        return [f"{block}.{sublayer}" for block in blocks for sublayer in PLACEMENTS[self.placement][0]]
+        places = [f"{block}.{sublayer}" for block in blocks for sublayer in PLACEMENTS[self.placement][0]]
+        return in_layers(places, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """An `Adapter` joined to the sublayer."""
@@ -83,16 +85,16 @@ class BottleneckAdapter(Method):
         return Adapter(module, self, reader.in_features, generator)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """n_layers * adapters per layer * (2 d m + m + d)."""
+        """blocks * adapters per block * (2 d m + m + d)."""
         d = config.d_ff if self.placement == "inside_ffn" else config.d_model
         per_layer = len(PLACEMENTS[self.placement][0])
-        return config.n_layers * per_layer * (2 * d * self.bottleneck + self.bottleneck + d)
+        return self.n_blocks(config) * per_layer * (2 * d * self.bottleneck + self.bottleneck + d)
 
 
 class Adapter(Wrapper):
     """A bottleneck behind, beside or in front of a frozen module, with explicit `down_…` and `up_…` tensors."""
 
-    outside = True
+    order = 3
 
     def __init__(self, base: nn.Module, recipe: BottleneckAdapter, d: int, generator: torch.Generator):
         super().__init__(base)

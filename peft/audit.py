@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.attach import attached, declared
-from peft.sites import all_wrappers, site_name
+from peft.sites import all_wrappers, layer_of, site_name
 
 
 class AuditError(AssertionError):
@@ -77,8 +77,9 @@ def gradient_audit(
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     try:
         norms = _trial(model, parameters, loss_fn, steps, learning_rate)
+        moved = {name: (p - before[name]).abs().max().item() for name, p in parameters.items()}
         rows = tuple(
-            AuditRow(site_name(name), _layer(name), p.requires_grad, norms[name], (p - before[name]).abs().max().item())
+            AuditRow(site_name(name), layer_of(name), p.requires_grad, norms[name], moved[name])
             for name, p in parameters.items()
         )
     finally:
@@ -119,11 +120,6 @@ def _backward(loss: Tensor) -> None:
             "something is computed once and kept from one step to the next, so its gradient is lost; compute it "
             "afresh in every forward pass"
         ) from error
-
-
-def _layer(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
 
 
 def _judge(table: AuditTable, names: dict[int, str], model: nn.Module) -> None:

@@ -8,6 +8,7 @@ written as, so a flipped bit anywhere is noticed.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from minitransformer.files import write_whole
 from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
+from peft.merge import is_merged, merge
 from peft.method import Method
-from peft.sites import all_wrappers, site_name
+from peft.sites import all_wrappers, in_order, site_name
 
 FORMAT = "peft-from-scratch 1"
 KEY = "peft"  # one metadata key only: safetensors writes several in no fixed order
@@ -36,12 +38,19 @@ def save(model: nn.Module, path: str | Path) -> None:
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ValueError(f"{broken[0]} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
-    record = {"format": FORMAT, "methods": [_record(entry) for entry in attached(model)], "base": base_hash(model)}
+    record = {
+        "format": FORMAT,
+        "methods": [_record(entry) for entry in attached(model)],
+        "base": base_hash(model),
+        "merged": is_merged(model),
+    }
     write_whole(path, _file_bytes(tensors, record))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Attach what a file holds, in place. If the same recipes are attached already, only their tensors are replaced.
+
+    A file saved while the updates were merged holds A and B all the same, and says so: they are merged again.
 
     Returns:
         The model itself.
@@ -52,14 +61,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: there is no such file.
     """
     tensors, record = read(path)
-    try:
-        entries = [
-            Attached(Method.from_dict(dict(values["recipe"])), values["seed"], tuple(values["train_also"]))
-            for values in record["methods"]
-        ]
-        trained_on = record["base"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a record that is not complete; save it again with this version") from error
+    entries = _entries(path, record)
     present = attached(model)
     if present and present != entries:
         raise ValueError("other methods are attached to this model; detach(model) first, or load into a fresh model")
@@ -67,12 +69,14 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         if not present:
             for entry in entries:
                 attach(model, entry.method, entry.seed, entry.train_also)
-        if base_hash(model) != trained_on:
+        if base_hash(model) != record["base"]:
             raise ValueError(
                 f"{path} was trained on another base model (other weights, shape or precision); load it into the "
                 f"model it was trained on"
             )
         load_state_dict(model, tensors)
+        if record["merged"]:
+            merge(model)
     except Exception:
         if not present and attached(model):
             detach(model)
@@ -99,7 +103,65 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     checksum = record.pop("checksum", None)
     if checksum != _checksum(tensors, record) or _file_bytes(tensors, record) != data:
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; take another copy")
-    return tensors, record
+    return {name: tensors[name] for name in in_order(tensors)}, record
+
+
+@dataclass(frozen=True)
+class FileDescription:
+    """What a file holds; prints as a few lines."""
+
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    train_also: tuple[str, ...]
+    merged: bool  # whether the updates were merged into the weights when it was saved
+    base: str  # hash of the base weights it was trained on
+    tensors: dict[str, tuple[int, ...]]  # name -> shape
+    numbers: int
+    bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{recipe}, seed {seed}" for recipe, seed in zip(self.recipes, self.seeds, strict=True)]
+        if self.train_also:
+            lines.append(f"with the modules {', '.join(self.train_also)}, trained whole")
+        if self.merged:
+            lines.append("saved while merged into the weights")
+        lines.append(f"{len(self.tensors)} tensors, {self.numbers:,} numbers, {self.bytes:,} bytes")
+        lines += [f"  {name} {list(shape)}" for name, shape in self.tensors.items()]
+        return "\n".join([*lines, f"trained on the base {self.base[:12]}…"])
+
+
+def describe(path: str | Path) -> FileDescription:
+    """What a file holds, without a model: `print(describe(path))`.
+
+    Raises:
+        ValueError: not a file of ours, or damaged.
+        FileNotFoundError: there is no such file.
+    """
+    tensors, record = read(path)
+    entries = _entries(path, record)
+    return FileDescription(
+        recipes=tuple(str(entry.method) for entry in entries),
+        seeds=tuple(entry.seed for entry in entries),
+        train_also=tuple(dict.fromkeys(name for entry in entries for name in entry.train_also)),
+        merged=record["merged"],
+        base=record["base"],
+        tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        numbers=sum(tensor.numel() for tensor in tensors.values()),
+        bytes=Path(path).stat().st_size,
+    )
+
+
+def _entries(path: str | Path, record: dict) -> list[Attached]:
+    """The attached methods that a record lists, once it is known to be complete."""
+    try:
+        if not isinstance(record["base"], str) or not isinstance(record["merged"], bool):
+            raise TypeError("base is a text, merged is true or false")
+        return [
+            Attached(Method.from_dict(dict(values["recipe"])), values["seed"], tuple(values["train_also"]))
+            for values in record["methods"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a record that is not complete; save it again with this version") from error
 
 
 def base_hash(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from minitransformer.config import TransformerConfig
 from peft.attach import declared
 from peft.method import Method
-from peft.sites import site_name
+from peft.sites import all_wrappers, site_name
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ParameterTable:
     """Every tensor of a model; prints as a table of those that a method brought or that are trained."""
 
     rows: tuple[Row, ...]
+    merged: tuple[str, ...] = ()  # names of the weights that hold an update at present
 
     @property
     def trained(self) -> int:
@@ -63,7 +64,14 @@ class ParameterTable:
             f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {numbers:>{widths[2]}}  {'trained' if trained else 'frozen'}"
             for name, shape, numbers, trained in rows
         ]
-        return "\n".join([*lines, f"trained: {self.trained:,} of {self.base:,} in the base model = {self.share:.2%}"])
+        return "\n".join([*lines, *self.summary()])
+
+    def summary(self) -> list[str]:
+        """The lines below the table."""
+        lines = [f"trained: {self.trained:,} of {self.base:,} in the base model = {self.share:.2%}"]
+        if self.merged:
+            lines.append(f"merged: {len(self.merged)} weights hold their update at present ({self.merged[0]}, …)")
+        return lines
 
     def _repr_html_(self) -> str:
         cells = "".join(
@@ -71,20 +79,23 @@ class ParameterTable:
             f"<td>{row.numbers:,}</td><td>{'trained' if row.trained else 'frozen'}</td></tr>"
             for row in self.shown()
         )
-        total = f"trained: {self.trained:,} of {self.base:,} in the base model = {self.share:.2%}"
         head = "<tr><th style='text-align:left'>tensor</th><th>shape</th><th>numbers</th><th></th></tr>"
-        return f"<table>{head}{cells}</table><p>{total}</p>"
+        return f"<table>{head}{cells}</table><p>{'<br>'.join(self.summary())}</p>"
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
     """Every tensor of the model: name, shape, how many numbers, trained or frozen."""
     belonging = {id(tensor) for tensor in declared(model).values()}
-    return ParameterTable(
-        tuple(
-            Row(site_name(name), tuple(p.shape), p.numel(), p.requires_grad, id(p) in belonging)
-            for name, p in model.named_parameters()
-        )
+    rows = tuple(
+        Row(site_name(name), tuple(p.shape), p.numel(), p.requires_grad, id(p) in belonging)
+        for name, p in model.named_parameters()
     )
+    merged = tuple(
+        f"{site}.weight"
+        for site, wrappers in all_wrappers(model).items()
+        if any(getattr(wrapper, "merged", False) for wrapper in wrappers)
+    )
+    return ParameterTable(rows, merged)
 
 
 def expected_parameters(config: TransformerConfig, method: Method) -> int:

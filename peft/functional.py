@@ -6,11 +6,15 @@ wrappers call these functions, and the tests hold each against a NumPy twin, val
 Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
 
     lora_update        (alpha / r) B A x                                   Hu et al. 2022, section 4.1
+    dora_weight        m (W0 + ΔW) / ||W0 + ΔW||, row by row               Liu et al. 2024 (DoRA), equation 5
     prefix_attention   softmax(q [P_k ; K]ᵀ / sqrt(d_head)) [P_v ; V]      Li & Liang 2021, section 4; He et al. 2022
     gated_attention    (1 - lambda) Attn(K, V) + lambda Attn(P_k, P_v)     He et al. 2022, equation 7
+    gated_prefix       Attn(K, V) + tanh(g) Attn(P_k, P_v)                 Zhang et al. 2023, section 3.2
     prefix_mlp         tanh(P' W_hᵀ + b_h) W_oᵀ + b_o                      Li & Liang 2021, section 4.3
     prepend            [P ; E(tokens)]                                     Lester et al. 2021, section 2
     bottleneck         W_up act(W_down h + b_down) + b_up                  Houlsby et al. 2019, section 2.1
+    rescaled           l ⊙ h                                               Liu et al. 2022 (IA3), section 3.3
+    shifted            h + Δb                                              Ben Zaken et al. 2022 (BitFit), section 3
 """
 
 import math
@@ -42,6 +46,27 @@ def lora_weight(
 ) -> Float[Tensor, "d_out d_in"]:
     """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
     return scale * (B @ A)
+
+
+def row_norms(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
+    """The length of each row of a weight: of what makes one output number."""
+    return torch.linalg.vector_norm(weight, dim=1)
+
+
+def dora_weight(
+    frozen_weight: Float[Tensor, "d_out d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    magnitude: Float[Tensor, " d_out"],
+    norms: Float[Tensor, " d_out"],
+    scale: float | int,
+) -> Float[Tensor, "d_out d_in"]:
+    """magnitude * (W0 + ΔW) / ||W0 + ΔW||: LoRA turns the direction of each row, `magnitude` is its length.
+
+    Liu et al. 2024, equation 5. `norms` are the lengths of the rows of W0 + ΔW, handed in because no gradient passes
+    through them (their section 4.3).
+    """
+    return (magnitude / norms)[:, None] * (frozen_weight + lora_weight(A, B, scale))
 
 
 def prefix_attention(
@@ -88,6 +113,21 @@ def gated_attention(
     return (1 - gate) * own + gate * (prefix_scores.softmax(dim=-1) @ prefix_v), gate
 
 
+def gated_prefix(
+    own: Float[Tensor, "B H T d_head"],
+    q: Float[Tensor, "B H T d_head"],
+    prefix_k: Float[Tensor, "B H n d_head"],
+    prefix_v: Float[Tensor, "B H n d_head"],
+    gate: Float[Tensor, " H"],
+) -> Float[Tensor, "B H T d_head"]:
+    """own + tanh(gate) Attn(q, P_k, P_v): the prefix has a softmax of its own, and each head a gate for it.
+
+    Zhang et al. 2023 (LLaMA-Adapter), section 3.2; the tanh is in their code. `own` is the attention over the text:
+    with gate = 0 it comes out unchanged, bit for bit, whatever the prefix holds.
+    """
+    return own + torch.tanh(gate)[:, None, None] * (attention_weights(q, prefix_k) @ prefix_v)
+
+
 def prefix_mlp(
     source: Float[Tensor, "n d"],
     hidden_weight: Float[Tensor, "h d"],
@@ -118,3 +158,13 @@ def bottleneck(
     `scale` is the s of He et al. 2022, table 6; Houlsby's adapter has s = 1.
     """
     return scale * F.linear(activate(F.linear(h, down_weight, down_bias), activation), up_weight, up_bias)
+
+
+def rescaled(h: Float[Tensor, "*rows d"], scale: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
+    """l ⊙ h: each number of an activation has a learned factor. Liu et al. 2022, section 3.3."""
+    return h * scale
+
+
+def shifted(h: Float[Tensor, "*rows d"], delta_bias: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
+    """h + Δb: the change of a bias, added to what the frozen map gives. Ben Zaken et al. 2022, section 3."""
+    return h + delta_bias

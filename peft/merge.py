@@ -1,4 +1,4 @@
-"""Merging: LoRA's update written into the weight, so that inference costs what the base costs.
+"""Merging: LoRA's update (or DoRA's) written into the weight, so that inference costs what the base costs.
 
 Source: Hu et al. 2022, section 4.1, "No Additional Inference Latency".
 
@@ -8,12 +8,14 @@ Source: Hu et al. 2022, section 4.1, "No Additional Inference Latency".
 over many rounds.
 """
 
-import torch
-from torch import nn
+import copy
 
-from peft.functional import lora_weight
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
 from peft.lora import LoRALinear
-from peft.sites import all_wrappers
+from peft.sites import all_wrappers, unwrap
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -26,16 +28,19 @@ def merge(model: nn.Module) -> nn.Module:
     loras = _loras(model)
     if any(lora.merged for lora in loras.values()):
         raise ValueError("the updates are merged already; unmerge(model) first")
-    merged = {}
+    weights = {name: _merged_weight(name, lora) for name, lora in loras.items()}
     for name, lora in loras.items():
-        update = lora_weight(lora.A.detach(), lora.B.detach(), lora.recipe.scale)
-        if not bool(torch.isfinite(update).all()):
-            raise ValueError(f"the update of {name} holds a NaN or an infinity, so nothing was merged")
-        weight = lora.base.weight.detach()
-        merged[name] = (weight.to(update.dtype) + update).to(weight.dtype)
-    for name, lora in loras.items():
-        lora.write(merged[name])
+        lora.write(weights[name])
     return model
+
+
+@torch.no_grad()
+def _merged_weight(name: str, lora: LoRALinear) -> Float[Tensor, "d_out d_in"]:
+    weight = lora.changed_weight().to(lora.base.weight.dtype)
+    for tensor in (*lora.tensors().values(), weight):  # a NaN in A is lost where B is 0, but not what it says
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the update of {name} holds a NaN or an infinity, so nothing was merged")
+    return weight
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -50,6 +55,38 @@ def unmerge(model: nn.Module) -> nn.Module:
     for lora in loras.values():
         lora.release()
     return model
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether an update is written into a weight at present."""
+    return any(getattr(wrapper, "merged", False) for at_site in all_wrappers(model).values() for wrapper in at_site)
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """A copy with the updates in its weights and no wrapper left: the plain model, with its plain names.
+
+    The model itself stays as it is. Modules named in `train_also` come along as they are.
+
+    Raises:
+        ValueError: no LoRA is attached, something else is attached that no weight can hold, or a factor holds a NaN or
+            an infinity.
+    """
+    loras = _loras(model)
+    others = [w for at_site in all_wrappers(model).values() for w in at_site if not isinstance(w, LoRALinear)]
+    if others:
+        raise ValueError(
+            f"a {type(others[0]).__name__} is attached as well, which is no change of a weight: only LoRA and DoRA can "
+            f"be merged; detach(model), then attach or load LoRA alone"
+        )
+    twin = copy.deepcopy(model)
+    if not is_merged(twin):
+        merge(twin)
+    for name in loras:
+        unwrap(twin, name)
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(twin.trainable_before[name])
+    del twin.attached, twin.trainable_before
+    return twin
 
 
 def _loras(model: nn.Module) -> dict[str, LoRALinear]:

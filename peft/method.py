@@ -8,7 +8,7 @@ them, `expected_parameters` says in closed form how many numbers that trains.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -20,12 +20,12 @@ from minitransformer.config import TransformerConfig
 class Wrapper(nn.Module):
     """A thin layer round one frozen module. Its own parameters are the method's tensors; `base` is what it wraps.
 
-    With `enabled` off it computes what `base` computes, bit for bit. Where several wrappers share a place, those that
-    change what the frozen module itself computes (a weight, its keys and values) lie inside, and those that work on
-    its input or output lie `outside`, whatever the order they came in.
+    With `enabled` off it computes what `base` computes, bit for bit. Where several wrappers share a place, `order` says
+    how far out each lies, whatever the order they came in: 0 for those that change what the frozen module itself
+    computes (a weight, its keys and values), more for those that work on its input or output.
     """
 
-    outside: ClassVar[bool] = False
+    order: ClassVar[int] = 0
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -70,6 +70,11 @@ class Method(ABC):
     def expected_parameters(self, config: TransformerConfig) -> int:
         """How many numbers the method trains in a Transformer of that shape, in closed form."""
 
+    def __str__(self) -> str:
+        """The recipe as it could be typed: without the options that have their default value."""
+        given = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
     def as_dict(self) -> dict:
         """The recipe as plain values, with its name, ready for JSON."""
         return {"method": type(self).__name__, **asdict(self)}
@@ -92,6 +97,37 @@ class Method(ABC):
             return Method.registry[name](**values)
         except TypeError as error:
             raise ValueError(f"the recipe of {name} does not fit this version: {error}") from error
+
+
+@dataclass(frozen=True)
+class LayerwiseMethod(Method):
+    """A method that enters every block alike, or only some of them.
+
+    Args:
+        layers: the numbers of the blocks, from 0; None means all.
+
+    Raises:
+        ValueError: no block, the same one twice, or a number below 0.
+    """
+
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        if self.layers is None:
+            return
+        object.__setattr__(self, "layers", tuple(self.layers))  # a list would not equal what a file gives back
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"layers={self.layers} must name at least one block, each once, counted from 0")
+
+    def n_blocks(self, config: TransformerConfig) -> int:
+        """How many blocks of a Transformer of that shape the method enters.
+
+        Raises:
+            ValueError: a block that the shape does not have.
+        """
+        if self.layers is not None and max(self.layers) >= config.n_layers:
+            raise ValueError(f"layers={self.layers} names a block that is not there: n_layers is {config.n_layers}")
+        return config.n_layers if self.layers is None else len(self.layers)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

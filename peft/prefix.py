@@ -12,6 +12,10 @@ part in the positions of the text, and asks no query of its own.
 Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model numbers per layer
 for "kv", n d_model for "hidden".
 
+With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
+"LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
+a plain prefix never is: even zero keys take their share of the softmax.
+
 Differs from the paper: nothing for "kv". For "hidden", P joins what W_k and W_v read (in a pre-norm block, after the
 norm). The MLP of the paper's section 4.3 is in `peft/reparameterization.py`.
 """
@@ -26,12 +30,13 @@ from minitransformer.attention import Attention, attention_mask
 from minitransformer.config import TransformerConfig
 from minitransformer.generation import evaluation_mode
 from minitransformer.transformer import Transformer
-from peft.method import Method, Wrapper, normal, parameter_like
-from peft.sites import unwrapped
+from peft.functional import gated_prefix
+from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like
+from peft.sites import in_layers, unwrapped
 
 
 @dataclass(frozen=True)
-class PrefixTuning(Method):
+class PrefixTuning(LayerwiseMethod):
     """Recipe: a prefix of `length` positions in every layer's attention.
 
     Args:
@@ -44,6 +49,8 @@ class PrefixTuning(Method):
         reparameterize: hidden width of Li & Liang's MLP, which stands in for P_k and P_v while they are trained
             (at="kv" only; it brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and
             P_v directly.
+        gated: put a gate in front of the prefix that starts at zero, one for each head.
+        layers: the numbers of the blocks to enter; None means all.
 
     Raises:
         ValueError: a length below 1, an unknown choice, a negative `init_std`, or `init_tokens` of another length or
@@ -56,8 +63,10 @@ class PrefixTuning(Method):
     init_std: float | int = 1.0
     init_tokens: tuple[int, ...] | None = None
     reparameterize: int | None = None
+    gated: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
         if self.at not in ("kv", "hidden"):
@@ -80,7 +89,7 @@ class PrefixTuning(Method):
         names = [name for name, module in modules.items() if isinstance(module, Attention)]
         if not names:
             raise ValueError("the model has no minitransformer Attention, so a prefix has nowhere to enter")
-        return names
+        return in_layers(names, self.layers)
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
@@ -102,21 +111,24 @@ class PrefixTuning(Method):
             return PrefixAttention(module, self, {"key": module.key(hidden), "value": module.value(hidden)})
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """n_layers * 2 n d ("kv"), n_layers * n d ("hidden"); with the MLP, what is trained before it is folded."""
+        """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
         n, d, h = self.length, config.d_model, self.reparameterize
+        per_block = n * d * (2 if self.at == "kv" else 1)
         if h is not None:
-            return config.n_layers * (n * d + (h * d + h) + 2 * (d * h + d))
-        return config.n_layers * n * d * (2 if self.at == "kv" else 1)
+            per_block = n * d + (h * d + h) + 2 * (d * h + d)
+        return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
 
 
 class PrefixAttention(Wrapper):
-    """Attention with `key` and `value` [n, d_model] in front, or with `hidden` [n, d_model] that makes them."""
+    """Attention with `key` and `value` [n, d_model] in front, or `hidden` [n, d_model] that makes them; `gate` [H]."""
 
     def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
         super().__init__(base)
         self.recipe = recipe
         for name, values in start.items():
             self.register_parameter(name, parameter_like(values, base))
+        if recipe.gated and "gate" not in start:
+            self.gate = parameter_like(torch.zeros(base.n_heads), base)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
@@ -133,7 +145,14 @@ class PrefixAttention(Wrapper):
         if not self.enabled:
             return self.base(x, *rest)
         key, value = self.prefix()
-        return self.base(x, *rest, extra_key=key, extra_value=value)
+        if not self.recipe.gated:
+            return self.base(x, *rest, extra_key=key, extra_value=value)
+        q = self.base.split_heads(self.base.query(x))  # [B, H, T, d_head]
+        heads = (self.base.split_heads(part[None].to(self.gate.dtype)) for part in (key, value))  # [1, H, n, d_head]
+        prefix_k, prefix_v = (part.expand(len(x), -1, -1, -1) for part in heads)
+        own = self.base.attend(q, x, *rest)
+        out = gated_prefix(own.to(self.gate.dtype), q.to(self.gate.dtype), prefix_k, prefix_v, self.gate)
+        return self.base.join_heads(out.to(own.dtype))
 
 
 def transformer_of(model: nn.Module) -> Transformer:

@@ -48,6 +48,7 @@ class ReparameterizedPrefixAttention(PrefixAttention):
         """The plain `PrefixAttention` with the P_k and P_v that the network makes now."""
         with torch.no_grad():
             key, value = self.prefix()
-        plain = PrefixAttention(self.base, recipe, {"key": key, "value": value})
+        kept = {"gate": self.gate.detach()} if recipe.gated else {}
+        plain = PrefixAttention(self.base, recipe, {"key": key, "value": value, **kept})
         plain.training = self.training
         return plain

@@ -4,6 +4,7 @@ A module keeps its name whatever is wrapped round it: `blocks.0.attention.query`
 also when it lies in `blocks.0.attention.base.query.base`. These names are the keys of `peft.state_dict`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -60,6 +61,33 @@ def find(targets: tuple[str, ...], candidates: dict[str, Any], what: str) -> lis
     return [name for name in candidates if any(matches(target, name) for target in targets)]
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the block that a module or tensor of that name belongs to; None outside of the blocks."""
+    parts = name.split(".")
+    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts[:-1] else None
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names sorted as a reader counts: blocks.2 before blocks.10."""
+    return sorted(names, key=lambda name: [(len(part) if part.isdigit() else 0, part) for part in name.split(".")])
+
+
+def in_layers(names: Iterable[str], layers: tuple[int, ...] | None) -> list[str]:
+    """Those of the names that lie in the given blocks; all of them where `layers` is None.
+
+    Raises:
+        ValueError: a block that does not exist.
+    """
+    names = list(names)
+    if layers is None:
+        return names
+    present = {layer_of(name) for name in names} - {None}
+    for layer in layers:
+        if layer not in present:
+            raise ValueError(f"layers={layers} names block {layer}; there are {', '.join(map(str, sorted(present)))}")
+    return [name for name in names if layer_of(name) in layers]
+
+
 def wrappers_at(model: nn.Module, name: str) -> list[Wrapper]:
     """The wrappers round the module of that name, from the outside in."""
     parent, attribute = _parent(model, name)
@@ -77,11 +105,11 @@ def all_wrappers(model: nn.Module) -> dict[str, list[Wrapper]]:
 
 
 def wrap(model: nn.Module, name: str, wrapper: Wrapper) -> None:
-    """Put `wrapper` in: round everything that is there if it belongs outside, else directly round the frozen module."""
+    """Put `wrapper` in: inside of those that belong farther out than it, round all others."""
     parent, attribute = _parent(model, name)
-    present = wrappers_at(model, name)
-    if present and not wrapper.outside:
-        present[-1].base = wrapper
+    around = [present for present in wrappers_at(model, name) if present.order >= wrapper.order]
+    if around:
+        wrapper.base, around[-1].base = around[-1].base, wrapper
     else:
         wrapper.base = getattr(parent, attribute)
         setattr(parent, attribute, wrapper)

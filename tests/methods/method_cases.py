@@ -2,30 +2,54 @@
 
 import torch
 
-from peft import ALL_LINEARS, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning, trainable_parameters
+from peft import (
+    ALL_LINEARS,
+    IA3,
+    BitFit,
+    BottleneckAdapter,
+    DoRA,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    trainable_parameters,
+)
 
 RECIPES = {
     "lora": LoRA(rank=2, alpha=3.0),
     "lora all": LoRA(rank=3, alpha=8.0, targets=ALL_LINEARS),
     "lora A": LoRA(rank=2, train=("A",)),
     "lora B": LoRA(rank=2, train=("B",)),
+    "lora rank-stabilised": LoRA(rank=4, alpha=4.0, rank_stabilized=True),
+    "lora layer 1": LoRA(rank=2, targets=ALL_LINEARS, layers=(1,)),
+    "dora": DoRA(rank=2, alpha=3.0, targets=ALL_LINEARS),
     "prefix kv": PrefixTuning(length=3),
     "prefix kv normal": PrefixTuning(length=3, init="normal"),
     "prefix hidden": PrefixTuning(length=3, at="hidden"),
     "prefix hidden normal": PrefixTuning(length=3, at="hidden", init="normal"),
     "prefix mlp": PrefixTuning(length=3, reparameterize=5),
+    "prefix gated": PrefixTuning(length=3, gated=True),
+    "prefix gated hidden": PrefixTuning(length=3, gated=True, at="hidden"),
+    "prefix layer 1": PrefixTuning(length=3, layers=(1,)),
     "prompt": PromptTuning(length=3),
     "prompt normal": PromptTuning(length=3, init="normal"),
     "houlsby": BottleneckAdapter(bottleneck=5),
     "pfeiffer": BottleneckAdapter(bottleneck=5, placement="pfeiffer", activation="gelu"),
     "parallel": BottleneckAdapter(bottleneck=5, placement="parallel", activation="gelu_tanh", scale=4.0),
     "inside_ffn": BottleneckAdapter(bottleneck=5, placement="inside_ffn"),
+    "houlsby layer 0": BottleneckAdapter(bottleneck=5, layers=(0,)),
+    "bitfit": BitFit(),
+    "bitfit layer 1": BitFit(layers=(1,)),
+    "ia3": IA3(),
+    "ia3 layer 0": IA3(layers=(0,)),
 }
-UNCHANGED_AT_THE_START = [name for name in RECIPES if not name.startswith(("prefix", "prompt"))]
+UNCHANGED_AT_THE_START = [n for n in RECIPES if not n.startswith(("prefix", "prompt")) or "gated" in n]
 SETS = {name: (recipe,) for name, recipe in RECIPES.items()} | {
     "prefix + parallel adapter": (RECIPES["prefix kv"], RECIPES["parallel"]),
     "lora + houlsby": (RECIPES["lora all"], RECIPES["houlsby"]),
-    "everything": tuple(RECIPES[name] for name in ("houlsby", "inside_ffn", "lora all", "prompt", "prefix hidden")),
+    "everything": tuple(
+        RECIPES[name] for name in ("houlsby", "bitfit", "inside_ffn", "lora all", "ia3", "prompt", "prefix hidden")
+    ),
+    "dora + gated prefix + ia3": (RECIPES["dora"], RECIPES["prefix gated"], RECIPES["ia3"]),
 }
 
 

@@ -46,11 +46,18 @@ def as_tuple(out):
     return out if isinstance(out, tuple) else (out,)
 
 
+DORA = {"frozen_weight": (6, 5), "A": (4, 5), "B": (6, 4), "magnitude": (6,)}
+GATED = {"own": (2, 3, 4, 6), "q": (2, 3, 4, 6), "prefix_k": (2, 3, 7, 6), "prefix_v": (2, 3, 7, 6), "gate": (3,)}
 LORA = {"x": (2, 3, 5), "A": (4, 5), "B": (6, 4)}
 CASES = {
     "lora_update": Case("lora_update", LORA, {"scale": 1.7}),
     "lora_update of one vector": Case("lora_update", LORA | {"x": (5,)}, {"scale": 0.5}),
     "lora_weight": Case("lora_weight", {"A": (4, 5), "B": (6, 4)}, {"scale": 1.7}),
+    "row_norms": Case("row_norms", {"weight": (6, 5)}),
+    "dora_weight": Case("dora_weight", DORA, {"scale": 1.7, "norms": np.linspace(0.5, 2.0, 6)}),
+    "gated_prefix": Case("gated_prefix", GATED),
+    "rescaled": Case("rescaled", {"h": (2, 3, 5), "scale": (5,)}),
+    "shifted": Case("shifted", {"h": (2, 3, 5), "delta_bias": (5,)}),
     "prefix_attention": Case("prefix_attention", HEADS),
     "prefix_attention causal": Case("prefix_attention", HEADS, {"mask": CAUSAL}),
     "prefix_attention padded": Case("prefix_attention", HEADS, {"mask": PADDED}),

@@ -193,14 +193,20 @@ def test_train_and_eval_leave_a_merged_model_alone(trained):
     assert torch.equal(outputs(trained.train()), merged) and torch.equal(outputs(trained.eval()), merged)
 
 
-def test_saving_while_merged_writes_the_same_file_and_loading_into_merged_weights_is_refused(trained, tmp_path):
+def test_a_file_saved_while_merged_holds_the_factors_and_loads_merged(trained, tiny, tmp_path):
     peft.save(trained, tmp_path / "unmerged")
     peft.save(peft.merge(trained), tmp_path / "merged")
-    assert (tmp_path / "unmerged").read_bytes() == (tmp_path / "merged").read_bytes()
-    before = weights_of(trained)
+    merged, before = outputs(trained), weights_of(trained)
+    described = [peft.describe(tmp_path / name) for name in ("unmerged", "merged")]
+    assert [d.merged for d in described] == [False, True]
+    assert described[0].tensors == described[1].tensors and "while merged" in str(described[1])
     with pytest.raises(ValueError, match="unmerge"):
         peft.load(trained, tmp_path / "merged")
     assert all(torch.equal(p, before[name]) for name, p in trained.named_parameters())
+    again = peft.load(tiny(), tmp_path / "merged")
+    assert torch.equal(outputs(again), merged) and "merged" in str(again)
+    peft.unmerge(again)
+    assert torch.equal(outputs(again), outputs(peft.load(tiny(), tmp_path / "unmerged")))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -15,6 +15,10 @@ from peft import PrefixTuning, functional
 
 PREFIXES = {name: recipe for name, recipe in RECIPES.items() if name.startswith("prefix")}
 every_prefix = pytest.mark.parametrize("recipe", PREFIXES.values(), ids=PREFIXES.keys())
+PLAIN = {name: recipe for name, recipe in PREFIXES.items() if not recipe.gated}
+GATED = {name: recipe for name, recipe in PREFIXES.items() if recipe.gated}
+every_plain_prefix = pytest.mark.parametrize("recipe", PLAIN.values(), ids=PLAIN.keys())
+every_gated_prefix = pytest.mark.parametrize("recipe", GATED.values(), ids=GATED.keys())
 
 
 def pad(tokens, n, side):
@@ -26,7 +30,7 @@ def pad(tokens, n, side):
     return torch.cat([part for part, _ in parts], dim=1), mask
 
 
-@every_prefix
+@every_plain_prefix
 def test_wrapped_attention_equals_concatenation_by_hand_and_the_gated_form(tiny, recipe):
     model = train_a_little(peft.attach(tiny().double(), recipe))
     wrapper = model.blocks[1].attention
@@ -53,13 +57,45 @@ def test_hidden_prefix_passes_through_the_frozen_key_and_value_maps(decoder):
     assert torch.equal(value, wrapper.hidden @ wrapper.base.value.weight.T + wrapper.base.value.bias)
 
 
-@every_prefix
+@every_gated_prefix
+def test_gated_attention_equals_the_numpy_twin(tiny, recipe):
+    model = train_a_little(peft.attach(tiny().double(), recipe), size=0.5)
+    wrapper = model.blocks[1].attention
+    base = wrapper.base
+    x = torch.randn(3, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = attention_mask(6, batch()[1], 6, model.config.causal)
+    q = base.split_heads(base.query(x))
+    prefix = [base.split_heads(part.expand(3, -1, -1)) for part in wrapper.prefix()]
+    arrays = [tensor.detach().numpy() for tensor in (base.attend(q, x, mask), q, *prefix, wrapper.gate)]
+    heads = torch.from_numpy(numpy_peft.gated_prefix(*arrays))
+    torch.testing.assert_close(wrapper(x, mask), base.join_heads(heads), rtol=1e-10, atol=1e-12)
+    assert wrapper.gate.shape == (2,)
+
+
+@every_gated_prefix
+def test_a_closed_gate_hides_whatever_the_prefix_holds_and_each_head_has_its_own(tiny, recipe):
+    model = tiny()
+    before = outputs(model)
+    train_a_little(peft.attach(model, recipe))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.gate.zero_()
+    assert torch.equal(outputs(model), before)
+    opened = []
+    for head in (0, 1):
+        with torch.no_grad():
+            model.blocks[0].attention.gate.zero_()[head] = 1.0
+        opened.append(outputs(model))
+    assert not torch.allclose(opened[0], before) and not torch.allclose(*opened)
+
+
+@every_plain_prefix
 def test_every_query_sees_every_prefix_position(tiny, recipe):
     model = peft.attach(tiny(), recipe)
     tokens, mask = batch()
     weights: list = []
     model.hidden(tokens, mask, weights=weights)
-    for layer in weights:
+    for layer in weights[0 if recipe.layers is None else recipe.layers[0] :]:
         assert layer.shape == (3, 2, 6, 3 + 6)
         assert bool((layer[..., :3] > 0).all())
         torch.testing.assert_close(layer.sum(-1), torch.ones(3, 2, 6))
@@ -86,7 +122,7 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(tiny, recipe):
         torch.testing.assert_close(together[row : row + 1, : alone.shape[1]], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*PREFIXES, "prompt", "houlsby", "parallel", "lora all"])
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_cached_outputs_equal_uncached_ones_also_behind_left_padding(decoder, name, norm):
     model = train_a_little(peft.attach(decoder(norm=norm, init="unit_embedding"), RECIPES[name]))

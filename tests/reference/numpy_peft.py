@@ -45,6 +45,29 @@ def lora_weight_backward(g, A, B, scale):
     return scale * B.T @ g, scale * g @ A.T
 
 
+def row_norms(weight):
+    return np.sqrt(np.einsum("oi,oi->o", weight, weight))
+
+
+def row_norms_backward(g, weight):
+    """|w| = sqrt(w·w):  dw = g w / |w|."""
+    return ((g / row_norms(weight))[:, None] * weight,)
+
+
+def dora_weight(frozen_weight, A, B, magnitude, scale, norms):
+    rows_of = [
+        m * (w + scale * b @ A) / n for m, w, b, n in zip(magnitude, frozen_weight, B, norms, strict=True)
+    ]
+    return np.stack(rows_of)
+
+
+def dora_weight_backward(g, frozen_weight, A, B, magnitude, scale, norms):
+    """W' = c D, D = W0 + s B A, c = m / norm, row by row:  dD = c g,  dm = g·D / norm; then as for ΔW."""
+    direction = frozen_weight + scale * B @ A
+    dD = (magnitude / norms)[:, None] * g
+    return dD, scale * B.T @ dD, scale * dD @ A.T, (g * direction).sum(axis=1) / norms
+
+
 # Prefix
 
 
@@ -133,6 +156,28 @@ def gated_attention_backward(g, q, k, v, prefix_k, prefix_v, mask=None):
     return tuple(gradients)
 
 
+def gated_prefix(own, q, prefix_k, prefix_v, gate):
+    out = own.copy()
+    for b, h in np.ndindex(q.shape[:2]):
+        seen, _ = one_head(q[b, h], prefix_k[b, h], prefix_v[b, h], True)
+        out[b, h] += math.tanh(gate[h]) * seen
+    return out
+
+
+def gated_prefix_backward(g, own, q, prefix_k, prefix_v, gate):
+    """o = own + t u, t = tanh(gate):  dgate = (1 - t²) g·u over rows and queries;  du = t g goes through attention."""
+    gradients = [np.zeros_like(x) for x in (q, prefix_k, prefix_v)]
+    dgate = np.zeros_like(gate)
+    for b, h in np.ndindex(q.shape[:2]):
+        t = math.tanh(gate[h])
+        parts = (q[b, h], prefix_k[b, h], prefix_v[b, h])
+        seen, a = one_head(*parts, True)
+        dgate[h] += (1 - t**2) * (g[b, h] * seen).sum()
+        for gradient, part in zip(gradients, one_head_backward(t * g[b, h], *parts, a), strict=True):
+            gradient[b, h] = part
+    return g, *gradients, dgate
+
+
 def prefix_mlp(source, hidden_weight, hidden_bias, out_weight, out_bias):
     return np.tanh(source @ hidden_weight.T + hidden_bias) @ out_weight.T + out_bias
 
@@ -197,3 +242,23 @@ def bottleneck_backward(g, h, down_weight, down_bias, up_weight, up_bias, activa
     z, g = rows(h) @ down_weight.T + down_bias, scale * rows(g)
     dz = g @ up_weight * slope(z)
     return (dz @ down_weight).reshape(h.shape), dz.T @ rows(h), dz.sum(axis=0), g.T @ value(z), g.sum(axis=0)
+
+
+# Scales and biases
+
+
+def rescaled(h, scale):
+    return np.einsum("...d,d->...d", h, scale)
+
+
+def rescaled_backward(g, h, scale):
+    """y = l h:  dh = l g,  dl = g h, summed over the rows."""
+    return g * scale, (rows(g) * rows(h)).sum(axis=0)
+
+
+def shifted(h, delta_bias):
+    return np.stack([row + delta_bias for row in rows(h)]).reshape(h.shape)
+
+
+def shifted_backward(g, h, delta_bias):
+    return g, rows(g).sum(axis=0)
