@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitransformer.generation import evaluation_mode, modes_restored
+from minitransformer.resume import RunFile, RunState, fingerprint
 from minitransformer.tasks.dataset import Dataset
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -108,6 +110,8 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     description: str = "fit",
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
 ) -> History:
     """Train the tensors of `model` that require a gradient, in place.
 
@@ -129,15 +133,20 @@ def fit(
         seed: of the data order and of dropout. The caller's random state is left alone.
         progress: show a bar with loss and accuracy.
         description: its caption.
+        checkpoint: a file that holds the state of the run. If it is there, the run goes on from it, and ends in the
+            same bits as one that was never interrupted; give the same model, data and settings. It stays when the run
+            is over: the same call again then returns at once.
+        every: steps between two writes of that file; by default a twentieth of all.
 
     Returns:
         The history of the run.
 
     Raises:
-        ValueError: nothing to train, a trainable tensor that the optimizer does not hold, or a bad option.
+        ValueError: nothing to train, a trainable tensor that the optimizer does not hold, a bad option, or a
+            checkpoint that is damaged or belongs to another run.
         FloatingPointError: a loss or a gradient is NaN or infinite; the weights are those before that step.
     """
-    _check_options(steps, batch_size, warmup, clip, schedule, keep, validation, validate_every)
+    _check_options(steps, batch_size, warmup, clip, schedule, keep, validation, validate_every, checkpoint, every)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if optimizer is None:
         _check_trainable(trainable)
@@ -145,31 +154,38 @@ def fit(
     check_optimizer(model, optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
     warmup = min(100, steps // 20) if warmup is None else warmup
-    batches = _stream(train, steps) if callable(train) else _epochs(train, steps, batch_size, seed)
-    history, best = History(), None
-    with _left_as_found(model, optimizer), torch.random.fork_rng(devices=[]), tqdm(
-        total=steps, desc=description, disable=not progress, file=sys.stdout, ncols=100, mininterval=0.5
-    ) as bar:
+    run_file = None
+    if checkpoint is not None:
+        settings = {
+            "steps": steps, "batch_size": batch_size, "warmup": warmup, "schedule": schedule, "clip": clip,
+            "validate_every": validate_every, "keep": keep, "seed": seed,
+            "objective": getattr(objective, "__qualname__", repr(objective)),
+            **_identities(model, train, validation, optimizer),
+        }  # fmt: skip
+        run_file = RunFile(Path(checkpoint), every or max(1, steps // 20), settings)
+    with _left_as_found(model, optimizer), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for step, batch in enumerate(batches):
-            factor = learning_rate_factor(step, steps, warmup, schedule)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            began = time.perf_counter()
-            model.train()
-            score, norm = training_step(model, batch, objective, optimizer, list(trainable.values()), clip, step)
-            history.seconds += time.perf_counter() - began
-            _record(history, score, norm, optimizer)
-            _show(bar, history)
-            done = step + 1
-            if validation is not None and (done == steps or (validate_every and done % validate_every == 0)):
-                result = evaluate(model, validation, objective)
-                history.validation_step.append(done)
-                history.validation_loss.append(result["loss"])
-                history.validation_accuracy.append(result["accuracy"])
-                rank = (result["accuracy"], -result["loss"])
-                if keep == "best" and (best is None or rank > best[0]):
-                    best = (rank, done, {name: p.detach().clone() for name, p in trainable.items()})
+        state = (run_file and run_file.restore(model, optimizer)) or RunState(0, asdict(History()))
+        history, best = History(**state.history), state.best
+        batches = _batches(train, range(state.step, steps), batch_size, seed)
+        with _bar(steps, state.step, description, progress) as bar:
+            for step, batch in enumerate(batches, start=state.step):
+                factor = learning_rate_factor(step, steps, warmup, schedule)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                began = time.perf_counter()
+                model.train()
+                score, norm = training_step(model, batch, objective, optimizer, list(trainable.values()), clip, step)
+                history.seconds += time.perf_counter() - began
+                _record(history, score, norm, optimizer)
+                _show(bar, history)
+                done = step + 1
+                if validation is not None and (done == steps or (validate_every and done % validate_every == 0)):
+                    rank = _validate(model, validation, objective, history, done)
+                    if keep == "best" and (best is None or rank > best[0]):
+                        best = (rank, done, {name: p.detach().clone() for name, p in trainable.items()})
+                if run_file is not None and run_file.is_due(done, steps):
+                    run_file.save(RunState(done, asdict(history), best), model, optimizer)
     history.kept_step = steps
     if best is not None:
         history.kept_step = best[1]
@@ -177,6 +193,40 @@ def fit(
             for name, p in trainable.items():
                 p.copy_(best[2][name])
     return history
+
+
+def _bar(steps: int, done: int, description: str, progress: bool) -> tqdm:
+    options = {"file": sys.stdout, "ncols": 100, "mininterval": 0.5}
+    return tqdm(total=steps, initial=done, desc=description, disable=not progress, **options)
+
+
+def _validate(model, validation: Dataset, objective: Objective, history: History, done: int) -> tuple[float, float]:
+    """Score the validation set after `done` steps, record it, and say how good that is: more is better."""
+    result = evaluate(model, validation, objective)
+    history.validation_step.append(done)
+    history.validation_loss.append(result["loss"])
+    history.validation_accuracy.append(result["accuracy"])
+    return result["accuracy"], -result["loss"]
+
+
+def _identities(model: nn.Module, train, validation: Dataset | None, optimizer: torch.optim.Optimizer) -> dict:
+    """Short marks of what a run works on, by which it is known again."""
+
+    def mark(dataset) -> str:
+        if not isinstance(dataset, Dataset):
+            return getattr(dataset, "__qualname__", type(dataset).__name__)
+        return fingerprint({"tokens": dataset.tokens, "real": dataset.padding_mask, "targets": dataset.targets})
+
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    options = {key for group in optimizer.param_groups for key in group} - {"params"}
+    return {
+        "frozen base": fingerprint(frozen),
+        "list of trained tensors": {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad},
+        "training data": mark(train),
+        "validation data": mark(validation),
+        "optimizer": type(optimizer).__name__,
+        **{key: [repr(group.get(key)) for group in optimizer.param_groups] for key in sorted(options)},
+    }
 
 
 @contextmanager
@@ -213,6 +263,11 @@ def training_step(
             f"warm up for longer, or look for bad values in the data"
         )
     optimizer.zero_grad(set_to_none=True)
+    if not score.loss.requires_grad:
+        raise ValueError(
+            "no trainable tensor has a part in the loss, so nothing can be learned: is the method disabled, or merged "
+            "into the weights? unmerge(model) first"
+        )
     score.loss.backward()
     norm = nn.utils.clip_grad_norm_(trainable, math.inf if clip is None else clip).item()
     if not math.isfinite(norm):
@@ -298,7 +353,11 @@ def _check_trainable(trainable: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _check_options(steps, batch_size, warmup, clip, schedule, keep, validation, validate_every) -> None:
+def _check_options(
+    steps, batch_size, warmup, clip, schedule, keep, validation, validate_every, checkpoint, every
+) -> None:
+    if every is not None and (checkpoint is None or every < 1):
+        raise ValueError(f"every={every} goes with a checkpoint file, and must be at least 1")
     if warmup is not None and not 0 <= warmup < max(1, steps):
         raise ValueError(f"warmup={warmup} must be at least 0 and shorter than the run of {steps} steps")
     if clip is not None and clip <= 0:
@@ -315,22 +374,21 @@ def _check_options(steps, batch_size, warmup, clip, schedule, keep, validation, 
         raise ValueError("the validation set is empty; leave it out, or give it rows")
 
 
-def _epochs(dataset: Dataset, steps: int, batch_size: int, seed: int) -> Iterator[Dataset]:
-    """`steps` batches: each epoch walks the rows in an order that depends on (seed, epoch) alone."""
-    if len(dataset) == 0:
+def _batches(train: Dataset | Callable[[int], Dataset], steps: range, batch_size: int, seed: int) -> Iterator[Dataset]:
+    """The batches of those steps. Of a data set, each epoch walks the rows in an order that (seed, epoch) decide."""
+    if callable(train):
+        yield from (train(step) for step in steps)
+        return
+    if len(train) == 0:
         raise ValueError("the training set is empty")
-    per_epoch = max(1, len(dataset) // batch_size)
-    for step in range(steps):
+    per_epoch = max(1, len(train) // batch_size)
+    ordered = None  # the epoch whose order is at hand
+    for step in steps:
         epoch, position = divmod(step, per_epoch)
-        if position == 0:
+        if epoch != ordered:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(len(dataset), generator=generator)
-        yield dataset.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
-
-
-def _stream(batch_at: Callable[[int], Dataset], steps: int) -> Iterator[Dataset]:
-    for step in range(steps):
-        yield batch_at(step)
+            order, ordered = torch.randperm(len(train), generator=generator), epoch
+        yield train.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
 
 
 def _record(history: History, score: Score, norm: float, optimizer: torch.optim.Optimizer) -> None:
