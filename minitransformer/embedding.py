@@ -10,6 +10,7 @@ A position counts the real tokens in front of a token, so padding on either side
 Differs from the paper: positions are learned, and the embeddings are not multiplied by sqrt(d_model).
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -50,10 +51,15 @@ class Embedding(nn.Module):
         """
         return self.compose(self.look_up(tokens), positions(real, cache), segments)
 
+    @property
+    def room(self) -> int:
+        """How many tokens a text may have."""
+        return self.position.num_embeddings
+
     def look_up(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
         """The word vectors alone."""
         n_words = self.token.num_embeddings
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
+        if values_are_read(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
             raise ValueError(
                 f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_words} "
                 f"words (0 to {n_words - 1}); encode the text with the vocabulary the model was trained with"
@@ -67,7 +73,7 @@ class Embedding(nn.Module):
         segments: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T d_model"]:
         """What happens to word vectors, wherever they come from: add positions and segments, normalise, drop out."""
-        if positions.numel() and int(positions.max()) >= self.position.num_embeddings:
+        if values_are_read(positions) and int(positions.max()) >= self.position.num_embeddings:
             raise ValueError(
                 f"the sequence has {int(positions.max()) + 1} positions, but max_len is "
                 f"{self.position.num_embeddings}; shorten the text (or the prompt in front of it), or build the "
@@ -78,8 +84,7 @@ class Embedding(nn.Module):
             x = x + (self.segment.weight[0] if segments is None else self._look_up_segments(segments))
         elif segments is not None:
             raise ValueError(
-                "segments were given, but this model has no segment table (config.n_segments is 0); "
-                "leave them out"
+                "segments were given, but this model has no segment table (config.n_segments is 0); leave them out"
             )
         if self.norm is not None:
             x = self.norm(x)
@@ -87,12 +92,17 @@ class Embedding(nn.Module):
 
     def _look_up_segments(self, segments: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
         n = self.segment.num_embeddings
-        if segments.numel() and not 0 <= int(segments.min()) <= int(segments.max()) < n:
+        if values_are_read(segments) and not 0 <= int(segments.min()) <= int(segments.max()) < n:
             raise ValueError(
                 f"segments range from {int(segments.min())} to {int(segments.max())}, but the model has {n} "
                 f"(0 to {n - 1}); number the segments from 0"
             )
         return self.segment(segments)
+
+
+def values_are_read(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: there are some, and no compiler is tracing (its graph would be cut)."""
+    return tensor.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def positions(real: Bool[Tensor, "B T"], cache: KVCache | None = None) -> Int[Tensor, "B T"]:

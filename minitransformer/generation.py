@@ -95,10 +95,12 @@ def _check(model, tokens, max_new_tokens, padding_mask, temperature, top_k) -> N
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if tokens.shape[1] + max_new_tokens > model.config.max_len:
+    room = model.embedding.room
+    if tokens.shape[1] + max_new_tokens > room:
+        taken = "" if room == model.config.max_len else f", of which a prompt leaves {room}"
         raise ValueError(
-            f"{tokens.shape[1]} tokens and {max_new_tokens} new ones exceed max_len {model.config.max_len}; "
-            f"ask for at most {max(0, model.config.max_len - tokens.shape[1])} new tokens, or shorten the beginning"
+            f"{tokens.shape[1]} tokens and {max_new_tokens} new ones exceed max_len {model.config.max_len}{taken}; "
+            f"ask for at most {max(0, room - tokens.shape[1])} new tokens, or shorten the beginning"
         )
     if padding_mask is not None and not bool(padding_mask[:, -1].all()):
         raise ValueError("generation goes on from the last column, so pad on the left (the mask ends in False)")

@@ -15,7 +15,7 @@ from minitransformer.attention import attention_mask
 from minitransformer.block import Block
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
-from minitransformer.embedding import Embedding
+from minitransformer.embedding import Embedding, values_are_read
 from minitransformer.generation import evaluation_mode, generate
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
@@ -140,7 +140,8 @@ class Transformer(nn.Module):
                 f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
             )
         # Behind a cache a row may well receive padding only: its real tokens came earlier.
-        if padding_mask is not None and cache is None and not bool(padding_mask.any(dim=1).all()):
+        looked_at = padding_mask is not None and cache is None and values_are_read(padding_mask)
+        if looked_at and not bool(padding_mask.any(dim=1).all()):
             empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(
                 f"padding_mask hides every token of row {empty[0]} ({len(empty)} such rows); True marks a real token: "

@@ -104,6 +104,11 @@ class PromptEmbedding(Wrapper):
         """The table of word vectors, which the tied LM head reads."""
         return self.base.token
 
+    @property
+    def room(self) -> int:
+        """How many tokens a text may have behind the prompt."""
+        return self.base.room - self.prompt.shape[0] * self.enabled
+
     def forward(
         self,
         tokens: Int[Tensor, "B T"],

@@ -265,3 +265,88 @@ def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_stray_one(small, mon
 def test_a_saved_file_is_as_readable_as_any_other(small, tmp_path):
     (tmp_path / "ordinary").write_text("")
     assert small[0].stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def mutated(data, generator):
+    """One random defect of a file: bits flipped, cut off, bytes inserted, removed, swapped or overwritten."""
+    damaged, place = bytearray(data), generator.randrange(len(data))
+    other, size = generator.randrange(len(data)), generator.randrange(1, 40)
+    kind = generator.randrange(7)
+    if kind == 0:
+        damaged[place] ^= 1 << generator.randrange(8)
+    elif kind == 1:
+        del damaged[place:]
+    elif kind == 2:
+        damaged[place:place] = generator.randbytes(size)
+    elif kind == 3:
+        del damaged[place : place + size]
+    elif kind == 4:
+        damaged[place : place + size], damaged[other : other + size] = (
+            damaged[other : other + size],
+            damaged[place : place + size],
+        )
+    elif kind == 5:
+        damaged[place : place + size] = generator.randbytes(size)
+    else:
+        damaged[place : place + size] = bytes(size)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("present", [False, True], ids=["fresh model", "same recipe attached"])
+def test_a_thousand_random_defects_none_accepted_none_crashes_and_the_outputs_stay(decoder, tmp_path, present):
+    generator, path = random.Random(5), tmp_path / "method"
+    recipes = SETS["everything"] if present else SETS["prefix + parallel adapter"]
+    model = decoder()
+    for recipe in recipes:
+        peft.attach(model, recipe)
+    peft.save(train_a_little(model), path)
+    data, model = path.read_bytes(), model if present else decoder()
+    before, records, tried = outputs(model), peft.attached(model), 0
+    while tried < 500:
+        damaged = mutated(data, generator)
+        if damaged == data:
+            continue
+        tried += 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError):
+            peft.load(model, path)
+        assert torch.equal(outputs(model), before) and peft.attached(model) == records
+    path.write_bytes(data)
+    peft.load(model, path)
+
+
+@pytest.mark.parametrize("recipes", SETS.values(), ids=SETS.keys())
+def test_a_file_is_its_numbers_and_a_few_hundred_bytes_of_names(decoder, tmp_path, recipes):
+    model = decoder()
+    for recipe in recipes:
+        peft.attach(model, recipe)
+    peft.save(model, tmp_path / "file")
+    size, tensors = (tmp_path / "file").stat().st_size, peft.state_dict(model)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    assert 4 * numbers < size < 4 * numbers + 600 + 130 * len(tensors) + 300 * len(recipes)
+
+
+def test_lora_on_the_toy_backbone_is_a_few_dozen_kilobytes(tmp_path):
+    from minitransformer.pretrained import toy_backbone
+
+    model = peft.attach(toy_backbone(), LoRA(rank=4, alpha=8))
+    peft.save(model, tmp_path / "lora")
+    assert (tmp_path / "lora").stat().st_size < 40_000 < sum(p.numel() for p in model.parameters()) / 20
+
+
+def test_a_file_is_described_without_a_model(decoder, tmp_path):
+    model = peft.attach(decoder(), LoRA(rank=2, alpha=3.0), seed=7, train_also=("norm",))
+    peft.attach(model, RECIPES["prefix kv"], seed=8)
+    peft.save(model, tmp_path / "file")
+    found = peft.describe(tmp_path / "file")
+    assert found.recipes == ("LoRA(rank=2, alpha=3.0)", "PrefixTuning(length=3)")
+    assert found.seeds == (7, 8) and found.train_also == ("norm",) and not found.merged
+    assert found.tensors == {name: tuple(t.shape) for name, t in peft.state_dict(model).items()}
+    assert found.numbers == sum(t.numel() for t in peft.state_dict(model).values())
+    assert found.bytes == (tmp_path / "file").stat().st_size and found.base == checkpoint.base_hash(model)
+    text = str(found)
+    for part in ("LoRA(rank=2, alpha=3.0), seed 7", "norm, trained whole", "blocks.1.attention.query.A [2, 16]"):
+        assert part in text
+    with pytest.raises(ValueError, match="not a file that peft"):
+        (tmp_path / "file").write_bytes(b"something else")
+        peft.describe(tmp_path / "file")

@@ -55,9 +55,7 @@ def row_norms_backward(g, weight):
 
 
 def dora_weight(frozen_weight, A, B, magnitude, scale, norms):
-    rows_of = [
-        m * (w + scale * b @ A) / n for m, w, b, n in zip(magnitude, frozen_weight, B, norms, strict=True)
-    ]
+    rows_of = [m * (w + scale * b @ A) / n for m, w, b, n in zip(magnitude, frozen_weight, B, norms, strict=True)]
     return np.stack(rows_of)
 
 
