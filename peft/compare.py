@@ -55,6 +55,8 @@ class Entry:
 SHORT = {"sentiment": 300, "qa": 600}
 LONG = {"sentiment": 600, "qa": 1200}  # prefixes and prompts learn more slowly
 MIXED = {"sentiment": 300, "qa": 1200}  # so do adapters, where an answer takes two look-ups
+SLOW = {"sentiment": 300, "qa": 2400}
+SLOWER = {"sentiment": 600, "qa": 2400}
 ZERO_SHOT = "zero-shot"
 ENTRIES = {
     "full fine-tuning": Entry(None, (3e-4, 1e-3), SHORT),
@@ -62,15 +64,15 @@ ENTRIES = {
     "LoRA all r=4": Entry(LoRA(rank=4, alpha=8, targets=ALL_LINEARS), (2e-3, 5e-3), SHORT),
     "LoRA q,v r=4, B only": Entry(LoRA(rank=4, alpha=8, train=("B",)), (5e-3, 2e-2), SHORT),
     "LoRA q,v r=4, A only": Entry(LoRA(rank=4, alpha=8, train=("A",)), (5e-3, 2e-2), SHORT),
-    "Houlsby adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (2e-3, 5e-3, 1e-2), MIXED),
+    "Houlsby adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (5e-3, 1e-2), SLOW),
     "Pfeiffer adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="pfeiffer"), (5e-3, 1e-2), MIXED),
     "parallel adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="parallel"), (5e-3, 1e-2), MIXED),
     "adapter inside FFN m=4": Entry(BottleneckAdapter(bottleneck=4, placement="inside_ffn"), (5e-3, 1e-2), MIXED),
-    "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-2, 1e-1), LONG),
+    "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-2, 1e-1), SLOWER),
     "prefix hidden n=16": Entry(PrefixTuning(length=16, at="hidden"), (3e-2, 1e-1), LONG),
     "soft prompt n=16": Entry(PromptTuning(length=16), (1e-1, 3e-1), LONG),
 }
-RANDOM_BACKBONE = ("LoRA all r=4", "Houlsby adapter m=8", "prefix k,v n=16")
+RANDOM_BACKBONE = ("LoRA all r=4", "Pfeiffer adapter m=8", "prefix k,v n=16")
 
 KEY = ("task", "backbone", "method", "recipe", "stage", "learning_rate", "steps", "seed")
 COLUMNS = (

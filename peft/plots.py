@@ -96,7 +96,10 @@ def plot_sweep(
     places = range(len(settings))
     axis.plot(places, [100 * value for value in accuracies], marker="o", color=COLOURS[family])
     for place, value in zip(places, accuracies, strict=True):
-        axis.annotate(f"{100 * value:.1f}", (place, 100 * value), (0, 7), textcoords="offset points", ha="center")
+        axis.annotate(
+            f"{100 * value:.1f}", (place, 100 * value), (0, 8), textcoords="offset points", ha="center",
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        )  # fmt: skip
     axis.set_xticks(list(places), [str(setting) for setting in settings])
     axis.set(xlabel=name, ylabel="validation accuracy (%)", title=title, ylim=(0, 110))
     axis.margins(x=0.15)

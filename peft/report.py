@@ -1,4 +1,4 @@
-"""The README's result table, from the result files of the comparison.
+"""The README's result tables, from the result files of the comparisons.
 
     python -m peft.report              writes the table into README.md, between its two markers
     python -m peft.report --check      says whether the table there is the current one
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from peft.compare import COLUMNS, summaries
+from peft.compare_real_text import COLUMNS as REAL_TEXT_COLUMNS
 from peft.results import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,21 @@ START, END = "<!-- results: written by python -m peft.report -->", "<!-- end of 
 
 
 def report(results: Path = RESULTS) -> str:
+    """All tables, as Markdown: the toy tasks side by side, and real text where its file is there.
+
+    Raises:
+        ValueError: there is no result file of a toy task.
+    """
+    real = summaries(read_rows(results / "rotten_tomatoes.csv", REAL_TEXT_COLUMNS))
+    if not real:
+        return toy_table(results)
+    lines = ["| method | trained numbers | share | Rotten Tomatoes |", "|---|---:|---:|---:|"]
+    lines += [f"| {r['method']} | {r['trained']:,} | {r['share']:.2%} | {_accuracy(r)} |" for r in real]
+    head = "On real text (MiniLM, critics' sentences on films that training never saw; each with a trained head):"
+    return "\n".join([toy_table(results), "", head, "", *lines])
+
+
+def toy_table(results: Path) -> str:
     """Both toy tasks side by side, a row for each method, as Markdown.
 
     Raises:

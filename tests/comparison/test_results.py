@@ -85,3 +85,14 @@ def test_the_table_goes_between_its_markers_and_nothing_else_changes():
     assert report.written_into(once, "new") == once
     with pytest.raises(ValueError, match="has lost its markers"):
         report.written_into("no markers here", "new")
+
+
+def test_real_text_has_a_table_of_its_own(results):
+    columns = [column for column in COLUMNS if column != "test_by_kind"]
+    rows = [
+        {c: v for c, v in row("rotten_tomatoes", seed=s, accuracy=a).items() if c in columns} for s, a in ((1, "0.8"),)
+    ]
+    write_rows(results / "rotten_tomatoes.csv", rows, columns)
+    lines = report.report(results).splitlines()
+    assert lines[-1] == "| LoRA q,v r=4 | 8,192 | 0.99% | 80.0% ± 0.0% (1 seed) |"
+    assert "Rotten Tomatoes" in lines[-3] and "question answering" in lines[0]
