@@ -182,7 +182,7 @@ def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTa
         "task": task.name,
         "backbone": BACKBONE,
         "method": name,
-        "recipe": "" if entry.method is None else repr(entry.method),
+        "recipe": "" if entry.method is None else str(entry.method),
         "stage": stage,
         "learning_rate": learning_rate,
         "steps": epochs * (len(task.train) // BATCH_SIZE),
