@@ -16,7 +16,9 @@ frozen backbone that was never pretrained: what they then reach, they owe to the
 import argparse
 import os
 import platform
+import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,15 @@ from torch import nn
 from minitransformer import Transformer
 from minitransformer.pretrained import toy_backbone
 from minitransformer.tasks import Task, qa_splits, sentiment_splits
-from minitransformer.training import History, evaluate, fit, predict
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training import History, Objective, answer_loss, evaluate, fit, predict, training_step
 from peft.adapter import BottleneckAdapter
 from peft.attach import attach, attached
+from peft.bitfit import BitFit
 from peft.checkpoint import save
 from peft.counting import parameter_table
-from peft.lora import ALL_LINEARS, LoRA
+from peft.ia3 import IA3
+from peft.lora import ALL_LINEARS, DoRA, LoRA, lora_plus_groups
 from peft.method import Method
 from peft.prefix import PrefixTuning
 from peft.prompt import PromptTuning
@@ -45,11 +50,15 @@ SEEDS = (1, 2, 3)  # of the final runs
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the comparison: a method (None: full fine-tuning), its learning rates, its steps on each task."""
+    """One line of the comparison: a method (None: full fine-tuning), its learning rates, its steps on each task.
+
+    With `ratio`, every B of a LoRA learns that many times as fast as A (LoRA+).
+    """
 
     method: Method | None
     learning_rates: tuple[float, ...]
     steps: dict[str, int]
+    ratio: float | None = None
 
 
 # Everything that learns slowly gets more steps, until more would not help it much: adapters and prefixes on questions
@@ -64,14 +73,20 @@ ENTRIES = {
     "LoRA all r=4": Entry(LoRA(rank=4, alpha=8, targets=ALL_LINEARS), (2e-3, 5e-3), SHORT),
     "LoRA q,v r=4, B only": Entry(LoRA(rank=4, alpha=8, train=("B",)), (5e-3, 2e-2), SHORT),
     "LoRA q,v r=4, A only": Entry(LoRA(rank=4, alpha=8, train=("A",)), (5e-3, 2e-2), SHORT),
+    "LoRA+ q,v r=4": Entry(LoRA(rank=4, alpha=8), (1e-3, 2e-3), SHORT, ratio=4.0),
+    "rsLoRA q,v r=16": Entry(LoRA(rank=16, alpha=8, rank_stabilized=True), (2e-3, 5e-3), SHORT),
+    "DoRA q,v r=4": Entry(DoRA(rank=4, alpha=8), (2e-3, 5e-3), SHORT),
     "Houlsby adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (5e-3, 1e-2), HOULSBY),
     "Pfeiffer adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="pfeiffer"), (5e-3, 1e-2), ADAPTER),
     "parallel adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="parallel"), (5e-3, 1e-2), ADAPTER),
     "adapter inside FFN m=4": Entry(BottleneckAdapter(bottleneck=4, placement="inside_ffn"), (5e-3, 1e-2), ADAPTER),
     "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-2, 1e-1), PREFIX),
     "gated prefix k,v n=16": Entry(PrefixTuning(length=16, gated=True), (3e-2, 1e-1), PREFIX),
+    "prefix k,v n=16 by MLP": Entry(PrefixTuning(length=16, reparameterize=64), (3e-3, 1e-2), LONG),
     "prefix hidden n=16": Entry(PrefixTuning(length=16, at="hidden"), (3e-2, 1e-1), LONG),
     "soft prompt n=16": Entry(PromptTuning(length=16), (1e-1, 3e-1), LONG),
+    "BitFit": Entry(BitFit(), (5e-3, 2e-2), ADAPTER),
+    "IA3": Entry(IA3(), (1e-2, 5e-2), ADAPTER),
 }
 RANDOM_BACKBONE = ("LoRA all r=4", "Pfeiffer adapter m=8", "prefix hidden n=16")
 
@@ -120,8 +135,10 @@ def train(
     progress: bool = True,
 ) -> tuple[nn.Module, History]:
     """One run of the comparison: the trained model (its last weights) and the history."""
-    model = prepared(name, seed, backbone_kind)
+    model, ratio = prepared(name, seed, backbone_kind), ENTRIES[name].ratio
     options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "progress": progress, "description": name}
+    if ratio is not None:
+        options["optimizer"] = torch.optim.AdamW(lora_plus_groups(model, learning_rate, ratio), weight_decay=0.0)
     return model, fit(model, task.train, **options)
 
 
@@ -138,6 +155,28 @@ def zero_shot(task: Task, backbone_kind: str = "pretrained") -> dict[str, float]
     free, restricted = predict(model, task.test), predict(model, task.test, task.answer_ids.tolist())
     right = {"free": free == task.test.targets, "restricted": restricted == task.test.targets}
     return {name: values.float().mean().item() for name, values in right.items()}
+
+
+def step_seconds(
+    models: dict[str, nn.Module], batch: Dataset, objective: Objective = answer_loss, rounds: int = 7
+) -> dict[str, float]:
+    """Median time of a training step of each model, all on the same batch.
+
+    The models take turns, so that whatever else the machine does in the meantime falls on all of them alike.
+    """
+    optimizers = {}
+    for name, model in models.items():
+        optimizers[name] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        model.train()
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, model in models.items():
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            began = time.perf_counter()
+            training_step(model, batch, objective, optimizers[name], trainable, 1.0, number)
+            seconds[name].append(time.perf_counter() - began)
+    # The first step of each also makes the optimizer's state.
+    return {name: statistics.median(own[1:]) for name, own in seconds.items()}
 
 
 def file_bytes(model: nn.Module) -> int:
@@ -254,6 +293,11 @@ def summaries(rows: list[Row], backbone_kind: str = "pretrained") -> list[dict]:
     return records
 
 
+def percent(share: float) -> str:
+    """A share with two digits after the point, or as many as a small one needs."""
+    return f"{share:.2%}" if share >= 1e-4 else f"{100 * share:.1g}%"
+
+
 def table(records: list[dict]) -> str:
     """The records as a Markdown table."""
     lines = [
@@ -262,7 +306,7 @@ def table(records: list[dict]) -> str:
     ]
     for r in records:
         lines.append(
-            f"| {r['method']} | {r['trained']:,} | {r['share']:.2%} | {r['learning_rate']:g} | {r['steps']} "
+            f"| {r['method']} | {r['trained']:,} | {percent(r['share'])} | {r['learning_rate']:g} | {r['steps']} "
             f"| {r['mean']:.2%} ± {r['spread']:.2%} ({r['runs']} seeds) | {r['file_bytes'] / 1024:,.0f} KiB |"
         )
     return "\n".join(lines)

@@ -23,6 +23,7 @@ COLOURS = {
     "prompt": "#CC79A7",
     "adapter": "#009E73",
     "head": "#E69F00",
+    "inner": "#56B4E9",  # biases and scales of inner activations: BitFit, IA3
 }
 STYLE = {
     "figure.facecolor": "white",
@@ -46,7 +47,8 @@ def use_style() -> None:
 def colour_of(label: str) -> str:
     """The colour of the family that a label names, such as "LoRA q,v r=4"; grey if it names none."""
     lowered = label.lower()
-    families = {"houlsby": "adapter", "pfeiffer": "adapter", "parallel": "adapter", "inside": "adapter"}
+    families = {"dora": "lora"} | dict.fromkeys(("bitfit", "ia3"), "inner")
+    families |= dict.fromkeys(("houlsby", "pfeiffer", "parallel", "inside"), "adapter")
     for word, family in {**{name: name for name in COLOURS}, **families}.items():
         if word in lowered:
             return COLOURS[family]

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from peft.compare import COLUMNS, summaries
+from peft.compare import COLUMNS, percent, summaries
 from peft.compare_real_text import COLUMNS as REAL_TEXT_COLUMNS
 from peft.results import read_rows
 
@@ -27,7 +27,7 @@ def report(results: Path = RESULTS) -> str:
     if not real:
         return toy_table(results)
     lines = ["| method | trained numbers | share | Rotten Tomatoes |", "|---|---:|---:|---:|"]
-    lines += [f"| {r['method']} | {r['trained']:,} | {r['share']:.2%} | {_accuracy(r)} |" for r in real]
+    lines += [f"| {r['method']} | {r['trained']:,} | {percent(r['share'])} | {_accuracy(r)} |" for r in real]
     head = "On real text (MiniLM, critics' sentences on films that training never saw; each with a trained head):"
     return "\n".join([toy_table(results), "", head, "", *lines])
 
@@ -54,7 +54,7 @@ def toy_table(results: Path) -> str:
     for name, records in tables.items():
         any_record = next(iter(records.values()))
         cells = [_accuracy(records.get(task)) for task in ("sentiment", "qa")]
-        lines.append(f"| {name} | {any_record['trained']:,} | {any_record['share']:.2%} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {any_record['trained']:,} | {percent(any_record['share'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

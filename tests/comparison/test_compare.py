@@ -93,6 +93,15 @@ def test_the_same_seed_gives_the_same_bits(task, name):
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), moved.parameters(), strict=True))
 
 
+def test_the_entry_of_lora_plus_gives_b_its_own_rate(task):
+    """After one step of AdamW every number has moved by its rate: B's four times as far as it does in plain LoRA."""
+    moved = {}
+    for name in ("LoRA q,v r=4", "LoRA+ q,v r=4"):
+        model, _ = compare.train(name, task, 1e-3, 1, seed=3, progress=False)
+        moved[name] = model.blocks[0].attention.query.B.detach().abs().median().item()
+    assert moved["LoRA+ q,v r=4"] == pytest.approx(4 * moved["LoRA q,v r=4"], rel=0.05)
+
+
 def test_the_random_backbone_has_the_shape_of_the_pretrained_one_and_none_of_its_weights():
     random, pretrained = compare.backbone("random"), compare.backbone("pretrained")
     assert random.config == pretrained.config
@@ -114,6 +123,16 @@ def test_scores_by_kind_add_up_to_the_whole(task):
 def test_zero_shot_among_the_answers_is_at_least_that_over_all_words(task):
     scores = compare.zero_shot(task)
     assert 0.0 <= scores["free"] <= scores["restricted"] <= 1.0
+
+
+def test_models_take_turns_when_their_steps_are_timed(task):
+    models = {name: compare.prepared(name, seed=1) for name in ("full fine-tuning", "LoRA q,v r=4")}
+    turns = []
+    for name, model in models.items():
+        model.hidden = lambda *args, model=model, name=name: turns.append(name) or type(model).hidden(model, *args)
+    seconds = compare.step_seconds(models, task.train.rows(slice(0, 4)).trimmed(), rounds=2)
+    assert turns == ["full fine-tuning", "LoRA q,v r=4"] * 3
+    assert seconds.keys() == models.keys() and all(value > 0 for value in seconds.values())
 
 
 def test_an_unknown_method_is_refused():

@@ -27,7 +27,9 @@ def named(axis):
 @pytest.mark.parametrize("name", [*ENTRIES, *REAL_TEXT_ENTRIES])
 def test_every_method_of_the_comparisons_has_the_colour_of_its_family(name):
     family = name.split()[0].lower()
-    family = {"soft": "prompt", "gated": "prefix", "houlsby": "adapter", "pfeiffer": "adapter", "parallel": "adapter"}.get(family, family)
+    others = {"soft": "prompt", "gated": "prefix"} | dict.fromkeys(("houlsby", "pfeiffer", "parallel"), "adapter")
+    others |= dict.fromkeys(("lora+", "rslora", "dora"), "lora") | dict.fromkeys(("bitfit", "ia3"), "inner")
+    family = others.get(family, family)
     assert plots.colour_of(name) == plots.COLOURS[family]
     assert plots.colour_of("something else") not in plots.COLOURS.values()
 
