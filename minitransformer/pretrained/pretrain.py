@@ -94,7 +94,7 @@ def backbone_config() -> TransformerConfig:
     )
 
 
-def next_token_loss(model: Transformer, tokens: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+def next_token_cross_entropy(model: Transformer, tokens: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """The mean cross-entropy of every token given those before it in its row."""
     return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -105,7 +105,7 @@ def held_out_loss(model: Transformer, recipe: Recipe, n_rows: int = 100) -> floa
     vocabulary = toy_vocabulary()
     mixture = CURRICULUM[-1].mixture
     rows = pretraining_rows(vocabulary, mixture, n_rows, recipe.length, seed=recipe.seed + 1_000_000, step=0)
-    return next_token_loss(model, rows).item()
+    return next_token_cross_entropy(model, rows).item()
 
 
 def pretrain(
@@ -148,7 +148,7 @@ def _run(recipe: Recipe, steps: int, progress: bool, on_probe) -> tuple[Transfor
         )
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        loss = next_token_loss(model, rows)
+        loss = next_token_cross_entropy(model, rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)

@@ -13,7 +13,7 @@ from minitransformer.pretrained.pretrain import (
     Stage,
     backbone_config,
     held_out_loss,
-    next_token_loss,
+    next_token_cross_entropy,
     pretrain,
     write,
 )
@@ -125,7 +125,7 @@ def test_steps_outside_of_the_recipe_are_refused():
             pretrain(SMALL, steps=steps, progress=False)
 
 
-def test_the_next_token_loss_is_the_mean_over_all_next_tokens():
+def test_the_next_token_cross_entropy_is_the_mean_over_all_next_tokens():
     model = Transformer(backbone_config())
     tokens = torch.randint(2, 100, (2, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_next_token_loss_is_the_mean_over_all_next_tokens():
         expected = -torch.stack(
             [logits[row, t].log_softmax(dim=-1)[tokens[row, t + 1]] for row in range(2) for t in range(5)]
         ).mean()
-        assert next_token_loss(model, tokens).item() == pytest.approx(expected.item(), abs=1e-5)
+        assert next_token_cross_entropy(model, tokens).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_a_stage_ends_when_every_probe_it_names_is_reached():
