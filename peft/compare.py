@@ -61,14 +61,14 @@ class Entry:
     ratio: float | None = None
 
 
-# Everything that learns slowly gets more steps, until more would not help it much: adapters and prefixes on questions
-# whose answer takes two look-ups. Whoever gets more stands in the table with it.
+# What learns slowly gets more steps: above all prefixes, on questions whose answer takes two look-ups. The budget of
+# each method stands in the table.
 SHORT, LONG = {"sentiment": 300, "qa": 600}, {"sentiment": 600, "qa": 1200}
-ADAPTER = {"sentiment": 300, "qa": 1200}
-HOULSBY, PREFIX = {"sentiment": 300, "qa": 2400}, {"sentiment": 600, "qa": 2400}
+MEDIUM = {"sentiment": 300, "qa": 1200}
+HOULSBY, PREFIX, GATED = ({"sentiment": steps, "qa": more} for steps, more in ((300, 2400), (600, 2400), (600, 4800)))
 ZERO_SHOT = "zero-shot"
 ENTRIES = {
-    "full fine-tuning": Entry(None, (3e-4, 1e-3), SHORT),
+    "full fine-tuning": Entry(None, (3e-4, 1e-3), MEDIUM),
     "LoRA q,v r=4": Entry(LoRA(rank=4, alpha=8), (2e-3, 5e-3), SHORT),
     "LoRA all r=4": Entry(LoRA(rank=4, alpha=8, targets=ALL_LINEARS), (2e-3, 5e-3), SHORT),
     "LoRA q,v r=4, B only": Entry(LoRA(rank=4, alpha=8, train=("B",)), (5e-3, 2e-2), SHORT),
@@ -77,16 +77,16 @@ ENTRIES = {
     "rsLoRA q,v r=16": Entry(LoRA(rank=16, alpha=8, rank_stabilized=True), (2e-3, 5e-3), SHORT),
     "DoRA q,v r=4": Entry(DoRA(rank=4, alpha=8), (2e-3, 5e-3), SHORT),
     "Houlsby adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (5e-3, 1e-2), HOULSBY),
-    "Pfeiffer adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="pfeiffer"), (5e-3, 1e-2), ADAPTER),
-    "parallel adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="parallel"), (5e-3, 1e-2), ADAPTER),
-    "adapter inside FFN m=4": Entry(BottleneckAdapter(bottleneck=4, placement="inside_ffn"), (5e-3, 1e-2), ADAPTER),
+    "Pfeiffer adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="pfeiffer"), (5e-3, 1e-2), MEDIUM),
+    "parallel adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="parallel"), (5e-3, 1e-2), MEDIUM),
+    "adapter inside FFN m=4": Entry(BottleneckAdapter(bottleneck=4, placement="inside_ffn"), (5e-3, 1e-2), MEDIUM),
     "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-2, 1e-1), PREFIX),
-    "gated prefix k,v n=16": Entry(PrefixTuning(length=16, gated=True), (3e-2, 1e-1), PREFIX),
+    "gated prefix k,v n=32": Entry(PrefixTuning(length=32, gated=True), (5e-2, 1e-1), GATED),
     "prefix k,v n=16 by MLP": Entry(PrefixTuning(length=16, reparameterize=64), (3e-3, 1e-2), LONG),
     "prefix hidden n=16": Entry(PrefixTuning(length=16, at="hidden"), (3e-2, 1e-1), LONG),
     "soft prompt n=16": Entry(PromptTuning(length=16), (1e-1, 3e-1), LONG),
-    "BitFit": Entry(BitFit(), (5e-3, 2e-2), ADAPTER),
-    "IA3": Entry(IA3(), (1e-2, 5e-2), ADAPTER),
+    "BitFit": Entry(BitFit(), (5e-3, 2e-2), MEDIUM),
+    "IA3": Entry(IA3(), (1e-2, 5e-2), MEDIUM),
 }
 RANDOM_BACKBONE = ("LoRA all r=4", "Pfeiffer adapter m=8", "prefix hidden n=16")
 
