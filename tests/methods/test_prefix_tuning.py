@@ -101,27 +101,6 @@ def test_every_query_sees_every_prefix_position(tiny, recipe):
         torch.testing.assert_close(layer.sum(-1), torch.ones(3, 2, 6))
 
 
-@every_prefix
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_real_output(tiny, recipe, side):
-    model = train_a_little(peft.attach(tiny(), recipe))
-    tokens, _ = batch()
-    padded, mask = pad(tokens, 4, side)
-    torch.testing.assert_close(
-        outputs(model, padded, mask).view(3, 6, 16), outputs(model, tokens), rtol=1e-5, atol=1e-5
-    )
-
-
-@every_prefix
-def test_a_row_in_a_batch_gives_what_it_gives_alone(tiny, recipe):
-    model = train_a_little(peft.attach(tiny(), recipe))
-    tokens, mask = batch()
-    together = model.hidden(tokens, mask)
-    for row in range(3):
-        alone = outputs(model, tokens[row : row + 1, : int(mask[row].sum())])
-        torch.testing.assert_close(together[row : row + 1, : alone.shape[1]], alone, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_cached_outputs_equal_uncached_ones_also_behind_left_padding(decoder, name, norm):

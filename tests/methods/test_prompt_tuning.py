@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_cases import RECIPES, batch, outputs, train_a_little
+from method_cases import RECIPES, batch, outputs
 
 import peft
 from peft import PromptTuning
@@ -26,29 +26,6 @@ def test_a_prompt_of_real_words_equals_those_words_in_front_of_the_text(tiny, le
     by_hand = outputs(tiny(), torch.cat([words.expand(3, -1), tokens], dim=1))[:, length:]
     model = peft.attach(tiny(), PromptTuning(length=length, init_tokens=tuple(words.tolist())))
     torch.testing.assert_close(outputs(model, tokens), by_hand, rtol=1e-5, atol=1e-5)
-
-
-@every_prompt
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_real_output(tiny, recipe, side):
-    model = train_a_little(peft.attach(tiny(max_len=16), recipe))
-    tokens, filler = batch()[0], torch.full((3, 4), 7)
-    real, padding = torch.ones(3, 6, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
-    order = (lambda text, pads: [pads, text]) if side == "left" else (lambda text, pads: [text, pads])
-    padded, mask = torch.cat(order(tokens, filler), dim=1), torch.cat(order(real, padding), dim=1)
-    torch.testing.assert_close(
-        outputs(model, padded, mask).view(3, 6, 16), outputs(model, tokens), rtol=1e-5, atol=1e-5
-    )
-
-
-@every_prompt
-def test_a_row_in_a_batch_gives_what_it_gives_alone(tiny, recipe):
-    model = train_a_little(peft.attach(tiny(), recipe))
-    tokens, mask = batch()
-    together = model.hidden(tokens, mask)
-    for row in range(3):
-        alone = outputs(model, tokens[row : row + 1, : int(mask[row].sum())])
-        torch.testing.assert_close(together[row : row + 1, : alone.shape[1]], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_prompt_and_text_together_must_fit_into_max_len(decoder):
