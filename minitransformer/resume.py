@@ -20,7 +20,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from minitransformer.files import write_whole
+from minitransformer.files import fingerprint, write_whole
 
 FORMAT = "minitransformer run 1"
 KEY = "run"
@@ -114,15 +114,6 @@ class RunFile:
                 f"checkpoint file"
             )
         return tensors, record
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and bytes of some tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _moving(model: nn.Module) -> dict[str, Tensor]:

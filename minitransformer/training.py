@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minitransformer.files import fingerprint
 from minitransformer.generation import evaluation_mode, modes_restored
-from minitransformer.resume import RunFile, RunState, fingerprint
+from minitransformer.resume import RunFile, RunState
 from minitransformer.tasks.dataset import Dataset
 
 SCHEDULES = ("cosine", "linear", "constant")

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from peft.method import Method, Wrapper
 from peft.reparameterization import ReparameterizedPrefixAttention
-from peft.sites import all_wrappers, exchange, find, named_sites, site_name, unwrap, wrap, wrappers_at
+from peft.sites import (
+    all_wrappers,
+    exchange,
+    find,
+    merged_wrappers,
+    named_sites,
+    site_name,
+    unwrap,
+    wrap,
+    wrappers_at,
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,7 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             model is as it was then.
     """
     _require_attached(model)
-    if any(getattr(w, "merged", False) for at_site in all_wrappers(model).values() for w in at_site):
+    if merged_wrappers(model):
         raise ValueError("the weights hold a merged update, which would go stale; unmerge(model) first")
     own = declared(model)
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

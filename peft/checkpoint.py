@@ -6,7 +6,6 @@ everything. The file is written whole or not at all, and it is compared byte by 
 written as, so a flipped bit anywhere is noticed.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from minitransformer.files import write_whole
+from minitransformer.files import fingerprint, write_whole
 from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
 from peft.merge import is_merged, merge
 from peft.method import Method
-from peft.sites import all_wrappers, in_order, site_name
+from peft.sites import in_order, merged_wrappers, site_name
 
 FORMAT = "peft-from-scratch 1"
 KEY = "peft"  # one metadata key only: safetensors writes several in no fixed order
@@ -168,15 +167,8 @@ def base_hash(model: nn.Module) -> str:
     """SHA-256 of every tensor that no method declares: names, types, shapes and bytes. Merging does not change it."""
     belonging = {id(tensor) for tensor in declared(model).values()}
     base = {site_name(n): p for n, p in model.named_parameters() if id(p) not in belonging}
-    for site, wrappers in all_wrappers(model).items():
-        for wrapper in wrappers:
-            if getattr(wrapper, "merged", False):
-                base[f"{site}.weight"] = wrapper.frozen_weight
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    base |= {f"{site}.weight": wrapper.frozen_weight for site, wrapper in merged_wrappers(model).items()}
+    return fingerprint(base)
 
 
 def _record(entry: Attached) -> dict:
@@ -184,11 +176,7 @@ def _record(entry: Attached) -> dict:
 
 
 def _checksum(tensors: dict[str, Tensor], record: dict) -> str:
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return fingerprint(tensors, heading=json.dumps(record, sort_keys=True))
 
 
 def _file_bytes(tensors: dict[str, Tensor], record: dict) -> bytes:

@@ -164,16 +164,14 @@ def step_seconds(
 
     The models take turns, so that whatever else the machine does in the meantime falls on all of them alike.
     """
-    optimizers = {}
-    for name, model in models.items():
-        optimizers[name] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        model.train()
+    trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
+    optimizers = {name: torch.optim.AdamW(own, lr=1e-5) for name, own in trainable.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         for name, model in models.items():
-            trainable = [p for p in model.parameters() if p.requires_grad]
+            model.train()
             began = time.perf_counter()
-            training_step(model, batch, objective, optimizers[name], trainable, 1.0, number)
+            training_step(model, batch, objective, optimizers[name], trainable[name], 1.0, number)
             seconds[name].append(time.perf_counter() - began)
     # The first step of each also makes the optimizer's state.
     return {name: statistics.median(own[1:]) for name, own in seconds.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from minitransformer.config import TransformerConfig
 from peft.attach import declared
 from peft.method import Method
-from peft.sites import all_wrappers, site_name
+from peft.sites import merged_wrappers, site_name
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,7 @@ def parameter_table(model: nn.Module) -> ParameterTable:
         Row(site_name(name), tuple(p.shape), p.numel(), p.requires_grad, id(p) in belonging)
         for name, p in model.named_parameters()
     )
-    merged = tuple(
-        f"{site}.weight"
-        for site, wrappers in all_wrappers(model).items()
-        if any(getattr(wrapper, "merged", False) for wrapper in wrappers)
-    )
-    return ParameterTable(rows, merged)
+    return ParameterTable(rows, tuple(f"{site}.weight" for site in merged_wrappers(model)))
 
 
 def expected_parameters(config: TransformerConfig, method: Method) -> int:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft.lora import LoRALinear
-from peft.sites import all_wrappers, unwrap
+from peft.sites import all_wrappers, merged_wrappers, unwrap
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -59,7 +59,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def is_merged(model: nn.Module) -> bool:
     """Whether an update is written into a weight at present."""
-    return any(getattr(wrapper, "merged", False) for at_site in all_wrappers(model).values() for wrapper in at_site)
+    return bool(merged_wrappers(model))
 
 
 def merged_copy(model: nn.Module) -> nn.Module:

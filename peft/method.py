@@ -26,6 +26,7 @@ class Wrapper(nn.Module):
     """
 
     order: ClassVar[int] = 0
+    merged: ClassVar[bool] = False  # whether its update is written into the frozen weight at present
 
     def __init__(self, base: nn.Module):
         super().__init__()

@@ -104,6 +104,12 @@ def all_wrappers(model: nn.Module) -> dict[str, list[Wrapper]]:
     return {name: wrappers for name, wrappers in found.items() if wrappers}
 
 
+def merged_wrappers(model: nn.Module) -> dict[str, Wrapper]:
+    """The wrappers whose update is written into a weight at present, by the name of what they wrap."""
+    found = all_wrappers(model).items()
+    return {name: wrapper for name, wrappers in found for wrapper in wrappers if wrapper.merged}
+
+
 def wrap(model: nn.Module, name: str, wrapper: Wrapper) -> None:
     """Put `wrapper` in: inside of those that belong farther out than it, round all others."""
     parent, attribute = _parent(model, name)
