@@ -19,8 +19,10 @@ from peft.bitfit import BitFit
 from peft.checkpoint import describe, load, save
 from peft.combine import combine
 from peft.counting import expected_parameters, parameter_table
+from peft.dora import DoRA
 from peft.ia3 import IA3
-from peft.lora import ALL_LINEARS, DoRA, LoRA, lora_plus_groups
+from peft.lora import ALL_LINEARS, LoRA
+from peft.lora_plus import lora_plus_groups
 from peft.merge import merge, merged_copy, unmerge
 from peft.method import Method, Wrapper
 from peft.prefix import PrefixTuning

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from peft.attach import attached, state_dict
 from peft.checkpoint import read
-from peft.lora import DoRA, LoRA
+from peft.dora import DoRA
+from peft.lora import LoRA
 from peft.method import Method
 from peft.sites import in_order
 

@@ -6,6 +6,7 @@ wrappers call these functions, and the tests hold each against a NumPy twin, val
 Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
 
     lora_update        (alpha / r) B A x                                   Hu et al. 2022, section 4.1
+    row_norms          ||W||, the length of each row                       what DoRA divides by
     dora_weight        m (W0 + ΔW) / ||W0 + ΔW||, row by row               Liu et al. 2024 (DoRA), equation 5
     prefix_attention   softmax(q [P_k ; K]ᵀ / sqrt(d_head)) [P_v ; V]      Li & Liang 2021, section 4; He et al. 2022
     gated_attention    (1 - lambda) Attn(K, V) + lambda Attn(P_k, P_v)     He et al. 2022, equation 7

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft.lora import LoRALinear
+from peft.mergeable import MergeableLinear
 from peft.sites import all_wrappers, merged_wrappers, unwrap
 
 
@@ -35,7 +35,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _merged_weight(name: str, lora: LoRALinear) -> Float[Tensor, "d_out d_in"]:
+def _merged_weight(name: str, lora: MergeableLinear) -> Float[Tensor, "d_out d_in"]:
     weight = lora.changed_weight().to(lora.base.weight.dtype)
     for tensor in (*lora.tensors().values(), weight):  # a NaN in A is lost where B is 0, but not what it says
         if not bool(torch.isfinite(tensor).all()):
@@ -72,7 +72,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
             an infinity.
     """
     loras = _loras(model)
-    others = [w for at_site in all_wrappers(model).values() for w in at_site if not isinstance(w, LoRALinear)]
+    others = [w for at_site in all_wrappers(model).values() for w in at_site if not isinstance(w, MergeableLinear)]
     if others:
         raise ValueError(
             f"a {type(others[0]).__name__} is attached as well, which is no change of a weight: only LoRA and DoRA can "
@@ -89,12 +89,12 @@ def merged_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _loras(model: nn.Module) -> dict[str, LoRALinear]:
+def _loras(model: nn.Module) -> dict[str, MergeableLinear]:
     loras = {
         name: wrapper
         for name, wrappers in all_wrappers(model).items()
         for wrapper in wrappers
-        if isinstance(wrapper, LoRALinear)
+        if isinstance(wrapper, MergeableLinear)
     }
     if not loras:
         raise ValueError("no LoRA is attached to this model, and only LoRA can be merged into a weight")

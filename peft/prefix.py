@@ -16,23 +16,23 @@ With `gated=True` the prefix has a softmax of its own, and each head a gate g th
 "LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
 a plain prefix never is: even zero keys take their share of the softmax.
 
-Differs from the paper: nothing for "kv". For "hidden", P joins what W_k and W_v read (in a pre-norm block, after the
-norm). The MLP of the paper's section 4.3 is in `peft/reparameterization.py`.
+Differs from the paper: "hidden" joins what W_k and W_v read (in a pre-norm block, after the norm); otherwise nothing.
+The paper's MLP is in `peft/reparameterization.py`, the start from real words in `peft/real_words.py`.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention, attention_mask
+from minitransformer.attention import Attention
 from minitransformer.config import TransformerConfig
 from minitransformer.generation import evaluation_mode
-from minitransformer.transformer import Transformer
 from peft.functional import gated_prefix
 from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like
-from peft.sites import in_layers, unwrapped
+from peft.real_words import attention_input_of_words
+from peft.sites import in_layers
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,13 @@ class PrefixTuning(LayerwiseMethod):
             "normal" from N(0, init_std²).
         init_std: standard deviation of "normal".
         init_tokens: the words of "activations", `length` word numbers; None draws them from the vocabulary.
-        reparameterize: hidden width of Li & Liang's MLP, which stands in for P_k and P_v while they are trained
-            (at="kv" only; it brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and
-            P_v directly.
+        reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
+            brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, or `init_tokens` of another length or
-            where they would be ignored.
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` that do not fit or count.
     """
 
     length: int = 8
@@ -101,10 +99,7 @@ class PrefixTuning(LayerwiseMethod):
             shape = (self.length, module.d_model)
             names = ("key", "value") if self.at == "kv" else ("hidden",)
             return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in names})
-        transformer = transformer_of(model)
-        words = words_to_start_from(self.init_tokens, self.length, transformer.config.vocab_size, generator)
-        pieces = words.split(transformer.config.max_len)  # a prefix may be longer than any text
-        hidden = torch.cat([attention_input(transformer, module, piece) for piece in pieces])
+        hidden = attention_input_of_words(model, module, self.init_tokens, self.length, generator)
         if self.at == "hidden":
             return PrefixAttention(module, self, {"hidden": hidden})
         with torch.no_grad(), evaluation_mode(module):  # a LoRA on the key map may have dropout
@@ -153,37 +148,3 @@ class PrefixAttention(Wrapper):
         own = self.base.attend(q, x, *rest)
         out = gated_prefix(own.to(self.gate.dtype), q.to(self.gate.dtype), prefix_k, prefix_v, self.gate)
         return self.base.join_heads(out.to(own.dtype))
-
-
-def transformer_of(model: nn.Module) -> Transformer:
-    """The Transformer in the model, which may be a classifier round it."""
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            return module
-    raise ValueError("there is no minitransformer Transformer in this model")
-
-
-def words_to_start_from(
-    given: tuple[int, ...] | None, length: int, vocab_size: int, generator: torch.Generator
-) -> Int[Tensor, "n"]:
-    """The given words, or `length` drawn from the vocabulary: the same ones for every layer of one `attach`."""
-    if given is not None:
-        return torch.tensor(given)
-    again = torch.Generator().manual_seed(generator.initial_seed())
-    return torch.randint(vocab_size, (length,), generator=again)
-
-
-@torch.no_grad()
-def attention_input(
-    transformer: Transformer, attention: Attention, words: Int[Tensor, "n"]
-) -> Float[Tensor, "n d_model"]:
-    """What that attention layer reads at each of the words: the hidden states below it, after a pre-norm."""
-    tokens = words.to(next(transformer.parameters()).device)[None]
-    mask = attention_mask(tokens.shape[1], None, tokens.shape[1], transformer.config.causal, tokens.device)
-    with evaluation_mode(transformer):
-        x = unwrapped(transformer.embedding)(tokens, torch.ones_like(tokens, dtype=torch.bool))
-        for block in transformer.blocks:
-            if unwrapped(block.attention) is attention:
-                return (block.norm_attention(x) if block.pre_norm else x)[0]
-            x = block(x, mask)
-    raise ValueError("this attention layer is not in the Transformer")

@@ -25,7 +25,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, positions
 from peft.functional import prepend
 from peft.method import Method, Wrapper, normal, parameter_like
-from peft.prefix import words_to_start_from
+from peft.real_words import words_to_start_from
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from minitransformer.config import TransformerConfig
 from peft.method import Wrapper
 
 
@@ -27,6 +28,15 @@ def named_sites(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         sites[full] = core
         sites.update(named_sites(core, f"{full}."))
     return sites
+
+
+def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """The name and (d_in, d_out) of every linear map that a Transformer of that shape has, no model built."""
+    d, d_ff = config.d_model, config.d_ff
+    shapes = {f"attention.{name}": (d, d) for name in ("query", "key", "value", "output")}
+    shapes |= {"feedforward.up": (d, d_ff), "feedforward.down": (d_ff, d)}
+    everywhere = {f"blocks.{i}.{name}": shape for i in range(config.n_layers) for name, shape in shapes.items()}
+    return everywhere | ({"head.dense": (d, d)} if config.lm_head == "bert" else {})
 
 
 def site_name(parameter_name: str) -> str:
