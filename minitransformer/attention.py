@@ -98,8 +98,9 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "#B 1 T S"] | None = None,
         cache: LayerCache | None = None,
         weights: list | None = None,
-        extra_key: Float[Tensor, "n d_model"] | None = None,
-        extra_value: Float[Tensor, "n d_model"] | None = None,
+        extra_key: Float[Tensor, "*B n d_model"] | None = None,
+        extra_value: Float[Tensor, "*B n d_model"] | None = None,
+        extra_visible: Bool[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B T d_model"]:
         """Attend from every position of x to x itself, to the cache, and to the extra keys.
 
@@ -110,11 +111,12 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens; those of x are appended to it.
             weights: a list to which the attention weights [B, H, T, n + S] are appended, for pictures
                 (this takes the written-out form).
-            extra_key, extra_value: n further keys and values, [n, d_model] before the split into heads.
-                They stand in front, belong to every row, and are visible to every query.
+            extra_key, extra_value: n further keys and values before the split into heads: [n, d_model] for every row
+                alike, or [B, n, d_model]. They stand in front, and are visible to every query.
+            extra_visible: False where a row lacks an extra position, [B, n]; None: each row has them all.
         """
         q = self.split_heads(self.query(x))  # [B, H, T, d_head]
-        return self.join_heads(self.attend(q, x, mask, cache, weights, extra_key, extra_value))
+        return self.join_heads(self.attend(q, x, mask, cache, weights, extra_key, extra_value, extra_visible))
 
     def attend(
         self,
@@ -123,8 +125,9 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "#B 1 T S"] | None = None,
         cache: LayerCache | None = None,
         weights: list | None = None,
-        extra_key: Float[Tensor, "n d_model"] | None = None,
-        extra_value: Float[Tensor, "n d_model"] | None = None,
+        extra_key: Float[Tensor, "*B n d_model"] | None = None,
+        extra_value: Float[Tensor, "*B n d_model"] | None = None,
+        extra_visible: Bool[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B H T d_head"]:
         """What each head's queries `q` see in x and in what stands in front of it; the rest as in `forward`."""
         k, v = self.split_heads(self.key(x)), self.split_heads(self.value(x))
@@ -132,10 +135,12 @@ class Attention(nn.Module):
             cache.append(k, v)
             k, v = cache.key, cache.value  # [B, H, S, d_head]
         if extra_key is not None:
+            if extra_visible is not None:
+                mask = _with_extra(extra_visible, mask, q.shape[2], k.shape[2])
+            elif mask is not None:
+                mask = F.pad(mask, (extra_key.shape[-2], 0), value=True)  # [B, 1, T, n + S]
             k = self._prepend(extra_key, k)  # [B, H, n + S, d_head]
             v = self._prepend(extra_value, v)
-            if mask is not None:
-                mask = F.pad(mask, (extra_key.shape[0], 0), value=True)  # [B, 1, T, n + S]
         dropout = self.dropout if self.training else 0.0
         if weights is None and self.implementation == "fused":
             return fused_attention(q, k, v, mask, dropout)
@@ -149,10 +154,20 @@ class Attention(nn.Module):
         return self.output(heads.transpose(1, 2).flatten(-2))
 
     def _prepend(
-        self, extra: Float[Tensor, "n d_model"], own: Float[Tensor, "B H S d_head"]
+        self, extra: Float[Tensor, "*B n d_model"], own: Float[Tensor, "B H S d_head"]
     ) -> Float[Tensor, "B H nS d_head"]:
         extra = self.split_heads(extra.to(own.dtype).expand(own.shape[0], -1, -1))  # [B, H, n, d_head]
         return torch.cat([extra, own], dim=2)
+
+
+def _with_extra(
+    visible: Bool[Tensor, "B n"], mask: Bool[Tensor, "#B 1 T S"] | None, n_queries: int, n_keys: int
+) -> Bool[Tensor, "B 1 T nS"]:
+    """The mask over the extra positions, which differ from row to row, and the text."""
+    n_rows, n = visible.shape
+    text = visible.new_ones(1, 1, n_queries, n_keys) if mask is None else mask
+    extra = visible[:, None, None, :].expand(n_rows, 1, n_queries, n)
+    return torch.cat([extra, text.expand(n_rows, 1, n_queries, n_keys)], dim=-1)
 
 
 def attention_mask(

@@ -27,6 +27,7 @@ from peft.merge import merge, merged_copy, unmerge
 from peft.method import Method, Wrapper
 from peft.prefix import PrefixTuning
 from peft.prompt import PromptTuning
+from peft.task_bank import TaskBank
 
 __all__ = [
     "ALL_LINEARS",
@@ -39,6 +40,7 @@ __all__ = [
     "Method",
     "PrefixTuning",
     "PromptTuning",
+    "TaskBank",
     "Wrapper",
     "attach",
     "attached",

@@ -1,16 +1,21 @@
-"""Are the tests of `peft/functional.py` sharp? Break one thing at a time in it and see whether they notice.
+"""Are the tests of `peft` sharp? Break one thing at a time in it and see whether they notice.
 
-    python tests/mutation_check.py
+    python tests/mutation_check.py                                    every equation: peft/functional.py, some minutes
+    python tests/mutation_check.py peft/lora.py peft/merge.py         other files
+    python tests/mutation_check.py --sample 20 --seed 0 peft/*.py     twenty mutants of each, drawn at random
 
-Not part of the test run (it takes some minutes). Each mutant is one change of one place: another operator, a constant
-moved, a comparison turned round, the parts of a concatenation swapped, two arguments swapped, a call or a method left
-out. A survivor is an equation that no test holds.
+Not part of the test run. Each mutant is one change of one place: another operator, a constant moved, a condition turned
+round, the parts of a concatenation swapped, two arguments swapped, a call or a method left out. It runs against the
+tests that `TESTS` names for its file. A survivor is something that no test holds.
 """
 
+import argparse
 import ast
 import copy
 import os
+import random
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,9 +24,33 @@ import pytest
 import torch  # noqa: F401  imported before the forks, so that no mutant pays for it
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGET, TESTS = "peft/functional.py", "tests/methods/test_functional.py"
+METHODS, INVARIANTS = "tests/methods/", "tests/methods/test_invariants_of_every_method.py"
+TESTS = {
+    "functional": [METHODS + "test_functional.py"],
+    "lora": [METHODS + "test_lora.py", METHODS + "test_lora_variants.py", METHODS + "test_counting.py"],
+    "dora": [METHODS + "test_lora_variants.py", INVARIANTS],
+    "lora_plus": [METHODS + "test_lora_variants.py"],
+    "mergeable": [METHODS + "test_lora.py", METHODS + "test_lora_variants.py"],
+    "merge": [METHODS + "test_lora.py", METHODS + "test_lora_variants.py"],
+    "combine": [METHODS + "test_lora_variants.py", "tests/museum"],
+    "prefix": [METHODS + "test_prefix_tuning.py", METHODS + "test_counting.py", INVARIANTS],
+    "real_words": [METHODS + "test_prefix_tuning.py", METHODS + "test_prompt_tuning.py"],
+    "reparameterization": [METHODS + "test_prefix_tuning.py", INVARIANTS],
+    "prompt": [METHODS + "test_prompt_tuning.py", INVARIANTS],
+    "adapter": [METHODS + "test_adapters.py", METHODS + "test_counting.py", INVARIANTS],
+    "bitfit": [METHODS + "test_biases_and_scales.py", INVARIANTS],
+    "ia3": [METHODS + "test_biases_and_scales.py", INVARIANTS],
+    "method": [METHODS + "test_attach_detach.py", METHODS + "test_files.py", INVARIANTS],
+    "sites": [METHODS + "test_attach_detach.py", METHODS + "test_lora_variants.py", INVARIANTS],
+    "attach": [METHODS + "test_attach_detach.py", METHODS + "test_prefix_tuning.py", METHODS + "test_files.py"],
+    "audit": [METHODS + "test_audit.py"],
+    "counting": [METHODS + "test_counting.py", METHODS + "test_lora_variants.py"],
+    "checkpoint": [METHODS + "test_files.py", METHODS + "test_lora_variants.py"],
+}
+SECONDS = 240  # a mutant that takes longer, in an endless loop perhaps, counts as caught
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
-COMPARISONS = {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq}
+COMPARISONS = {ast.Is: ast.IsNot, ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.In: ast.NotIn}
+COMPARISONS |= {turned: kind for kind, turned in COMPARISONS.items()}
 WORDS = {"relu": "gelu"}
 EQUIVALENT = {  # they compute the same: the two axes in the other order, and the axis -2 of four counted from the front
     "k.transpose(-2, -1)  ->  k.transpose(-1, -2)",
@@ -30,13 +59,23 @@ EQUIVALENT = {  # they compute the same: the two axes in the other order, and th
 }
 
 
-def arithmetic(tree: ast.Module) -> list[ast.AST]:
-    """Every node that computes: function bodies and defaults, without docstrings and annotations."""
+def computing(tree: ast.Module) -> list[ast.AST]:
+    """Every node that computes: function bodies and defaults, without docstrings, annotations and error messages."""
     nodes = []
-    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
-        for part in [*function.args.defaults, *function.body[1:]]:
-            nodes += ast.walk(part)
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        documented = ast.get_docstring(function) is not None
+        for part in [*function.args.defaults, *function.body[documented:]]:
+            nodes += below(part)
     return nodes
+
+
+def below(node: ast.AST) -> list[ast.AST]:
+    """The node and all nodes in it, without what is raised, annotations and functions in it."""
+    if isinstance(node, ast.Raise | ast.FunctionDef):
+        return []
+    parts = [part for name, part in ast.iter_fields(node) if name != "annotation"]
+    children = [child for part in parts for child in (part if isinstance(part, list) else [part])]
+    return [node, *(found for child in children if isinstance(child, ast.AST) for found in below(child))]
 
 
 def variants(node: ast.AST) -> list[ast.AST]:
@@ -48,7 +87,13 @@ def variants(node: ast.AST) -> list[ast.AST]:
         out.append(ast.BinOp(node.right, node.op, node.left))
     if isinstance(node, ast.BinOp):
         out += [node.left, node.right]
-    if isinstance(node, ast.Compare):
+    if isinstance(node, ast.If | ast.IfExp):
+        turned = copy.copy(node)
+        turned.test = ast.UnaryOp(ast.Not(), node.test)
+        out.append(turned)
+    if isinstance(node, ast.BoolOp):
+        out.append(ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
         out.append(ast.Compare(node.left, [COMPARISONS[type(node.ops[0])]()], node.comparators))
     if isinstance(node, ast.UnaryOp):
         out.append(node.operand)
@@ -65,7 +110,7 @@ def variants(node: ast.AST) -> list[ast.AST]:
         if isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Name):
             out.append(node.func.value)  # x.f().g() -> x.f()
         if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-            module = node.func.value.id in ("F", "torch", "math")
+            module = node.func.value.id in ("F", "torch", "math") and bool(node.args)
             out.append(node.args[0] if module else node.func.value)  # torch.tanh(x) -> x,  k.transpose(…) -> k
         if len(node.args) >= 2:
             out.append(ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords))
@@ -77,16 +122,16 @@ def variants(node: ast.AST) -> list[ast.AST]:
 def mutants(source: str) -> list[tuple[str, str]]:
     """(what was changed, the whole mutated source), one for each variant of each node."""
     found, original = [], ast.unparse(ast.parse(source))
-    for index, node in enumerate(arithmetic(ast.parse(source))):
+    for index, node in enumerate(computing(ast.parse(source))):
         for number in range(len(variants(node))):
             tree = copy.deepcopy(ast.parse(source))
-            place = arithmetic(tree)[index]
+            place = computing(tree)[index]
             new = variants(place)[number]
             what, line = f"{ast.unparse(place)}  ->  {ast.unparse(new)}", place.lineno
             Replace(place, new).visit(tree)
             text = ast.unparse(ast.fix_missing_locations(tree))
             if text != original and what not in EQUIVALENT:
-                found.append((f"line {line}: {what}", text))
+                found.append((f"line {line}: {' '.join(what.split())[:150]}", text))
     return found
 
 
@@ -100,38 +145,59 @@ class Replace(ast.NodeTransformer):
         return self.new if node is self.old else super().generic_visit(node)
 
 
-def passes(copy_of_root: Path, source: str) -> bool:
+def passes(copy_of_root: Path, target: str, source: str) -> bool:
     """Whether the tests pass on this source; in a process of its own, forked so that torch is loaded already."""
-    (copy_of_root / TARGET).write_text(source)
+    (copy_of_root / target).write_text(source)
     child = os.fork()
     if child == 0:
         sys.stdout.flush()
+        signal.alarm(SECONDS)
         os.chdir(copy_of_root)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
         sys.dont_write_bytecode = True
         sys.path[0] = str(copy_of_root)
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", TESTS])))
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *TESTS[Path(target).stem]])))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def survivors_of(work: Path, target: str, sample: int | None, seed: int) -> tuple[list[str], int]:
+    """What survived among the mutants of one file, and how many mutants there were; prints each."""
+    source = (ROOT / target).read_text()
+    if not passes(work, target, source):
+        raise SystemExit(f"the tests of {target} fail on the unchanged source: nothing can be learnt from mutants")
+    everything = mutants(source)
+    if sample is not None and sample < len(everything):
+        everything = random.Random(seed).sample(everything, sample)
+    survivors = []
+    for what, mutated in everything:
+        survived = passes(work, target, mutated)
+        survivors += [f"{target}, {what}"] * survived
+        print("SURVIVED" if survived else "caught  ", f"{target}, {what}", flush=True)
+    (work / target).write_text(source)
+    return survivors, len(everything)
 
 
 def main() -> int:
     """Print every mutant and what became of it; 1 if any survived."""
-    source = (ROOT / TARGET).read_text()
+    parser = argparse.ArgumentParser(description="Break one thing at a time and see whether the tests notice.")
+    parser.add_argument("files", nargs="*", default=["peft/functional.py"])
+    parser.add_argument("--sample", type=int, help="so many mutants of each file, drawn at random; all of them without")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    targets = [f"peft/{Path(file).name}" for file in options.files if Path(file).stem in TESTS]
+    survivors, tried = [], 0
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory) / "work"
         work.mkdir()
         shutil.copy(ROOT / "pyproject.toml", work)
         for package in ("peft", "minitransformer", "tests"):
             shutil.copytree(ROOT / package, work / package, ignore=shutil.ignore_patterns("__pycache__"))
-        if not passes(work, source):
-            raise SystemExit("the tests fail on the unchanged source: nothing can be learnt from mutants")
-        survivors, everything = [], mutants(source)
-        for what, mutated in everything:
-            survived = passes(work, mutated)
-            survivors += [what] * survived
-            print("SURVIVED" if survived else "caught  ", what, flush=True)
-    print(f"{len(everything) - len(survivors)} of {len(everything)} mutants caught")
+        for target in targets:
+            found, number = survivors_of(work, target, options.sample, options.seed)
+            survivors, tried = survivors + found, tried + number
+    print("\n".join(survivors))
+    print(f"{tried - len(survivors)} of {tried} mutants caught")
     return 1 if survivors else 0
 
 
