@@ -24,6 +24,7 @@ def check() -> str:
         raise ImportError(
             f"`import peft` would load {found}, which is not this repository's package but another one of the same "
             f"name (Hugging Face's, most likely). Use a fresh virtual environment: "
-            f"python3 -m venv .venv && .venv/bin/pip install -e '{HERE}[notebooks]'"
+            f"python3 -m venv .venv && .venv/bin/pip install -e '{HERE}[notebooks]', or put this repository in front, "
+            f"before anything else is imported: import sys; sys.path.insert(0, '{HERE}')"
         )
     return f"all is well: peft comes from {found.relative_to(HERE.parent)}"

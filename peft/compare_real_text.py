@@ -1,21 +1,13 @@
 """The comparison on real text: every method on MiniLM and Rotten Tomatoes, films held out.
 
-    python -m peft.compare_real_text --out notebooks/results/rotten_tomatoes.csv
+    python -m peft compare --task rotten_tomatoes --out notebooks/results
 
-Each method gets the learning rate that suits it, chosen on the validation films by short runs with one seed (rows of
-stage "choice", which never see the test films). Then it is trained in full with that rate, once per seed, and scored
-once on the test films (stage "final"). A fresh classification head is trained beside every method.
-
-The sweep takes about two hours on one free thread. Each finished run is one row of the file, and rows that are there
-are not run again: a sweep that was stopped goes on where it stopped.
+`peft/sweep.py` says how rates are chosen and what is scored when: here by short runs on the validation films. A fresh
+classification head is trained beside every method. The sweep takes about two hours on one free thread.
 """
 
-import argparse
-import os
-import platform
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,18 +24,15 @@ from minitransformer.training import History, evaluate, fit, label_loss
 from peft import compare
 from peft.adapter import BottleneckAdapter
 from peft.attach import attach, attached, trainable_parameters
-from peft.compare import chosen_learning_rate, summaries, table
-from peft.counting import parameter_table
 from peft.lora import ALL_LINEARS, LoRA
 from peft.method import Method
 from peft.prefix import PrefixTuning
-from peft.results import Row, read_rows, write_rows
+from peft.results import Row
+from peft.sweep import KEY, MEASURED, Study, measured
 
 BATCH_SIZE = 32
 EPOCHS = 3  # of the final runs
 CHOICE_EPOCHS = 1  # of the runs that choose the learning rate
-CHOICE_SEED = 0
-SEEDS = (1, 2, 3)  # of the final runs
 
 
 @dataclass(frozen=True)
@@ -70,9 +59,7 @@ ENTRIES = {
 }
 
 BACKBONE = "pretrained"
-# What a run is, then what it gave: the columns of `peft.compare`, without its kinds of rows.
-KEY = compare.KEY
-COLUMNS = tuple(column for column in compare.COLUMNS if column != "test_by_kind")
+COLUMNS = (*KEY, *MEASURED)
 
 
 def classifier(name: str, seed: int) -> SequenceClassifier:
@@ -196,72 +183,24 @@ def finished(key: Row, task: TextTask, progress: bool = True) -> Row:
     epochs = int(key["steps"]) // (len(task.train) // BATCH_SIZE)
     rate, seed = float(key["learning_rate"]), int(key["seed"])
     model, history = train(key["method"], rate, task, epochs, seed, progress)
-    validation, counted = score(model, task.validation), parameter_table(model)
-    test = f"{score(model, task.test)['accuracy']:.4f}" if key["stage"] == "final" else ""
-    return key | {
-        "trained_parameters": str(counted.trained),
-        "share": f"{counted.share:.6f}",
-        "validation_loss": f"{validation['loss']:.4f}",
-        "validation_accuracy": f"{validation['accuracy']:.4f}",
-        "test_accuracy": test,
-        "seconds_per_step": f"{history.seconds_per_step:.4f}",
-        "file_bytes": str(file_bytes(model)),
-        "threads": str(torch.get_num_threads()),
-        "torch_version": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
+    test = score(model, task.test) if key["stage"] == "final" else None
+    return key | measured(model, history, score(model, task.validation), test, file_bytes(model))
 
 
-def run(
-    out: str | Path,
-    names: tuple[str, ...] = tuple(ENTRIES),
-    seeds: tuple[int, ...] = SEEDS,
-    progress: bool = True,
-) -> list[Row]:
-    """The whole sweep, or what is missing of it in the file `out`.
-
-    Args:
-        out: the CSV file, read first and then extended row by row.
-        names: keys of `ENTRIES`.
-        seeds: of the final runs.
-        progress: show bars.
-
-    Returns:
-        All rows of the file.
-    """
+def study(names: Sequence[str] = tuple(ENTRIES), progress: bool = True) -> Study:
+    """The sweep over these methods on Rotten Tomatoes."""
     task = rotten_tomatoes_splits()
-    rows = read_rows(out, COLUMNS)
-    for stage in ("choice", "final"):
-        for key in _plan(stage, names, seeds, task, rows):
-            if not any(all(row[column] == key[column] for column in KEY) for row in rows):
-                rows.append(finished(key, task, progress))
-                write_rows(out, rows, COLUMNS)
-    return rows
 
+    def seconds(methods: Sequence[str]) -> dict[str, float]:
+        typical = task.train.rows(by_length(task.train)[len(task.train) // 2 :][:BATCH_SIZE]).trimmed()
+        models = {name: classifier(name, seed=0) for name in methods if name != HEAD}
+        return {HEAD: 0.0} | compare.step_seconds(models, typical, label_loss, rounds=1)  # on stored features: nothing
 
-def _plan(stage: str, names, seeds, task: TextTask, rows) -> Iterator[Row]:
-    """Seeds outside, methods inside: wherever the sweep stops, every method has had its turn."""
-    if stage == "choice":
-        for name in names:
-            for rate in ENTRIES[name].learning_rates:
-                yield planned(name, stage, rate, CHOICE_SEED, task)
-    else:
-        for seed in seeds:
-            for name in names:
-                yield planned(name, stage, chosen_learning_rate(rows, name, BACKBONE), seed, task)
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Every PEFT method on MiniLM and Rotten Tomatoes, films held out.")
-    parser.add_argument("--out", type=Path, required=True, help="the CSV file; a sweep that was stopped goes on")
-    parser.add_argument("--methods", nargs="+", default=list(ENTRIES), choices=list(ENTRIES), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the final runs")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(table(summaries(run(options.out, tuple(options.methods), tuple(options.seeds)))))
-
-
-if __name__ == "__main__":
-    main()
+    return Study(
+        columns=COLUMNS,
+        rates={name: ENTRIES[name].learning_rates for name in names},
+        planned=lambda name, stage, rate, seed: planned(name, stage, rate, seed, task),
+        finished=lambda key: finished(key, task, progress),
+        step_seconds=seconds,
+        backbone=BACKBONE,
+    )

@@ -1,20 +1,22 @@
 """The README's result tables, from the result files of the comparisons.
 
-    python -m peft.report              writes the table into README.md, between its two markers
-    python -m peft.report --check      says whether the table there is the current one
+python -m peft report              writes the tables into README.md, between its two markers
+python -m peft report --check      says whether the tables there are the current ones
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from peft.compare import COLUMNS, percent, summaries
+from peft.compare import COLUMNS
 from peft.compare_real_text import COLUMNS as REAL_TEXT_COLUMNS
 from peft.results import read_rows
+from peft.sweep import percent, summaries
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
-START, END = "<!-- results: written by python -m peft.report -->", "<!-- end of results -->"
+START, END = "<!-- results: written by python -m peft report -->", "<!-- end of results -->"
 
 
 def report(results: Path = RESULTS) -> str:
@@ -43,8 +45,8 @@ def toy_table(results: Path) -> str:
         rows = read_rows(results / f"{task}.csv", COLUMNS)
         if not rows:
             raise ValueError(
-                f"{results / task}.csv is missing or empty; run: python -m peft.compare --task {task} "
-                f"--out notebooks/results/{task}.csv"
+                f"{results / task}.csv is missing or empty; run: python -m peft compare --task {task} "
+                f"--out notebooks/results"
             )
         for kind in ("pretrained", "random"):
             for record in summaries(rows, kind):
@@ -77,19 +79,15 @@ def written_into(text: str, table: str) -> str:
     return f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Write the result table into README.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the table is not the current one")
-    options = parser.parse_args()
+    parser = argparse.ArgumentParser("python -m peft report", description="Write the result tables into README.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the tables are not current")
+    options = parser.parse_args(arguments)
     readme = ROOT / "README.md"
     text = readme.read_text()
     new = written_into(text, report())
     if options.check:
-        sys.exit(0 if new == text else "the table in README.md is not that of the result files: python -m peft.report")
+        sys.exit(0 if new == text else "the table in README.md is not that of the result files: python -m peft report")
     readme.write_text(new)
     print(report())
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ import torch
 from minitransformer import Transformer
 from minitransformer.tasks import sentiment_splits
 from minitransformer.tasks.dataset import Split
-from peft import compare, expected_parameters
+from peft import compare, expected_parameters, sweep
 from peft.results import read_rows
 
 
@@ -35,14 +35,15 @@ def short(task, monkeypatch):
 
 def test_the_whole_sweep_and_going_on_with_it(short, tmp_path, monkeypatch):
     out = tmp_path / "results" / "rows.csv"
-    rows = compare.run("sentiment", out, names=short, seeds=(1,), progress=False)
+    study = compare.study("sentiment", short, progress=False)
+    rows = sweep.run(study, out, seeds=(1,))
     assert rows == read_rows(out, compare.COLUMNS)
     for name in short:
         choice = [row for row in rows if row["method"] == name and row["stage"] == "choice"]
         (final,) = [row for row in rows if row["method"] == name and row["stage"] == "final"]
         assert tuple(float(row["learning_rate"]) for row in choice) == compare.ENTRIES[name].learning_rates
         assert all(row["test_accuracy"] == row["test_by_kind"] == "" and row["seed"] == "0" for row in choice)
-        assert float(final["learning_rate"]) == compare.chosen_learning_rate(rows, name, "pretrained")
+        assert float(final["learning_rate"]) == sweep.chosen_learning_rate(rows, name, "pretrained")
         assert 0.0 <= float(final["test_accuracy"]) <= 1.0 and int(final["steps"]) == 2
         method = compare.ENTRIES[name].method
         trained = expected_parameters(compare.backbone("pretrained").config, method) if method else 827_776
@@ -50,38 +51,9 @@ def test_the_whole_sweep_and_going_on_with_it(short, tmp_path, monkeypatch):
 
     done, finished = [], compare.finished
     monkeypatch.setattr(compare, "finished", lambda key, *rest: done.append(key) or finished(key, *rest))
-    again = compare.run("sentiment", out, names=short, seeds=(1, 2), progress=False)
+    again = sweep.run(study, out, seeds=(1, 2))
     assert [(key["method"], key["stage"], key["seed"]) for key in done] == [(name, "final", "2") for name in short]
     assert again[: len(rows)] == rows
-
-
-def test_the_best_rate_is_chosen_by_accuracy_then_by_loss():
-    def row(rate, accuracy, loss, backbone="pretrained", stage="choice"):
-        keys = ("method", "backbone", "stage", "learning_rate", "validation_accuracy", "validation_loss")
-        return dict(zip(keys, ("m", backbone, stage, rate, accuracy, loss), strict=True))
-
-    rows = [row("0.1", "0.8", "0.5"), row("0.2", "0.9", "0.4"), row("0.3", "0.9", "0.3")]
-    rows += [row("0.4", "1.0", "0.1", backbone="random"), row("0.5", "1.0", "0.1", stage="final")]
-    assert compare.chosen_learning_rate(rows, "m", "pretrained") == 0.3
-    assert compare.chosen_learning_rate(rows, "m", "random") == 0.4
-    with pytest.raises(ValueError, match=r"no learning rate was tried for 'other'.*python -m peft\.compare"):
-        compare.chosen_learning_rate(rows, "other", "pretrained")
-
-
-def test_summaries_give_mean_and_spread_over_the_seeds():
-    def row(seed, accuracy, seconds):
-        return {
-            "method": "m", "backbone": "pretrained", "stage": "final", "seed": str(seed), "learning_rate": "0.1",
-            "steps": "7", "trained_parameters": "5", "share": "0.25", "test_accuracy": accuracy,
-            "seconds_per_step": seconds, "file_bytes": "2048",
-        }  # fmt: skip
-
-    (record,) = compare.summaries([row(1, "0.8", "0.3"), row(2, "0.9", "0.1"), row(3, "1.0", "0.2")])
-    assert record["mean"] == pytest.approx(0.9) and record["spread"] == pytest.approx(0.1)
-    assert record["seconds_per_step"] == pytest.approx(0.2) and record["runs"] == 3
-    assert compare.summaries([row(1, "0.8", "0.3")])[0]["spread"] == 0.0
-    assert compare.summaries([row(1, "0.8", "0.3")], "random") == []
-    assert "| m | 5 | 25.00% | 0.1 | 7 | 90.00% ± 10.00% (3 seeds) | 2 KiB |" in compare.table([record])
 
 
 @pytest.mark.parametrize("name", ["full fine-tuning", "LoRA q,v r=4"])
@@ -138,16 +110,3 @@ def test_models_take_turns_when_their_steps_are_timed(task):
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'magic' is unknown; choose one of full fine-tuning"):
         compare.prepared("magic", seed=0)
-
-
-def test_the_command_line(short, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "rows.csv"
-    command = ["compare", "--task", "sentiment", "--out", str(out), "--methods", "LoRA q,v r=4", "--seeds", "1"]
-    threads = torch.get_num_threads()
-    monkeypatch.setattr("sys.argv", command)
-    try:
-        compare.main()
-    finally:
-        torch.set_num_threads(threads)
-    assert "| LoRA q,v r=4 | 8,192 |" in capsys.readouterr().out
-    assert {row["method"] for row in read_rows(out, compare.COLUMNS)} == {"LoRA q,v r=4"}

@@ -74,7 +74,7 @@ def test_a_method_that_was_not_run_is_not_hidden(results):
 
 
 def test_without_result_files_the_cure_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"missing or empty; run: python -m peft\.compare --task sentiment"):
+    with pytest.raises(ValueError, match=r"missing or empty; run: python -m peft compare --task sentiment"):
         report.report(tmp_path)
 
 

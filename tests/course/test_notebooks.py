@@ -1,0 +1,63 @@
+"""The notebooks as they are stored: executed from top to bottom, without an error, from the code that is in them."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from course.execute import digest, last_state
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+each_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_outputs_come_from_the_code_that_is_stored(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata.executed.code_sha256 == digest(notebook), (
+        f"code in {path.name} was changed after it ran; python tests/course/execute.py notebooks/{path.name}"
+    )
+
+
+@each_notebook
+def test_every_cell_ran_once_in_order_and_without_an_error(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    shown = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+    assert not [text for text in shown if not re.search(r"\d+/\d+ \[", text)]  # progress bars only, no warnings
+
+
+@each_notebook
+def test_it_says_what_for_whence_and_how_long_and_asserts_what_it_claims(path):
+    cells = nbformat.read(path, as_version=4).cells
+    head, code = cells[0].source, "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert all(word in head for word in ("you can**", "**Before**", "**Takes**")), head
+    assert "environment.check()" in code
+    asserts = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Assert)]
+    assert len(asserts) >= 5
+
+
+def longer_functions(source: str) -> dict[str, set[str]]:
+    """Every function of five statements or more, by its name: the set of its statements."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    bodies = {node.name: {ast.unparse(line) for line in node.body[1:]} for node in functions}
+    return {name: lines for name, lines in bodies.items() if len(lines) >= 4}
+
+
+@each_notebook
+def test_it_pastes_nothing_from_the_packages(path):
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    in_packages = [
+        lines
+        for package in ("peft", "minitransformer")
+        for file in (FOLDER.parent / package).rglob("*.py")
+        for lines in longer_functions(file.read_text()).values()
+    ]
+    for name, lines in longer_functions(code).items():
+        assert not any(len(lines & others) > 0.6 * len(lines) for others in in_packages), name
+
+
+def test_a_carriage_return_overwrites():
+    assert last_state("a\rb\n1/3\r2/3\r3/3\r\nend") == "b\n3/3\nend"

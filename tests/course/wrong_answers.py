@@ -1,0 +1,200 @@
+"""For each exercise, wrong answers that a reader may well give, and a part of what must be said of each."""
+
+WRONG_ANSWERS = {
+    # 00 · start here
+    "check_linear": [
+        ("linear = lambda x, W, b: x @ W.T", "the bias is missing"),
+        ("linear = lambda x, W, b: x @ (W.T if W.shape[0] != W.shape[1] else W) + b", "must be transposed"),
+        ("linear = lambda x, W, b: x @ W + b", "raised RuntimeError"),
+    ],
+    "check_share": [
+        ("share = lambda trained, frozen: trained / frozen", "a fraction"),
+        ("share = lambda trained, frozen: 100 * trained / (trained + frozen)", "not of all"),
+    ],
+    # 01 · the Transformer
+    "check_causal_attention": [
+        (
+            "causal_attention = lambda q, k, v: (q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v",
+            "the words after it",
+        ),
+        (
+            "causal_attention = lambda q, k, v: "
+            "(q @ k.T).masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -1e30).softmax(-1) @ v",
+            "not divided by sqrt(d_head)",
+        ),
+        (
+            "causal_attention = lambda q, k, v: (q @ k.T / 8**0.5)"
+            ".masked_fill(torch.ones(len(q), len(q)).triu(0).bool(), -1e30).softmax(-1) @ v",
+            "the output is",
+        ),
+    ],
+    "check_block_parameters": [
+        ("block_parameters = lambda d, f: 4 * d * d + 2 * d * f", "the biases are missing"),
+        ("block_parameters = lambda d, f: 4 * d * (d + 1) + f * (d + 1) + d * (f + 1)", "the norms are missing"),
+    ],
+    "check_cache_numbers": [
+        ("cache_numbers = lambda n_layers, d_model, words: n_layers * d_model * words", "keys *and* values"),
+        ("cache_numbers = lambda n_layers, d_model, words: 2 * d_model * words", "every layer"),
+    ],
+    # 02 · full fine-tuning
+    "check_answer_loss": [
+        (
+            "loss_at_the_answer = lambda logits, padding_mask, targets: "
+            "torch.nn.functional.cross_entropy(logits[:, -1], targets)",
+            "the last column, which is padding",
+        ),
+        (
+            "loss_at_the_answer = lambda logits, padding_mask, targets: torch.nn.functional.cross_entropy("
+            "logits[torch.arange(len(logits)), padding_mask.sum(1) - 1], targets)",
+            "the count of real words is not the place",
+        ),
+    ],
+    "check_training_bytes": [
+        ("training_bytes = lambda total, trained: 4 * (total + 2 * trained)", "one is missing of the three"),
+        ("training_bytes = lambda total, trained: 16 * total", "for trained numbers only"),
+    ],
+    "check_forgetting": [
+        ("forgetting = lambda before, after: after / before", "the quotient of the losses"),
+        ("forgetting = lambda before, after: after - before", "the difference of the losses"),
+    ],
+    # 03 · prefix tuning
+    "check_prefix_mask": [
+        ("prefix_mask = lambda mask, n: torch.cat([mask, torch.ones(len(mask), n).bool()], 1)", "it belongs in front"),
+        (
+            "prefix_mask = lambda mask, n: torch.ones(len(mask), n + mask.shape[1]).tril().bool()",
+            "not see the whole",
+        ),
+        ("prefix_mask = lambda mask, n: torch.ones(n + 4, n + 4).tril().bool()", "queries of its own"),
+    ],
+    "check_prefix_parameters": [
+        (
+            "prefix_parameters = lambda n, layers, d: dict(kv=layers * n * d, hidden=layers * n * d, prompt=n * d)",
+            "keys and values are two tensors",
+        ),
+        (
+            "prefix_parameters = lambda n, layers, d: "
+            "dict(kv=2 * layers * n * d, hidden=layers * n * d, prompt=layers * n * d)",
+            "at the input only",
+        ),
+    ],
+    "check_mixture": [
+        (
+            "mixture = lambda q, k, v, pk, pv, mask: "
+            "(q @ k.mT / 8**0.5).masked_fill(~mask, -1e30).softmax(-1) @ v + (q @ pk.mT / 8**0.5).softmax(-1) @ pv",
+            "the two attentions are added up",
+        ),
+        (
+            "def mixture(q, k, v, pk, pv, mask):\n"
+            "    s, p = (q @ k.mT / 8**0.5).masked_fill(~mask, -1e30), q @ pk.mT / 8**0.5\n"
+            "    g = torch.sigmoid(s.logsumexp(-1, keepdim=True) - p.logsumexp(-1, keepdim=True))\n"
+            "    return (1 - g) * (s.softmax(-1) @ v) + g * (p.softmax(-1) @ pv)",
+            "have changed places",
+        ),
+    ],
+    # 04 · LoRA
+    "check_lora_forward": [
+        ("lora_forward = lambda x, W0, A, B, alpha: x @ W0.T + alpha * x @ A.T @ B.T", "not divided by the rank"),
+        ("lora_forward = lambda x, W0, A, B, alpha: alpha / len(A) * x @ A.T @ B.T", "own output is missing"),
+        ("lora_forward = lambda x, W0, A, B, alpha: W0 @ x + alpha / len(A) * B @ A @ x", "raised RuntimeError"),
+    ],
+    "check_start": [
+        ("start = lambda train, r, d_in, d_out: (torch.randn(r, d_in), torch.zeros(d_out, r))", "zero and frozen"),
+        ("start = lambda train, r, d_in, d_out: (torch.zeros(r, d_in), torch.zeros(d_out, r))", "both are zero"),
+        ("start = lambda train, r, d_in, d_out: (torch.randn(r, d_in), torch.randn(d_out, r))", "changes the model"),
+    ],
+    "check_sum_of_loras": [
+        ("sum_of_loras = lambda A1, B1, A2, B2, w1, w2: (w1 * A1 + w2 * A2, w1 * B1 + w2 * B2)", "raised RuntimeError"),
+        (
+            "sum_of_loras = lambda A1, B1, A2, B2, w1, w2: "
+            "(torch.cat([w1 * A1, w2 * A2]), torch.cat([w1 * B1, w2 * B2], 1))",
+            "the weights act twice",
+        ),
+    ],
+    "check_break_even_rank": [
+        ("break_even_rank = lambda d_in, d_out: min(d_in, d_out)", "not the one that saves"),
+        ("break_even_rank = lambda d_in, d_out: d_in * d_out // (d_in + d_out)", "as many numbers as in the weight"),
+    ],
+    # 05 · adapters
+    "check_adapter": [
+        ("adapter = lambda h, w, b, u, c: torch.relu(h @ w.T + b) @ u.T + c", "the skip connection is missing"),
+        ("adapter = lambda h, w, b, u, c: h + (h @ w.T + b) @ u.T + c", "that is a LoRA"),
+    ],
+    "check_adapter_parameters": [
+        ("adapter_parameters = lambda placement, m, n, d, f: n * (2 * m * d + m + d)", "puts two adapters"),
+        (
+            "adapter_parameters = lambda placement, m, n, d, f: "
+            "n * (1 + (placement == 'houlsby')) * 2 * m * (f if placement == 'inside_ffn' else d)",
+            "the biases are missing",
+        ),
+    ],
+    "check_near_identity": [
+        (
+            "near_identity = lambda m, d: (torch.zeros(m, d), torch.zeros(m), torch.zeros(d, m), torch.zeros(d))",
+            "nothing will ever be learned",
+        ),
+        (
+            "near_identity = lambda m, d: (torch.randn(m, d), torch.zeros(m), torch.randn(d, m), torch.zeros(d))",
+            "it changes h by up to",
+        ),
+    ],
+    # 09 · the comparison
+    "check_chosen_rate": [
+        (
+            "chosen_rate = lambda runs: max(runs, key=lambda run: (run['validation'], -run['loss']))['rate']",
+            "a final run",
+        ),
+        ("chosen_rate = lambda runs: min(runs, key=lambda run: run['loss'])['rate']", "the lowest loss alone"),
+        (
+            "chosen_rate = lambda runs: max(runs, key=lambda r: (r['test'] or 0, r['validation'], -r['loss']))['rate']",
+            "is no test any more",
+        ),
+    ],
+    "check_mean_and_spread": [
+        ("mean_and_spread = lambda a: (np.mean(a), np.std(a))", "minus one"),
+        ("mean_and_spread = lambda a: (np.mean(a), np.var(a, ddof=1))", "the variance"),
+    ],
+    "check_one_common_rate": [
+        ("lost_points = lambda a, rate: {m: max(o.values()) - o[rate] for m, o in a.items() if rate in o}", "points"),
+        (
+            "lost_points = lambda a, rate: {m: 100 * (max(o.values()) - o.get(rate, 0)) for m, o in a.items()}",
+            "leave it",
+        ),
+    ],
+    # 10 · many tasks
+    "check_mixed_lora": [
+        ("mixed_lora = lambda x, A, B, scale, k: x @ A[k].mT @ B[k].mT", "the scale of each row's task is missing"),
+        ("mixed_lora = lambda x, A, B, scale, k: scale[0] * (x @ A[0].mT @ B[0].mT)", "the first task's tensors"),
+    ],
+    "check_one_stack": [
+        ("one_stack = lambda parts: torch.stack([part[: min(map(len, parts))] for part in parts])", "the lowest rank"),
+        ("one_stack = lambda parts: torch.stack(parts)", "raised RuntimeError"),
+    ],
+    "check_kept_bytes": [
+        (
+            "kept_bytes = lambda n_tasks, backbone, per_task: "
+            "(4 * n_tasks * backbone, 4 * n_tasks * (backbone + per_task))",
+            "kept once, not once for each task",
+        ),
+        (
+            "kept_bytes = lambda n_tasks, backbone, per_task: (n_tasks * backbone, backbone + n_tasks * per_task)",
+            "four bytes",
+        ),
+    ],
+    # 12 · real text
+    "check_mean_pool": [
+        ("mean_pool = lambda hidden, padding_mask: hidden.mean(dim=1)", "padding is averaged in"),
+        ("mean_pool = lambda hidden, padding_mask: (hidden * padding_mask[:, :, None]).mean(dim=1)", "all positions"),
+    ],
+    "check_held_out": [
+        (
+            "held_out = lambda films, share: (list(range(round(share * len(films)), len(films))), "
+            "list(range(round(share * len(films)))))",
+            "are in both",
+        ),
+        ("held_out = lambda films, share: (list(range(len(films))), list(range(3)))", "in one only"),
+    ],
+    "check_standard_error": [
+        ("standard_error = lambda accuracy, n: accuracy * (1 - accuracy) / n", "the root is missing"),
+        ("standard_error = lambda accuracy, n: (accuracy * (1 - accuracy)) ** 0.5", "the spread of one sentence"),
+    ],
+}
