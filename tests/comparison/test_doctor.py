@@ -58,7 +58,8 @@ def test_the_other_peft_is_noticed_and_every_way_that_the_doctor_names_works(hos
 def test_a_healthy_environment(capsys):
     doctor.main([])
     said = capsys.readouterr().out
-    assert "WRONG" not in said.split("for the notebooks")[0] and "827,776 numbers" in said
+    needed = said.split("for everything")[0] + said.split("for everything", 1)[1].split("numbers\n")[0]
+    assert "WRONG" not in needed and "827,776" in needed  # what some purpose needs may be missing here
 
 
 def test_what_is_missing_is_named_with_the_command_that_brings_it():
