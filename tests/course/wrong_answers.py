@@ -197,4 +197,104 @@ WRONG_ANSWERS = {
         ("standard_error = lambda accuracy, n: accuracy * (1 - accuracy) / n", "the root is missing"),
         ("standard_error = lambda accuracy, n: (accuracy * (1 - accuracy)) ** 0.5", "the spread of one sentence"),
     ],
+    # 08 · what it costs
+    "check_lora_numbers": [
+        ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * r * d", "that is A alone"),
+        ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * 2 * r * d", "d_ff numbers on one side"),
+        ("lora_numbers = lambda r, targets, n, d, f: len(targets) * 2 * r * d", "every layer"),
+        ("lora_numbers = lambda r, targets, n, d, f: n * 2 * r * d", "every target"),
+    ],
+    "check_mixed_precision_bytes": [
+        ("mixed_precision_bytes = lambda frozen, trained: 16 * (frozen + trained)", "2 bytes are all"),
+        ("mixed_precision_bytes = lambda frozen, trained: 2 * frozen + 12 * trained", "4 bytes are missing"),
+        ("mixed_precision_bytes = lambda frozen, trained: 4 * frozen + 16 * trained", "kept in 16 bits"),
+        ("mixed_precision_bytes = lambda frozen, trained: 2 * frozen + 14 * trained", "2 bytes are missing"),
+    ],
+    "check_prefix_cache_bytes": [
+        ("prefix_cache_bytes = lambda n, rows, L, H, d, b: rows * L * n * H * d * b", "keys *and* values"),
+        ("prefix_cache_bytes = lambda n, rows, L, H, d, b: 2 * L * n * H * d * b", "every row has a copy"),
+        ("prefix_cache_bytes = lambda n, rows, L, H, d, b: 2 * rows * L * n * d * b", "every head"),
+    ],
+    "check_step_operations": [
+        (
+            "step_operations = lambda frozen, trained, tokens: 6 * tokens * (frozen + trained)",
+            "that is full fine-tuning",
+        ),
+        (
+            "step_operations = lambda frozen, trained, tokens: tokens * (2 * frozen + 6 * trained)",
+            "travel through the frozen maps",
+        ),
+        ("step_operations = lambda frozen, trained, tokens: 4 * tokens * (frozen + trained)", "three products"),
+        ("step_operations = lambda frozen, trained, tokens: tokens * (2 * frozen + 3 * trained)", "two operations"),
+    ],
+    # 11 · the bug museum
+    "check_repaired_merge": [
+        ("merged_weight = lambda W0, A, B, alpha: W0 + B @ A", "the scale alpha / r is missing"),
+        ("merged_weight = lambda W0, A, B, alpha: W0 + alpha * B @ A", "it is not divided by r"),
+        ("merged_weight = lambda W0, A, B, alpha: W0 + alpha / A.shape[1] * B @ A", "here it was d_in"),
+        ("merged_weight = lambda W0, A, B, alpha: alpha / len(A) * B @ A", "the update alone"),
+        ("merged_weight = lambda W0, A, B, alpha: W0.add_(alpha / len(A) * B @ A)", "W0 itself has changed"),
+    ],
+    "check_repaired_freeze_check": [
+        (
+            "def moved_although_frozen(model, train, trained):\n"
+            "    train(model)\n"
+            "    return {name for name, p in model.named_parameters() if p.requires_grad and name not in trained}",
+            "is a promise",
+        ),
+        (
+            "def moved_although_frozen(model, train, trained):\n"
+            "    old = {name: p.detach() for name, p in model.named_parameters()}\n"
+            "    train(model)\n"
+            "    return {n for n, p in model.named_parameters() if n not in trained and not torch.equal(p, old[n])}",
+            "shares its memory",
+        ),
+        (
+            "def moved_although_frozen(model, train, trained):\n"
+            "    old = {name: p.detach().clone() for name, p in model.named_parameters()}\n"
+            "    train(model)\n"
+            "    return {n for n, p in model.named_parameters() if n not in trained "
+            "and not torch.allclose(p, old[n], atol=1e-4)}",
+            "not with a tolerance",
+        ),
+        (
+            "def moved_although_frozen(model, train, trained):\n"
+            "    old = {name: p.detach().clone() for name, p in model.named_parameters()}\n"
+            "    train(model)\n"
+            "    return {n for n, p in model.named_parameters() if not torch.equal(p, old[n])}",
+            "is no finding",
+        ),
+        (
+            "def moved_although_frozen(model, train, trained):\n"
+            "    old = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}\n"
+            "    train(model)\n"
+            "    return any(not torch.equal(dict(model.named_parameters())[n], p) for n, p in old.items())",
+            "a bare yes or no",
+        ),
+        ("moved_although_frozen = lambda model, train, trained: set()", "called 0 times"),
+    ],
+    "check_repaired_dropout": [
+        (
+            "lora_update = lambda x, A, B, scale, p, training: scale * x @ F.dropout(A, p, training).T @ B.T",
+            "one mask for the whole batch",
+        ),
+        ("lora_update = lambda x, A, B, scale, p, training: scale * x @ A.T @ B.T", "never applied"),
+        (
+            "lora_update = lambda x, A, B, scale, p, training: scale * F.dropout(x, p) @ A.T @ B.T",
+            "in evaluation",
+        ),
+        (
+            "lora_update = lambda x, A, B, scale, p, training: scale * F.dropout(x @ A.T, p, training) @ B.T",
+            "or what A gives",
+        ),
+        (
+            "lora_update = lambda x, A, B, scale, p, training: F.dropout(scale * x @ A.T @ B.T, p, training)",
+            "falls on the output",
+        ),
+        (
+            "lora_update = lambda x, A, B, scale, p, training: "
+            "scale * (x * (torch.rand_like(x) > p) if training else x) @ A.T @ B.T",
+            "divided by 1 - p",
+        ),
+    ],
 }
