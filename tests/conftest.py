@@ -1,5 +1,6 @@
 """Shapes are checked in every test: jaxtyping's import hook wraps both packages before anything imports them."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -57,3 +58,16 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@functools.cache
+def _splits(name: str):
+    from minitransformer.tasks import qa_splits, sentiment_splits
+
+    return {"qa": qa_splits, "sentiment": sentiment_splits}[name](seed=0)
+
+
+@pytest.fixture(scope="session")
+def splits():
+    """The toy tasks, made once for all tests, which only read them: splits("qa") and splits("sentiment")."""
+    return _splits

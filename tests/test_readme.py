@@ -75,9 +75,11 @@ def test_the_example_of_a_method_of_ones_own_does_all_that_the_readme_says(own_m
     assert torch.equal(model(tokens), base)
 
 
-def test_the_ten_lines_run(tmp_path, monkeypatch, capsys):
+def test_the_ten_lines_run(tmp_path, monkeypatch, capsys, splits):
     """With fewer steps: what they reach is the notebooks' business."""
     monkeypatch.chdir(tmp_path)
+    task = splits("qa")
+    monkeypatch.setattr("minitransformer.tasks.qa_splits", lambda: task)
     code = code_after("In ten lines").replace("steps=600", "steps=2")
     assert "steps=2" in code
     exec(code, {})

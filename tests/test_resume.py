@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,10 +186,18 @@ def test_a_fresh_process_goes_on_where_a_killed_one_stopped(uninterrupted, tmp_p
     assert_same(torch.load(done, weights_only=True), uninterrupted["lora"])
 
 
-def stopped_halfway(path):
-    model = fresh("lora")
-    train("lora", path, model, steps=60)
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The file of a run of 60 steps."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    train("lora", path)
     return path
+
+
+@pytest.fixture
+def run_file(finished_run, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copy(finished_run, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +211,8 @@ def stopped_halfway(path):
         ({"keep": "last"}, "keep"),
     ],
 )
-def test_another_setting_is_named_and_nothing_changes(tmp_path, changes, message):
-    path = stopped_halfway(tmp_path / "run")
+def test_another_setting_is_named_and_nothing_changes(run_file, changes, message):
+    path = run_file
     model, before = fresh("lora"), path.read_bytes()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=message):
@@ -212,8 +221,8 @@ def test_another_setting_is_named_and_nothing_changes(tmp_path, changes, message
     assert path.read_bytes() == before
 
 
-def test_another_base_other_data_and_another_method_are_named(tmp_path):
-    path = stopped_halfway(tmp_path / "run")
+def test_another_base_other_data_and_another_method_are_named(run_file):
+    path = run_file
     options = {"steps": 60, "batch_size": 8, "learning_rate": 0.02, "validate_every": 7, "keep": "best", "seed": 3}
     options |= {"checkpoint": path, "progress": False}
     other_base = peft.attach(Transformer(CONFIG, seed=9), RECIPES["lora"], seed=6)
@@ -225,8 +234,8 @@ def test_another_base_other_data_and_another_method_are_named(tmp_path):
         fit(fresh("houlsby"), TRAIN, VALIDATION, **options)
 
 
-def test_a_damaged_file_is_refused_and_the_model_stays(tmp_path):
-    path = stopped_halfway(tmp_path / "run")
+def test_a_damaged_file_is_refused_and_the_model_stays(run_file):
+    path = run_file
     data, chance = path.read_bytes(), random.Random(1)
     model = fresh("lora")
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}

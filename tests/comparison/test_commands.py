@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minitransformer.tasks import sentiment_splits
 from minitransformer.tasks.dataset import Split
 from peft import compare
 from peft.__main__ import main, selected
@@ -16,9 +15,9 @@ SENTIMENT = ("compare", "--task", "sentiment")
 
 
 @pytest.fixture(scope="module")
-def forty_rows():
+def forty_rows(splits):
     """The task with forty rows in each split."""
-    whole = sentiment_splits()
+    whole = splits("sentiment")
 
     def first(split):
         return Split(split.tokens[:40], split.padding_mask[:40], split.targets[:40], split.kinds[:40], split.vocabulary)

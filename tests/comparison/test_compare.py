@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from minitransformer import Transformer
-from minitransformer.tasks import sentiment_splits
 from minitransformer.tasks.dataset import Split
 from peft import compare, expected_parameters, sweep
 from peft.results import read_rows
@@ -17,8 +16,8 @@ def first_rows(split: Split, n: int) -> Split:
 
 
 @pytest.fixture(scope="module")
-def task():
-    whole = sentiment_splits()
+def task(splits):
+    whole = splits("sentiment")
     parts = {name: first_rows(getattr(whole, name), 40) for name in ("train", "validation", "test")}
     return replace(whole, **parts)
 

@@ -17,13 +17,13 @@ from minitransformer.tasks.world import ARRIVALS, LABELS, MOVES, NAMES, OBJECTS
 
 
 @pytest.fixture(scope="module")
-def qa():
-    return qa_splits(seed=0)
+def qa(splits):
+    return splits("qa")
 
 
 @pytest.fixture(scope="module")
-def sentiment():
-    return sentiment_splits(seed=0)
+def sentiment(splits):
+    return splits("sentiment")
 
 
 @pytest.fixture(params=["qa", "sentiment"])
