@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
+IN_FRONT = f"import sys; sys.path.insert(0, '{HERE}')"  # what a first cell can do where another `peft` comes first
 
 
 def check() -> str:
@@ -25,6 +26,6 @@ def check() -> str:
             f"`import peft` would load {found}, which is not this repository's package but another one of the same "
             f"name (Hugging Face's, most likely). Use a fresh virtual environment: "
             f"python3 -m venv .venv && .venv/bin/pip install -e '{HERE}[notebooks]', or put this repository in front, "
-            f"before anything else is imported: import sys; sys.path.insert(0, '{HERE}')"
+            f"before anything else is imported: {IN_FRONT}"
         )
     return f"all is well: peft comes from {found.relative_to(HERE.parent)}"

@@ -25,12 +25,12 @@ TITLES = {"sentiment": "Sentiment", "qa": "Question answering", REAL_TEXT: "Rott
 
 
 def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The methods that a command line names: whole names, or parts of names such as `lora,prefix`.
+    """The methods that a command line names: whole names, or parts of names such as `lora,prefix`; all without words.
 
     Raises:
         ValueError: a word is part of no name.
     """
-    chosen = []
+    chosen = [] if words else list(names)
     for word in words:
         parts = [word] if word in names else [part for part in word.split(",") if part]
         for part in parts:
@@ -44,11 +44,10 @@ def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
 def study_of(task: str, words: Sequence[str], random_backbone: bool) -> sweep.Study:
     """The sweep that the command line asks for."""
     if task == REAL_TEXT:
-        names = selected(words, list(compare_real_text.ENTRIES)) if words else list(compare_real_text.ENTRIES)
-        return compare_real_text.study(names)
-    everything = compare.RANDOM_BACKBONE if random_backbone else tuple(compare.ENTRIES)
-    names = selected(words, everything) if words else list(everything)
-    return compare.study(task, names, "random" if random_backbone else "pretrained")
+        return compare_real_text.study(selected(words, list(compare_real_text.ENTRIES)))
+    if random_backbone:
+        return compare.study(task, selected(words, compare.RANDOM_BACKBONE), "random")
+    return compare.study(task, selected(words, list(compare.ENTRIES)))
 
 
 def run_comparison(arguments: Sequence[str]) -> None:

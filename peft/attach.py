@@ -20,7 +20,9 @@ from peft.sites import (
     find,
     merged_wrappers,
     named_sites,
+    restore_trainability,
     site_name,
+    trainability,
     unwrap,
     wrap,
     wrappers_at,
@@ -67,7 +69,7 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     wrappers = {name: method.wrap(name, modules[name], model, generator) for name in names}
     _refuse_a_second_one(model, wrappers)
     if not attached(model):
-        model.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.trainable_before = trainability(model)
         model.attached = []
         model.requires_grad_(False)
     for name, wrapper in wrappers.items():
@@ -103,8 +105,7 @@ def detach(model: nn.Module) -> nn.Module:
         for wrapper in wrappers:
             wrapper.release()
         unwrap(model, name)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.trainable_before[name])
+    restore_trainability(model, model.trainable_before)
     del model.attached, model.trainable_before
     return model
 

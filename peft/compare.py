@@ -38,7 +38,7 @@ from peft.method import Method
 from peft.prefix import PrefixTuning
 from peft.prompt import PromptTuning
 from peft.results import Row
-from peft.sweep import KEY, MEASURED, Study, measured
+from peft.sweep import KEY, MEASURED, Study, identity, measured
 
 TASKS = {"sentiment": sentiment_splits, "qa": qa_splits}
 
@@ -60,7 +60,6 @@ class Entry:
 SHORT, MEDIUM = {"sentiment": 300, "qa": 600}, {"sentiment": 300, "qa": 1200}
 LONG, HOULSBY = {"sentiment": 1200, "qa": 1200}, {"sentiment": 300, "qa": 2400}
 PREFIX, GATED = {"sentiment": 1200, "qa": 2400}, {"sentiment": 600, "qa": 4800}
-ZERO_SHOT = "zero-shot"
 ENTRIES = {
     "full fine-tuning": Entry(None, (3e-4, 1e-3), MEDIUM),
     "LoRA q,v r=4": Entry(LoRA(rank=4, alpha=8), (2e-3, 5e-3), SHORT),
@@ -169,17 +168,7 @@ def file_bytes(model: nn.Module) -> int:
 def planned(name: str, task: str, backbone_kind: str, stage: str, learning_rate: float, seed: int) -> Row:
     """What identifies a run: the columns of `KEY`, as they stand in the file."""
     entry = ENTRIES[name]
-    values = {
-        "task": task,
-        "backbone": backbone_kind,
-        "method": name,
-        "recipe": "" if entry.method is None else str(entry.method),
-        "stage": stage,
-        "learning_rate": learning_rate,
-        "steps": entry.steps[task],
-        "seed": seed,
-    }
-    return {key: str(value) for key, value in values.items()}
+    return identity(task, backbone_kind, name, entry.method, stage, learning_rate, entry.steps[task], seed)
 
 
 def finished(key: Row, task: Task, progress: bool = True) -> Row:

@@ -28,7 +28,7 @@ from peft.lora import ALL_LINEARS, LoRA
 from peft.method import Method
 from peft.prefix import PrefixTuning
 from peft.results import Row
-from peft.sweep import KEY, MEASURED, Study, measured
+from peft.sweep import KEY, MEASURED, Study, identity, measured
 
 BATCH_SIZE = 32
 EPOCHS = 3  # of the final runs
@@ -165,17 +165,8 @@ def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTa
     """What identifies a run: the columns of `KEY`, as they stand in the file."""
     entry = ENTRIES[name]
     epochs = entry.epochs if stage == "final" else entry.choice_epochs
-    values = {
-        "task": task.name,
-        "backbone": BACKBONE,
-        "method": name,
-        "recipe": "" if entry.method is None else str(entry.method),
-        "stage": stage,
-        "learning_rate": learning_rate,
-        "steps": epochs * (len(task.train) // BATCH_SIZE),
-        "seed": seed,
-    }
-    return {key: str(value) for key, value in values.items()}
+    steps = epochs * (len(task.train) // BATCH_SIZE)
+    return identity(task.name, BACKBONE, name, entry.method, stage, learning_rate, steps, seed)
 
 
 def finished(key: Row, task: TextTask, progress: bool = True) -> Row:

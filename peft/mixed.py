@@ -114,12 +114,12 @@ class MixedPrefix(MixedWrapper):
         """The other arguments are those of `Attention.forward`; what an outer prefix hands on stands in front."""
         place, has_one = self.chosen(x)
         if hasattr(self, "hidden"):
-            frozen = unwrapped(self.base)
-            key, value = (unwrapped(part)(self.hidden) for part in (frozen.key, frozen.value))  # [K, n, d_model]
+            frozen, hidden = unwrapped(self.base), self.hidden[place]  # only of tasks that are in the batch
+            key, value = (unwrapped(part)(hidden) for part in (frozen.key, frozen.value))  # [B, n, d_model]
         else:
-            key, value = self.key, self.value
+            key, value = self.key[place], self.value[place]
         visible = self.there[place] & has_one[:, None]  # [B, n]
-        extra = {"extra_key": key[place], "extra_value": value[place], "extra_visible": visible}
+        extra = {"extra_key": key, "extra_value": value, "extra_visible": visible}
         extra = {name: torch.cat([outer[name], tensor], 1) if outer else tensor for name, tensor in extra.items()}
         return self.base(x, *rest, **extra)
 

@@ -131,6 +131,17 @@ def wrap(model: nn.Module, name: str, wrapper: Wrapper) -> None:
         setattr(parent, attribute, wrapper)
 
 
+def trainability(model: nn.Module) -> dict[str, bool]:
+    """Which tensors require a gradient, by name."""
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def restore_trainability(model: nn.Module, before: dict[str, bool]) -> None:
+    """Make every tensor trainable or not, as it was."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(before[name])
+
+
 def exchange(model: nn.Module, name: str, old: Wrapper, new: Wrapper) -> None:
     """Put `new` in the place of `old`, which wraps the module of that name."""
     parent, attribute = _parent(model, name)

@@ -20,6 +20,7 @@ from torch import nn
 
 from minitransformer.training import History
 from peft.counting import parameter_table
+from peft.method import Method
 from peft.results import Row, read_rows, write_rows
 
 CHOICE_SEED = 0
@@ -104,6 +105,20 @@ def cost(study: Study, rows: list[Row], seeds: Sequence[int] = SEEDS) -> str:
     return f"{len(keys)} runs to do, {steps:,} training steps: about {total / 60:.0f} minutes on this machine"
 
 
+def identity(
+    task: str, backbone: str, name: str, method: Method | None, stage: str, learning_rate: float, steps: int, seed: int
+) -> Row:
+    """What identifies a run: the columns of `KEY`, as they stand in the file."""
+    recipe = "" if method is None else str(method)
+    values = (task, backbone, name, recipe, stage, learning_rate, steps, seed)
+    return dict(zip(KEY, map(str, values), strict=True))
+
+
+def runs_of(rows: list[Row], name: str, backbone: str, stage: str) -> list[Row]:
+    """The rows of one method on one backbone in one stage."""
+    return [row for row in rows if (row["method"], row["backbone"], row["stage"]) == (name, backbone, stage)]
+
+
 def present(key: Row, rows: list[Row]) -> bool:
     """Whether the file has that run already."""
     return any(all(row[column] == key[column] for column in KEY) for row in rows)
@@ -134,7 +149,7 @@ def chosen_learning_rate(rows: list[Row], name: str, backbone: str) -> float:
     Raises:
         ValueError: there is no such run.
     """
-    runs = [row for row in rows if (row["method"], row["backbone"], row["stage"]) == (name, backbone, "choice")]
+    runs = runs_of(rows, name, backbone, "choice")
     if not runs:
         raise ValueError(f"no learning rate was tried for {name!r}; run the sweep first: python -m peft compare")
     best = max(runs, key=lambda row: (float(row["validation_accuracy"]), -float(row["validation_loss"])))
@@ -145,8 +160,7 @@ def summaries(rows: list[Row], backbone: str = "pretrained") -> list[dict]:
     """One record for each method with final runs: its rate, share, mean and spread over the seeds, time and size."""
     records = []
     for name in dict.fromkeys(row["method"] for row in rows):
-        wanted = (name, backbone, "final")
-        final = [row for row in rows if (row["method"], row["backbone"], row["stage"]) == wanted]
+        final = runs_of(rows, name, backbone, "final")
         if not final:
             continue
         accuracy = torch.tensor([float(row["test_accuracy"]) for row in final], dtype=torch.float64)

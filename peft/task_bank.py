@@ -35,11 +35,11 @@ from peft.method import Method
 from peft.mixed import MixedAdapter, MixedLoRA, MixedPrefix, MixedWrapper, Rows
 from peft.prefix import PrefixAttention
 from peft.reparameterization import ReparameterizedPrefixAttention
-from peft.sites import all_wrappers, merged_wrappers, unwrap, wrap
+from peft.sites import all_wrappers, merged_wrappers, restore_trainability, trainability, unwrap, wrap
 
 Bundle = Sequence[tuple[Method, Mapping[str, Tensor]]]  # recipes, each with its `state_dict`
 Source = str | Path | nn.Module | Bundle
-Wrappers = dict[str, list[nn.Module]]  # those of one task, by the name of what they wrap
+Entered = list[tuple[tuple, nn.Module]]  # the wrappers of one task: each with its place and its kind
 
 
 class TaskBank(nn.Module):
@@ -64,21 +64,20 @@ class TaskBank(nn.Module):
             raise ValueError('no task is given; give some by name, such as {"mood": "mood.safetensors"}')
         collected = {name: _wrappers_of(model, name, source) for name, source in sources.items()}
         self.model, self.names, self.rows = model, tuple(sources), Rows()
-        self.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.trainable_before = trainability(model)
         model.requires_grad_(False)
         for site, mixed in self._mixed(collected):
             for tensor in mixed.tensors().values():
                 tensor.requires_grad_(trainable)
             wrap(model, site, mixed)
 
-    def _mixed(self, collected: dict[str, Wrappers]) -> Iterator[tuple[str, MixedWrapper]]:
+    def _mixed(self, collected: dict[str, Entered]) -> Iterator[tuple[str, MixedWrapper]]:
         """One wrapper for each place and kind, with the tensors of all tasks that enter there."""
         modules = dict(self.model.named_modules())
         places: dict[tuple, dict[int, nn.Module]] = {}
         for number, name in enumerate(self.names):
-            for site, wrappers in collected[name].items():
-                for wrapper in wrappers:
-                    places.setdefault((site, *_kind(wrapper)), {})[number] = wrapper
+            for place, wrapper in collected[name]:
+                places.setdefault(place, {})[number] = wrapper
         for (site, mixed, *_), own in places.items():
             yield site, mixed(modules[site], own, len(self.names), self.rows)
 
@@ -139,8 +138,7 @@ class TaskBank(nn.Module):
         """Take everything out again: the model with the very same modules as before."""
         for site in all_wrappers(self.model):
             unwrap(self.model, site)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.trainable_before[name])
+        restore_trainability(self.model, self.trainable_before)
         return self.model
 
     @staticmethod
@@ -149,7 +147,7 @@ class TaskBank(nn.Module):
             raise ValueError(f"give a list with one task for each of the {len(tokens)} rows (or None), got {tasks!r}")
 
 
-def _wrappers_of(model: Transformer, name: str, source: Source) -> Wrappers:
+def _wrappers_of(model: Transformer, name: str, source: Source) -> Entered:
     """The wrappers of one task: those of an attached model, or made for the moment on `model` itself."""
     if isinstance(source, nn.Module):
         return _checked(name, source)
@@ -166,18 +164,14 @@ def _wrappers_of(model: Transformer, name: str, source: Source) -> Wrappers:
             detach(model)
 
 
-def _checked(name: str, model: nn.Module) -> Wrappers:
+def _checked(name: str, model: nn.Module) -> Entered:
     if not attached(model):
         raise ValueError(f"the source of {name} has no method attached")
     if merged_wrappers(model):
         raise ValueError(f"the source of {name} is merged into its weights; unmerge it first")
     if any(record.train_also for record in attached(model)):
         raise ValueError(f"{name} trains whole modules beside its method (train_also), which rows cannot share")
-    found = all_wrappers(model)
-    for wrappers in found.values():
-        for wrapper in wrappers:
-            _kind(wrapper)
-    return found
+    return [((site, *_kind(own)), own) for site, wrappers in all_wrappers(model).items() for own in wrappers]
 
 
 def _kind(wrapper: nn.Module) -> tuple:

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from exercises.verdict import called, checker, given, require, same
+from exercises.verdict import called, checker, require, same
 
 
 @checker
@@ -98,7 +98,7 @@ def _check_one_run(answer, train, expected: set[str], told: str, advice: str = "
         runs.append(given_model)
         train(given_model)
 
-    got = given(called(answer, model, train_and_count, set(trained)))
+    got = called(answer, model, train_and_count, set(trained))
     require(not isinstance(got, bool), "return the names, as a set: a bare yes or no does not say where to look")
     require(isinstance(got, set | frozenset | list | tuple), f"return a set of names, not {got!r}")
     require(len(runs) == 1, f"train(model) has to be called once, it was called {len(runs)} times")

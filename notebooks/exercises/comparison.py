@@ -32,19 +32,17 @@ def check_chosen_rate(chosen_rate) -> str:
 def check_mean_and_spread(mean_and_spread) -> str:
     """mean_and_spread(accuracies) -> the mean and the standard deviation of a sample, over seeds."""
     values = [0.91, 0.95, 0.96]
-    result = given(called(mean_and_spread, values))
+    result = called(mean_and_spread, values)
     require(isinstance(result, tuple) and len(result) == 2, "return two numbers: the mean and the spread")
     mean, spread = (given(part) for part in result)
     same(mean, statistics.fmean(values), {"that is the median": 0.95}, "the mean")
     hints = {
-        "divide by the number of seeds minus one: the mean comes from the same few seeds": statistics.pstdev(
-            values
-        ),
+        "divide by the number of seeds minus one: the mean comes from the same few seeds": statistics.pstdev(values),
         "that is the variance; the spread is its root": statistics.variance(values),
         "that is half of the range": (max(values) - min(values)) / 2,
     }
     same(spread, statistics.stdev(values), hints, "the spread")
-    one = given(called(mean_and_spread, [0.9]), "one seed has a mean, and a spread of 0")
+    one = called(mean_and_spread, [0.9])
     same(one[0], 0.9, what="the mean of one seed")
     same(given(one[1]), 0.0, what="the spread of one seed")
     return "as in the tables: mean ± standard deviation of the seeds."
@@ -54,7 +52,7 @@ def check_mean_and_spread(mean_and_spread) -> str:
 def check_one_common_rate(lost_points) -> str:
     """lost_points(accuracies, rate): {method: {rate: accuracy}} -> {method: points lost by that common rate}."""
     accuracies = {"a": {0.1: 0.5, 0.01: 0.9}, "b": {0.01: 0.8, 0.001: 0.7}, "c": {1.0: 0.6}}
-    result = given(called(lost_points, accuracies, 0.01))
+    result = called(lost_points, accuracies, 0.01)
     require(isinstance(result, dict), f"return a dict, one number for each method; this is {type(result).__name__}")
     require("c" not in result, "c never tried that rate, so nothing can be said of it: leave it out")
     require(set(result) == {"a", "b"}, f"a and b tried that rate, the result is about {sorted(result)}")

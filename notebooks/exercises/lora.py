@@ -32,7 +32,7 @@ def check_lora_forward(lora_forward) -> str:
 def check_start(start) -> str:
     """start(train, r, d_in, d_out) -> A [r, d_in], B [d_out, r] for train "AB", "A" or "B"."""
     for train in ("AB", "A", "B"):
-        result = given(called(start, train, 4, 10, 12))
+        result = called(start, train, 4, 10, 12)
         require(isinstance(result, tuple) and len(result) == 2, "return two tensors, A and B")
         A, B = (given(part) for part in result)
         require(tuple(A.shape) == (4, 10), f"A has shape {list(A.shape)}, it should be [r, d_in] = [4, 10]")
@@ -54,7 +54,7 @@ def check_sum_of_loras(sum_of_loras) -> str:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 6), (5, 2), (3, 6), (5, 3))
     A1, B1, A2, B2 = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    result = given(called(sum_of_loras, A1, B1, A2, B2, 0.25, 0.75))
+    result = called(sum_of_loras, A1, B1, A2, B2, 0.25, 0.75)
     require(isinstance(result, tuple) and len(result) == 2, "return two tensors, A and B")
     A, B = (given(part) for part in result)
     require(
@@ -68,7 +68,7 @@ def check_sum_of_loras(sum_of_loras) -> str:
         "the weights have changed places": 0.75 * B1 @ A1 + 0.25 * B2 @ A2,
     }
     same(B @ A, 0.25 * B1 @ A1 + 0.75 * B2 @ A2, hints, "B A")
-    equal = given(called(sum_of_loras, A1, B1, A1, B1, 0.5, 0.5))
+    equal = called(sum_of_loras, A1, B1, A1, B1, 0.5, 0.5)
     same(equal[1] @ equal[0], B1 @ A1, what="the mean of a LoRA and itself")
     return "the exact sum, at the price of the sum of the ranks."
 

@@ -34,7 +34,7 @@ def check_one_stack(one_stack) -> str:
     for number, part in enumerate(parts):
         expected[number, : len(part)] = part
         at_the_end[number, 4 - len(part) :] = part
-    result = given(called(one_stack, parts))
+    result = called(one_stack, parts)
     require(isinstance(result, torch.Tensor), f"the result should be one tensor, it is {type(result).__name__}")
     hints = {
         "the zeros stand in front; put each A at the beginning": at_the_end,
@@ -51,7 +51,7 @@ def check_one_stack(one_stack) -> str:
 def check_kept_bytes(kept_bytes) -> str:
     """kept_bytes(n_tasks, backbone, per_task): numbers of the backbone and of one task's file -> bytes, two ways."""
     for tasks, backbone, own in ((10, 827_776, 8_192), (1, 1_000, 10)):
-        result = given(called(kept_bytes, tasks, backbone, own))
+        result = called(kept_bytes, tasks, backbone, own)
         require(isinstance(result, tuple) and len(result) == 2, "return two numbers: with full copies, with a bank")
         copies, bank = (given(part) for part in result)
         hints = {"a float32 number takes four bytes": tasks * backbone}

@@ -22,7 +22,7 @@ def _case():
 def check_prefix_mask(prefix_mask) -> str:
     """prefix_mask(mask [T, S], n) -> [T, n + S]: True where a query may look, the n prefix positions in front."""
     causal = torch.ones(4, 4).tril().bool()
-    result = given(called(prefix_mask, causal, 3))
+    result = called(prefix_mask, causal, 3)
     require(isinstance(result, torch.Tensor), f"the result should be a tensor, it is {type(result).__name__}")
     hints = {
         "the prefix stands behind the text; it belongs in front": torch.cat([causal, torch.ones(4, 3).bool()], 1),
@@ -45,7 +45,7 @@ def check_prefix_parameters(prefix_parameters) -> str:
             "hidden": PrefixTuning(length=n, at="hidden"),
             "prompt": PromptTuning(length=n),
         }
-        counts = given(called(prefix_parameters, n, layers, d))
+        counts = called(prefix_parameters, n, layers, d)
         require(isinstance(counts, dict) and set(counts) == set(methods), 'give a dict with "kv", "hidden", "prompt"')
         for name, method in methods.items():
             expected = expected_parameters(config, method)

@@ -29,7 +29,7 @@ def check_mean_pool(mean_pool) -> str:
 def check_held_out(held_out) -> str:
     """held_out(films [one for each sentence], share) -> (rows for training, rows for the test), whole films apart."""
     films = ["a", "b", "a", "c", "d", "b", "d", "d", "e", "f", "g", "h", "i", "j"]
-    result = given(called(held_out, films, 0.2))
+    result = called(held_out, films, 0.2)
     require(isinstance(result, tuple) and len(result) == 2, "return two lists of row numbers")
     train, test = (list(given(part)) for part in result)
     require(sorted(train + test) == list(range(len(films))), "every row must be in one of the two, and in one only")

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minitransformer.tasks.dataset import Split
 from peft import compare
 from peft.__main__ import main, selected
 from peft.results import read_rows
@@ -14,26 +13,15 @@ NAMES = ["full fine-tuning", "LoRA q,v r=4", "LoRA q,v r=4, B only", "prefix k,v
 SENTIMENT = ("compare", "--task", "sentiment")
 
 
-@pytest.fixture(scope="module")
-def forty_rows(splits):
-    """The task with forty rows in each split."""
-    whole = splits("sentiment")
-
-    def first(split):
-        return Split(split.tokens[:40], split.padding_mask[:40], split.targets[:40], split.kinds[:40], split.vocabulary)
-
-    return replace(whole, **{name: first(getattr(whole, name)) for name in ("train", "validation", "test")})
-
-
 @pytest.fixture
-def few_steps(forty_rows, monkeypatch):
+def few_steps(task, monkeypatch):
     """Every entry has two steps and one rate."""
     short = {
         name: replace(entry, steps={"sentiment": 2}, learning_rates=entry.learning_rates[:1])
         for name, entry in compare.ENTRIES.items()
     }
     monkeypatch.setattr(compare, "ENTRIES", short)
-    monkeypatch.setattr(compare, "TASKS", {"sentiment": lambda: forty_rows})
+    monkeypatch.setattr(compare, "TASKS", {"sentiment": lambda: task})
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

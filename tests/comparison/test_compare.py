@@ -6,20 +6,8 @@ import pytest
 import torch
 
 from minitransformer import Transformer
-from minitransformer.tasks.dataset import Split
 from peft import compare, expected_parameters, sweep
 from peft.results import read_rows
-
-
-def first_rows(split: Split, n: int) -> Split:
-    return Split(split.tokens[:n], split.padding_mask[:n], split.targets[:n], split.kinds[:n], split.vocabulary)
-
-
-@pytest.fixture(scope="module")
-def task(splits):
-    whole = splits("sentiment")
-    parts = {name: first_rows(getattr(whole, name), 40) for name in ("train", "validation", "test")}
-    return replace(whole, **parts)
 
 
 @pytest.fixture

@@ -33,9 +33,8 @@ def tidied(outputs: list[NotebookNode]) -> list[NotebookNode]:
     """Pieces of one stream joined, overwritten progress dropped."""
     kept: list[NotebookNode] = []
     for output in outputs:
-        output.metadata = NotebookNode() if "metadata" in output else None
-        if output.metadata is None:
-            del output["metadata"]
+        if "metadata" in output:
+            output.metadata = NotebookNode()
         follows = kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name
         if follows:
             kept[-1].text += output.text

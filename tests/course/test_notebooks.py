@@ -1,6 +1,7 @@
 """The notebooks as they are stored: executed from top to bottom, without an error, from the code that is in them."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -46,17 +47,17 @@ def longer_functions(source: str) -> dict[str, set[str]]:
     return {name: lines for name, lines in bodies.items() if len(lines) >= 4}
 
 
+@functools.cache
+def functions_of_the_packages() -> list[set[str]]:
+    files = [file for package in ("peft", "minitransformer") for file in (FOLDER.parent / package).rglob("*.py")]
+    return [lines for file in files for lines in longer_functions(file.read_text()).values()]
+
+
 @each_notebook
 def test_it_pastes_nothing_from_the_packages(path):
     code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-    in_packages = [
-        lines
-        for package in ("peft", "minitransformer")
-        for file in (FOLDER.parent / package).rglob("*.py")
-        for lines in longer_functions(file.read_text()).values()
-    ]
     for name, lines in longer_functions(code).items():
-        assert not any(len(lines & others) > 0.6 * len(lines) for others in in_packages), name
+        assert not any(len(lines & others) > 0.6 * len(lines) for others in functions_of_the_packages()), name
 
 
 def test_a_carriage_return_overwrites():

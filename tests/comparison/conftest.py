@@ -1,0 +1,18 @@
+"""What the tests of the sweep and of its commands share."""
+
+from dataclasses import replace
+
+import pytest
+
+from minitransformer.tasks.dataset import Split
+
+
+def first_rows(split: Split, n: int) -> Split:
+    return Split(split.tokens[:n], split.padding_mask[:n], split.targets[:n], split.kinds[:n], split.vocabulary)
+
+
+@pytest.fixture(scope="session")
+def task(splits):
+    """Sentiment with forty rows in each split."""
+    whole = splits("sentiment")
+    return replace(whole, **{name: first_rows(getattr(whole, name), 40) for name in ("train", "validation", "test")})
