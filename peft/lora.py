@@ -39,7 +39,8 @@ class LoRA(LayerwiseMethod):
 
     Args:
         rank: r, the width of the bottleneck between A and B.
-        alpha: numerator of the scale alpha / r; with it fixed, the learning rate need not change with the rank.
+        alpha: numerator of the scale alpha / r, which is meant to spare a new learning rate for each rank (section
+            4.1); only roughly so, since with Adam the first update still falls as 1 / sqrt(r).
         dropout: probability with which each input number of the update is dropped, in training only.
         targets: names of linear maps, by whole parts: "query", "feedforward.up", "blocks.0.attention.query".
         train: which factors are trained. The update is zero at the start, so one factor starts at zero; to leave zero

@@ -2,7 +2,8 @@
 
 One library merges the update into the weight inside `eval()` and takes it out inside `train()`. Whoever loads LoRA
 weights *after* calling `eval()` runs the old update, which is baked in, and nothing says so. Another takes the update
-out again by subtracting it: in bfloat16 a hundred rounds move the weight visibly, for good.
+out again by subtracting it: in bfloat16 the weight does not come back to the bit. With one LoRA the loss is made in the
+first round; where several take turns, or rounding always goes one way, it grows from round to round.
 
 Found in: loralib's `Linear.train`; Hugging Face peft's `unmerge`
 
