@@ -70,7 +70,8 @@ class ParameterTable:
         """The lines below the table."""
         lines = [f"trained: {self.trained:,} of {self.base:,} in the base model = {self.share:.2%}"]
         if self.merged:
-            lines.append(f"merged: {len(self.merged)} weights hold their update at present ({self.merged[0]}, …)")
+            more = f" and {len(self.merged) - 1} more" if len(self.merged) > 1 else ""
+            lines.append(f"merged at present: {self.merged[0]}{more}")
         return lines
 
     def _repr_html_(self) -> str:

@@ -42,8 +42,8 @@ class MergeableLinear(Wrapper):
 
     def write(self, weight: Float[Tensor, "d_out d_in"]) -> None:
         """Put the changed weight into base.weight and keep W0."""
-        self.frozen_weight = self.base.weight.detach().clone()
         with torch.no_grad():
+            self.frozen_weight = self.base.weight.clone()
             self.base.weight.copy_(weight)
 
     def release(self) -> None:

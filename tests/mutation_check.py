@@ -24,28 +24,32 @@ import pytest
 import torch  # noqa: F401  imported before the forks, so that no mutant pays for it
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS, INVARIANTS = "tests/methods/", "tests/methods/test_invariants_of_every_method.py"
-TESTS = {
-    "functional": [METHODS + "test_functional.py"],
-    "lora": [METHODS + "test_lora.py", METHODS + "test_lora_variants.py", METHODS + "test_counting.py"],
-    "dora": [METHODS + "test_lora_variants.py", INVARIANTS],
-    "lora_plus": [METHODS + "test_lora_variants.py"],
-    "mergeable": [METHODS + "test_lora.py", METHODS + "test_lora_variants.py"],
-    "merge": [METHODS + "test_lora.py", METHODS + "test_lora_variants.py"],
-    "combine": [METHODS + "test_lora_variants.py", "tests/museum"],
-    "prefix": [METHODS + "test_prefix_tuning.py", METHODS + "test_counting.py", INVARIANTS],
-    "real_words": [METHODS + "test_prefix_tuning.py", METHODS + "test_prompt_tuning.py"],
-    "reparameterization": [METHODS + "test_prefix_tuning.py", INVARIANTS],
-    "prompt": [METHODS + "test_prompt_tuning.py", INVARIANTS],
-    "adapter": [METHODS + "test_adapters.py", METHODS + "test_counting.py", INVARIANTS],
-    "bitfit": [METHODS + "test_biases_and_scales.py", INVARIANTS],
-    "ia3": [METHODS + "test_biases_and_scales.py", INVARIANTS],
-    "method": [METHODS + "test_attach_detach.py", METHODS + "test_files.py", INVARIANTS],
-    "sites": [METHODS + "test_attach_detach.py", METHODS + "test_lora_variants.py", INVARIANTS],
-    "attach": [METHODS + "test_attach_detach.py", METHODS + "test_prefix_tuning.py", METHODS + "test_files.py"],
-    "audit": [METHODS + "test_audit.py"],
-    "counting": [METHODS + "test_counting.py", METHODS + "test_lora_variants.py"],
-    "checkpoint": [METHODS + "test_files.py", METHODS + "test_lora_variants.py"],
+TESTS = {  # files of tests/methods, or paths below tests
+    "functional": "functional",
+    "lora": "lora lora_variants counting attach_detach",
+    "dora": "lora_variants invariants_of_every_method",
+    "lora_plus": "lora_variants",
+    "mergeable": "lora lora_variants",
+    "merge": "lora lora_variants invariants_of_every_method",
+    "combine": "lora_variants museum",
+    "prefix": "prefix_tuning counting invariants_of_every_method",
+    "real_words": "prefix_tuning prompt_tuning",
+    "reparameterization": "prefix_tuning invariants_of_every_method",
+    "prompt": "prompt_tuning counting invariants_of_every_method",
+    "adapter": "adapters counting invariants_of_every_method",
+    "bitfit": "biases_and_scales counting invariants_of_every_method",
+    "ia3": "biases_and_scales counting invariants_of_every_method",
+    "method": "attach_detach lora_variants prefix_tuning files",
+    "sites": "attach_detach lora_variants prefix_tuning invariants_of_every_method",
+    "attach": "attach_detach prefix_tuning files invariants_of_every_method",
+    "audit": "audit",
+    "counting": "counting lora_variants",
+    "checkpoint": "files lora_variants",
+    "mixed": "task_bank",
+    "task_bank": "task_bank",
+    "sweep": "comparison/test_sweep.py comparison/test_compare.py comparison/test_commands.py",
+    "results": "comparison/test_results.py comparison/test_sweep.py",
+    "doctor": "comparison/test_doctor.py",
 }
 SECONDS = 240  # a mutant that takes longer, in an endless loop perhaps, counts as caught
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
@@ -75,7 +79,16 @@ def below(node: ast.AST) -> list[ast.AST]:
         return []
     parts = [part for name, part in ast.iter_fields(node) if name != "annotation"]
     children = [child for part in parts for child in (part if isinstance(part, list) else [part])]
+    if asks_for_a_member(node):
+        children = [child for child in children if not isinstance(child, ast.Tuple)]
     return [node, *(found for child in children if isinstance(child, ast.AST) for found in below(child))]
+
+
+def asks_for_a_member(node: ast.AST) -> bool:
+    """Whether a tuple below it may stand in any order: `x in (a, b)`, `isinstance(x, (A, B))`."""
+    if isinstance(node, ast.Compare):
+        return isinstance(node.ops[0], ast.In | ast.NotIn)
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
 
 
 def variants(node: ast.AST) -> list[ast.AST]:
@@ -145,6 +158,13 @@ class Replace(ast.NodeTransformer):
         return self.new if node is self.old else super().generic_visit(node)
 
 
+def tests_of(target: str) -> list[str]:
+    """The paths of the tests that a file's mutants run against."""
+    names = TESTS[Path(target).stem].split()
+    methods = {name: f"tests/methods/test_{name}.py" for name in names}
+    return [methods[name] if (ROOT / methods[name]).is_file() else f"tests/{name}" for name in names]
+
+
 def passes(copy_of_root: Path, target: str, source: str) -> bool:
     """Whether the tests pass on this source; in a process of its own, forked so that torch is loaded already."""
     (copy_of_root / target).write_text(source)
@@ -157,7 +177,7 @@ def passes(copy_of_root: Path, target: str, source: str) -> bool:
         os.dup2(1, 2)
         sys.dont_write_bytecode = True
         sys.path[0] = str(copy_of_root)
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *TESTS[Path(target).stem]])))
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests_of(target)])))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

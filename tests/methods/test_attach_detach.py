@@ -12,7 +12,8 @@ from minitransformer.heads import SequenceClassifier
 from minitransformer.tasks import Dataset
 from minitransformer.training import fit, label_loss
 from peft import LoRA
-from peft.sites import find, matches
+from peft.method import Wrapper
+from peft.sites import exchange, find, in_order, matches, wrappers_at
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_detach_gives_the_very_same_modules_weights_and_gradient_flags_back(tiny
 def test_attach_returns_the_model_and_prints_its_wrappers(tiny):
     model = tiny()
     assert peft.attach(model, RECIPES["lora"]) is model
-    assert "LoRALinear" in repr(model) and "A=[2, 16], B=[16, 2], scale=1.5" in repr(model)
+    assert "LoRALinear" in repr(model) and "A=[2, 16], B=[16, 2], scale=1.5, train=A+B\n" in repr(model)
     record = peft.attached(model)[0]
     assert (record.method, record.seed) == (RECIPES["lora"], 0)
 
@@ -243,3 +244,26 @@ def test_fit_refuses_an_optimizer_made_before_the_second_method(decoder):
 def test_find_keeps_the_order_of_the_model():
     candidates = dict.fromkeys(["b.x", "a.y", "a.x"])
     assert find(("y", "x"), candidates, "thing") == ["b.x", "a.y", "a.x"]
+
+
+def test_names_are_sorted_as_a_reader_counts():
+    """blocks.2 before blocks.10, and words before numbers."""
+    names = ["blocks.10.a", "blocks.2.b", "blocks.2.a", "blocks.2.1", "aside.3"]
+    assert in_order(names) == ["aside.3", "blocks.2.a", "blocks.2.b", "blocks.2.1", "blocks.10.a"]
+
+
+@pytest.mark.parametrize("place", ["outermost", "between", "innermost"])
+def test_exchanging_one_wrapper_leaves_those_round_it_and_in_it(decoder, place):
+    model = decoder()
+    for recipe in (RECIPES["lora"], RECIPES["ia3"], RECIPES["bitfit"]):
+        peft.attach(model, recipe)
+    name = "blocks.0.attention.value"
+    before = wrappers_at(model, name)
+    frozen = before[-1].base
+    index = {"outermost": 0, "between": 1, "innermost": 2}[place]
+    new = Wrapper(before[index].base)
+    exchange(model, name, before[index], new)
+    after = wrappers_at(model, name)
+    assert [found is new for found in after] == [i == index for i in range(3)]
+    assert [found for found in after if found is not new] == [old for i, old in enumerate(before) if i != index]
+    assert after[-1].base is frozen and model.blocks[0].attention.value is after[0]

@@ -114,3 +114,65 @@ def test_the_audit_works_in_training_mode_with_dropout(tiny):
     model = peft.attach(tiny(dropout=0.2).train(), peft.LoRA(rank=2, dropout=0.3))
     peft.gradient_audit(model, loss_of)
     assert model.training and torch.equal(outputs(model.eval()), outputs(tiny()))
+
+
+def test_the_norms_are_those_of_the_last_step_alone(decoder):
+    """The oracle: the same three AdamW steps by hand."""
+    model, twin = (peft.attach(decoder(), RECIPES["lora"]) for _ in range(2))
+    table = peft.gradient_audit(model, loss_of, learning_rate=1e-2)
+    start, optimizer = peft.state_dict(twin), torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(twin).backward()
+        optimizer.step()
+    learning = {row.tensor: row for row in table.rows if row.requires_grad}
+    assert learning.keys() == peft.trainable_parameters(twin).keys()
+    for name, p in peft.trainable_parameters(twin).items():
+        assert learning[name].gradient_norm == pytest.approx(p.grad.norm().item(), rel=1e-5)
+        assert learning[name].moved == pytest.approx((p.detach() - start[name]).abs().max().item(), rel=1e-5)
+        assert learning[name].layer == int(name.split(".")[1])
+
+
+def test_the_table_as_it_is_printed(decoder):
+    table = peft.gradient_audit(peft.attach(decoder(n_layers=1), RECIPES["houlsby"]), loss_of)
+    *rows, last = str(table).splitlines()
+    learning = [row for row in table.rows if row.requires_grad]
+    assert len(rows) == 1 + len(learning) and rows[0].split() == ["tensor", "gradient", "norm", "moved", "by"]
+    for line, row in zip(rows[1:], learning, strict=True):
+        assert line.split() == [row.tensor, f"{row.gradient_norm:.2e}", f"{row.moved:.1e}"]
+    assert last == f"{len(table.rows) - len(learning)} other tensors: 0 got a gradient, 0 moved"
+
+
+def test_a_frozen_tensor_that_moves_is_named_with_how_far(decoder):
+    model = peft.attach(decoder(), RECIPES["lora"])
+
+    def loss(m):
+        with torch.no_grad():
+            m.blocks[1].norm_feedforward.bias.add_(0.5)
+        return loss_of(m)
+
+    message = r"^blocks\.1\.norm_feedforward\.bias is frozen, but got a gradient or moved by 3\.0e\+00$"
+    audited(model, message, loss=loss)
+
+
+def test_a_frozen_tensor_that_gets_a_gradient_is_named(decoder):
+    model = peft.attach(decoder(), RECIPES["lora"])
+    weight = model.blocks[0].attention.output.weight
+
+    def loss(m):
+        if torch.is_grad_enabled():
+            weight.grad = torch.zeros_like(weight)
+        return loss_of(m)
+
+    audited(model, r"^blocks\.0\.attention\.output\.weight is frozen, but got a gradient", loss=loss)
+
+
+@pytest.mark.parametrize("n_layers", [2, 3, 4])
+def test_five_problems_are_named_and_the_others_counted(decoder, n_layers):
+    model = peft.attach(decoder(n_layers=n_layers), peft.LoRA(rank=2, targets=("query",)))
+    with pytest.raises(AuditError) as raised:
+        peft.gradient_audit(model, lambda m: 0.0 * loss_of(m))
+    message = str(raised.value)
+    assert message.count("should learn") == min(5, 2 * n_layers)
+    hidden = max(0, 2 * n_layers - 5)
+    assert message.endswith(f" (and {hidden} more)") if hidden else "more)" not in message

@@ -8,7 +8,7 @@ from method_cases import RECIPES, SETS, train_a_little
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from peft import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from peft import BitFit, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 
 OPTIONS = [
     *RECIPES.values(),
@@ -81,3 +81,50 @@ def test_the_table_of_a_model_without_a_method_counts_full_fine_tuning(decoder):
     table = peft.parameter_table(model)
     assert table.trained == table.base == sum(p.numel() for p in model.parameters())
     assert torch.tensor([row.numbers for row in table.rows]).sum() == table.base
+
+
+@pytest.mark.parametrize("norm, outside", [("pre", 1), ("post", 0)])
+@pytest.mark.parametrize("embedding_norm", [False, True])
+def test_bitfit_counts_the_norms_outside_of_the_blocks(decoder, norm, outside, embedding_norm):
+    model = peft.attach(decoder(norm=norm, embedding_norm=embedding_norm), BitFit())
+    expected = 2 * (6 * 16 + 24) + (outside + embedding_norm) * 16
+    assert measured(model) == peft.expected_parameters(model.config, BitFit()) == expected
+
+
+def test_the_table_as_it_is_printed(decoder):
+    """One line for each tensor that a method brought, trained or not, and one for all others."""
+    model = peft.attach(decoder(n_layers=1), LoRA(rank=2, targets=("query",), train=("B",)))
+    peft.merge(model)
+    lines = str(peft.parameter_table(model)).splitlines()
+    assert lines == [
+        "blocks.0.attention.query.A  [2, 16]     32  frozen",
+        "blocks.0.attention.query.B  [16, 2]     32  trained",
+        "(20 frozen tensors)                  2,552  frozen",
+        "trained: 32 of 2,552 in the base model = 1.25%",
+        "merged at present: blocks.0.attention.query.weight",
+    ]
+
+
+def test_the_first_merged_weight_is_named_and_the_others_counted(decoder):
+    model = peft.merge(peft.attach(decoder(n_layers=1), LoRA(rank=2)))
+    table = peft.parameter_table(model)
+    assert table.summary()[-1] == "merged at present: blocks.0.attention.query.weight and 1 more"
+    assert not table.shown()[-1].declared  # the line that stands for all others
+
+
+def test_the_table_as_a_page_shows_it(decoder):
+    html = peft.parameter_table(peft.attach(decoder(n_layers=1), LoRA(rank=2, targets=("query",))))._repr_html_()
+    rows = [row.split("<td>")[1:] for row in html.split("<tr>")[2:]]
+    assert [[cell.split("</td>")[0] for cell in row] for row in rows] == [
+        ["[2, 16]", "32", "trained"],
+        ["[16, 2]", "32", "trained"],
+        ["", "2,552", "frozen"],
+    ]
+    assert html.endswith("<p>trained: 64 of 2,552 in the base model = 2.51%</p>")
+
+
+def test_a_model_of_trained_tensors_only_has_no_line_for_the_others(decoder):
+    model = decoder()
+    shown = peft.parameter_table(model).shown()
+    assert [row.name for row in shown] == [name for name, _ in model.named_parameters()]
+    assert all(row.trained and not row.declared for row in shown)

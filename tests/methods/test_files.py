@@ -168,6 +168,8 @@ BAD_RECORDS = {
     "no methods": (lambda r: r.pop("methods"), "not complete"),
     "no seed": (lambda r: r["methods"][0].pop("seed"), "not complete"),
     "no base": (lambda r: r.pop("base"), "not complete"),
+    "base is no text": (lambda r: r.update(base=7), "not complete"),
+    "merged is no yes or no": (lambda r: r.update(merged="no"), "not complete"),
     "no recipe": (lambda r: r["methods"][0].update(recipe=None), "not complete"),
     "other base": (lambda r: r.update(base="0" * 64), "another base"),
 }
@@ -347,6 +349,8 @@ def test_a_file_is_described_without_a_model(decoder, tmp_path):
     text = str(found)
     for part in ("LoRA(rank=2, alpha=3.0), seed 7", "norm, trained whole", "blocks.1.attention.query.A [2, 16]"):
         assert part in text
+    assert "merged" not in text
+    assert text.endswith(f"\ntrained on the base {found.base[:12]}…")
     with pytest.raises(ValueError, match="not a file that peft"):
         (tmp_path / "file").write_bytes(b"something else")
         peft.describe(tmp_path / "file")

@@ -204,6 +204,8 @@ def test_lora_plus_gives_every_b_a_rate_of_its_own(decoder):
     b = {id(p) for name, p in peft.trainable_parameters(model).items() if name.endswith(".B")}
     assert {id(p) for p in fast["params"]} == b
     assert {id(p) for p in slow["params"]} == {id(p) for p in peft.trainable_parameters(model).values()} - b
+    slow, fast = lora_plus_groups(model, 1e-3)
+    assert fast["lr"] == 16 * slow["lr"]  # the ratio that the paper takes from its experiments
 
 
 def test_lora_plus_with_plain_gradient_descent_moves_b_by_ratio_times_the_gradient(decoder):

@@ -196,6 +196,19 @@ def test_reparameterised_prefix_equals_the_numpy_twin(decoder):
         np.testing.assert_allclose(out.detach().numpy(), twin, rtol=1e-12, atol=1e-13)
 
 
+def test_the_mlp_starts_as_a_linear_layer_does_and_its_source_as_an_embedding(decoder):
+    """Every weight fills U(-b, b), b = 1 / sqrt(d_in), and not more; biases are zero; the source is N(0, 1)."""
+    h, model = 400, decoder()
+    t = peft.attach(model, PrefixTuning(length=200, reparameterize=h)).blocks[0].attention.tensors()
+    for name, shape, bound in (("hidden", (h, 16), 1 / 4), ("key", (16, h), 1 / 20), ("value", (16, h), 1 / 20)):
+        weight, bias = t[f"{name}_weight"], t[f"{name}_bias"]
+        assert weight.shape == shape and 0.99 * bound < weight.abs().max().item() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)  # of a uniform distribution
+        assert not bias.any() and bias.shape == shape[:1]
+    assert not torch.equal(t["key_weight"], t["value_weight"])
+    assert t["source"].shape == (200, 16) and t["source"].std().item() == pytest.approx(1.0, rel=0.05)
+
+
 @pytest.mark.parametrize("beside", [[], ["houlsby", "lora all"], ["inside_ffn", "prompt"]], ids=str)
 @pytest.mark.parametrize("first", [True, False], ids=["mlp first", "mlp last"])
 def test_folding_keeps_the_outputs_and_leaves_a_plain_prefix(tiny, beside, first):

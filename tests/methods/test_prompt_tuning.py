@@ -30,6 +30,9 @@ def test_a_prompt_of_real_words_equals_those_words_in_front_of_the_text(tiny, le
 
 def test_prompt_and_text_together_must_fit_into_max_len(decoder):
     model = peft.attach(decoder(), PromptTuning(length=3))
+    assert model.embedding.room == 9
+    with peft.disabled(model):
+        assert model.embedding.room == 12
     outputs(model, batch(length=9)[0])
     with pytest.raises(ValueError, match="13 positions, but max_len is 12; shorten the text"):
         outputs(model, batch(length=10)[0])
