@@ -197,6 +197,36 @@ WRONG_ANSWERS = {
         ("standard_error = lambda accuracy, n: accuracy * (1 - accuracy) / n", "the root is missing"),
         ("standard_error = lambda accuracy, n: (accuracy * (1 - accuracy)) ** 0.5", "the spread of one sentence"),
     ],
+    # 06 · one family
+    "check_prefix_share": [
+        (
+            "prefix_share = lambda p, t: torch.sigmoid(t.logsumexp(-1) - p.logsumexp(-1))",
+            "the share of the text",
+        ),
+        ("prefix_share = lambda p, t: torch.cat([p, t], -1).softmax(-1)[..., : p.shape[-1]]", "lambda is their sum"),
+        ("prefix_share = lambda p, t: p.exp().sum(-1) / (p.exp().sum(-1) + t.exp().sum(-1))", "lambda is NaN"),
+        ("prefix_share = lambda p, t: torch.sigmoid(p.amax(-1) - t.amax(-1))", "not only with the largest"),
+    ],
+    "check_adapted": [
+        (
+            "adapted = lambda f, x, down, up, s, form: f(x) + s * torch.relu(x @ down.T) @ up.T",
+            '"sequential": the bottleneck reads h',
+        ),
+        (
+            "adapted = lambda f, x, down, up, s, form: f(x) + s * torch.relu(f(x) @ down.T) @ up.T",
+            '"parallel": the bottleneck reads x',
+        ),
+        (
+            "adapted = lambda f, x, down, up, s, form: "
+            "f(x) + torch.relu((x if form == 'parallel' else f(x)) @ down.T) @ up.T",
+            "the scale s is missing",
+        ),
+    ],
+    "check_same_price": [
+        ("same_price = lambda n, d: (n, n // 2)", "m = n is too dear"),
+        ("same_price = lambda n, d: ((2 * n * d - d) // (2 * d + 1), n)", "two pairs of A and B"),
+        ("same_price = lambda n, d: ((2 * n * d - d) // (2 * d), n // 2)", "m biases inside and d_model at its output"),
+    ],
     # 08 · what it costs
     "check_lora_numbers": [
         ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * r * d", "that is A alone"),
