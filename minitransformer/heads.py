@@ -73,9 +73,14 @@ class SequenceClassifier(nn.Module):
         self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B n_classes"]:
         """Class scores (logits), one row per text."""
+        return self.head(F.dropout(self.features(tokens, padding_mask), self.dropout, self.training))
+
+    def features(
+        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B d_model"]:
+        """What the head reads: one pooled hidden state per text."""
         hidden = self.transformer.hidden(tokens, padding_mask)
-        pooled = mean_pool(hidden, padding_mask) if self.pool == "mean" else first_real(hidden, padding_mask)
-        return self.head(F.dropout(pooled, self.dropout, self.training))
+        return mean_pool(hidden, padding_mask) if self.pool == "mean" else first_real(hidden, padding_mask)
 
 
 def mean_pool(

@@ -18,10 +18,10 @@ import torch
 
 from peft import compare, compare_real_text, doctor, report, sweep
 from peft.plots import plot_comparison, plt, use_style
+from peft.real_tasks import TASKS
 from peft.results import read_rows
 
-REAL_TEXT = "rotten_tomatoes"
-TITLES = {"sentiment": "Sentiment", "qa": "Question answering", REAL_TEXT: "Rotten Tomatoes, held-out films"}
+TITLES = {"sentiment": "Sentiment", "qa": "Question answering"} | {name: TASKS[name].title for name in TASKS}
 
 
 def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -41,13 +41,19 @@ def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def study_of(task: str, words: Sequence[str], random_backbone: bool) -> sweep.Study:
-    """The sweep that the command line asks for."""
-    if task == REAL_TEXT:
-        return compare_real_text.study(selected(words, list(compare_real_text.ENTRIES)))
+def study_of(task: str, words: Sequence[str], random_backbone: bool, examples: int | None) -> sweep.Study:
+    """The sweep that the command line asks for.
+
+    Raises:
+        ValueError: an unknown method, or an option that this task does not have.
+    """
+    if task in TASKS and (random_backbone or examples is not None):
+        raise ValueError(f"--random-backbone and --examples are for the toy tasks, not for {task}")
+    if task in TASKS:
+        return compare_real_text.study(task, selected(words, list(TASKS[task].entries)))
     if random_backbone:
-        return compare.study(task, selected(words, compare.RANDOM_BACKBONE), "random")
-    return compare.study(task, selected(words, list(compare.ENTRIES)))
+        return compare.study(task, selected(words, compare.RANDOM_BACKBONE), "random", examples=examples)
+    return compare.study(task, selected(words, list(compare.ENTRIES)), examples=examples)
 
 
 def run_comparison(arguments: Sequence[str]) -> None:
@@ -58,23 +64,26 @@ def run_comparison(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, default=len(sweep.SEEDS), help="how many final runs of each method")
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV file and the figure")
     parser.add_argument("--random-backbone", action="store_true", help="on a frozen backbone that learned nothing")
+    parser.add_argument("--examples", type=int, help="so many training rows, drawn anew for each seed; all without it")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: at least one final run")
     torch.set_num_threads(options.threads)
     try:
-        study = study_of(options.task, options.methods, options.random_backbone)
+        study = study_of(options.task, options.methods, options.random_backbone, options.examples)
     except ValueError as error:
         parser.error(str(error))
-    seeds, out = range(1, options.seeds + 1), options.out / f"{options.task}.csv"
+    name = compare.label(options.task, options.examples)
+    seeds, out = range(1, options.seeds + 1), options.out / f"{name}.csv"
     print(sweep.cost(study, read_rows(out, study.columns), seeds), flush=True)
     rows = [row for row in sweep.run(study, out, seeds) if row["method"] in study.rates]
     records = sweep.summaries(rows, study.backbone)
     print(sweep.table(records))
     use_style()
-    title = f"{TITLES[options.task]}: mean and spread of {options.seeds} seed{'s' if options.seeds > 1 else ''}"
-    picture = out.with_name(f"{options.task}{'_random' if options.random_backbone else ''}.png")
+    few = f", {options.examples} examples" if options.examples else ""
+    title = f"{TITLES[options.task]}{few}: mean and spread of {options.seeds} seed{'s' if options.seeds > 1 else ''}"
+    picture = out.with_name(f"{name}{'_random' if options.random_backbone else ''}.png")
     plot_comparison(records, title).savefig(picture, dpi=110)
     plt.close("all")
     print(f"\nrows in {out}, figure in {picture}")

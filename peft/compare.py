@@ -7,6 +7,9 @@
 shorter ones would favour the higher rate, whatever is best in the end. Batch size, schedule and data order are the
 same for all methods.
 
+With `--examples 16` a run sees so few training rows, drawn anew for each seed, in as many steps as before. The rate is
+still chosen on the whole validation split, which is generous, to all methods alike.
+
 On top of the methods come a row without any training (zero-shot), and, with `--random-backbone`, the same methods on a
 frozen backbone that was never pretrained: what they then reach, they owe to the task alone.
 """
@@ -112,13 +115,25 @@ def train(
     seed: int,
     backbone_kind: str = "pretrained",
     progress: bool = True,
+    examples: int | None = None,
 ) -> tuple[nn.Module, History]:
-    """One run of the comparison: the trained model (its last weights) and the history."""
+    """One run of the comparison, on all training rows or on so many: the model with its last weights, the history."""
     model, ratio = prepared(name, seed, backbone_kind), ENTRIES[name].ratio
     options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "progress": progress, "description": name}
     if ratio is not None:
         options["optimizer"] = torch.optim.AdamW(lora_plus_groups(model, learning_rate, ratio), weight_decay=0.0)
-    return model, fit(model, task.train, **options)
+    return model, fit(model, task.train if examples is None else fewer(task.train, examples, seed), **options)
+
+
+def fewer(dataset: Dataset, examples: int, seed: int) -> Dataset:
+    """So many of the rows, drawn at random.
+
+    Raises:
+        ValueError: less than one, or more than there are.
+    """
+    if not 1 <= examples <= len(dataset):
+        raise ValueError(f"examples={examples}: choose between 1 and the {len(dataset)} that there are")
+    return dataset.rows(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:examples])
 
 
 def by_kind(model: nn.Module, task: Task) -> dict[str, float]:
@@ -165,16 +180,24 @@ def file_bytes(model: nn.Module) -> int:
         return Path(folder, "method.safetensors").stat().st_size
 
 
-def planned(name: str, task: str, backbone_kind: str, stage: str, learning_rate: float, seed: int) -> Row:
+def label(task: str, examples: int | None) -> str:
+    """What a task is called in the result files: `sentiment`, or with few examples `sentiment_16`."""
+    return task if examples is None else f"{task}_{examples}"
+
+
+def planned(
+    name: str, task: str, backbone_kind: str, stage: str, learning_rate: float, seed: int, examples: int | None = None
+) -> Row:
     """What identifies a run: the columns of `KEY`, as they stand in the file."""
     entry = ENTRIES[name]
-    return identity(task, backbone_kind, name, entry.method, stage, learning_rate, entry.steps[task], seed)
+    steps = entry.steps[task]
+    return identity(label(task, examples), backbone_kind, name, entry.method, stage, learning_rate, steps, seed)
 
 
-def finished(key: Row, task: Task, progress: bool = True) -> Row:
+def finished(key: Row, task: Task, progress: bool = True, examples: int | None = None) -> Row:
     """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test split."""
     rate, steps, seed = float(key["learning_rate"]), int(key["steps"]), int(key["seed"])
-    model, history = train(key["method"], task, rate, steps, seed, key["backbone"], progress)
+    model, history = train(key["method"], task, rate, steps, seed, key["backbone"], progress, examples)
     validation, final = evaluate(model, task.validation), key["stage"] == "final"
     test = evaluate(model, task.test) if final else None
     kinds = by_kind(model, task) if final else {}
@@ -183,7 +206,11 @@ def finished(key: Row, task: Task, progress: bool = True) -> Row:
 
 
 def study(
-    task_name: str, names: Sequence[str] = tuple(ENTRIES), backbone_kind: str = "pretrained", progress: bool = True
+    task_name: str,
+    names: Sequence[str] = tuple(ENTRIES),
+    backbone_kind: str = "pretrained",
+    progress: bool = True,
+    examples: int | None = None,
 ) -> Study:
     """The sweep over these methods on one toy task."""
     task = TASKS[task_name]()
@@ -195,8 +222,8 @@ def study(
     return Study(
         columns=COLUMNS,
         rates={name: ENTRIES[name].learning_rates for name in names},
-        planned=lambda name, stage, rate, seed: planned(name, task_name, backbone_kind, stage, rate, seed),
-        finished=lambda key: finished(key, task, progress),
+        planned=lambda name, stage, rate, seed: planned(name, task_name, backbone_kind, stage, rate, seed, examples),
+        finished=lambda key: finished(key, task, progress, examples),
         step_seconds=seconds,
         backbone=backbone_kind,
     )

@@ -1,13 +1,12 @@
-"""The comparison on real text: every method on MiniLM and Rotten Tomatoes, films held out.
+"""The comparison on real text: every method on MiniLM, on a task of `peft/real_tasks.py`.
 
     python -m peft compare --task rotten_tomatoes --out notebooks/results
 
-`peft/sweep.py` says how rates are chosen and what is scored when: here by short runs on the validation films. A fresh
-classification head is trained beside every method. The sweep takes about two hours on one free thread.
+`peft/sweep.py` says how rates are chosen and what is scored when: here by short runs, on the validation split. The
+sweep of one task takes hours on one free thread.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,73 +14,24 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from minitransformer.generation import evaluation_mode
-from minitransformer.heads import SequenceClassifier, mean_pool
-from minitransformer.pretrained.minilm import minilm
+from minitransformer.heads import SequenceClassifier
 from minitransformer.tasks.batches import batches_of_like_length
 from minitransformer.tasks.dataset import Dataset
-from minitransformer.tasks.rotten_tomatoes import TextTask, rotten_tomatoes_splits
+from minitransformer.tasks.text import TextTask
 from minitransformer.training import History, evaluate, fit, label_loss
 from peft import compare
-from peft.adapter import BottleneckAdapter
-from peft.attach import attach, attached, trainable_parameters
-from peft.lora import ALL_LINEARS, LoRA
-from peft.method import Method
-from peft.prefix import PrefixTuning
+from peft.attach import attached, trainable_parameters
+from peft.real_tasks import HEAD, TASKS, model_for
 from peft.results import Row
 from peft.sweep import KEY, MEASURED, Study, identity, measured
-
-BATCH_SIZE = 32
-EPOCHS = 3  # of the final runs
-CHOICE_EPOCHS = 1  # of the runs that choose the learning rate
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the comparison: a method (None: no PEFT method) and the learning rates to choose from."""
-
-    method: Method | None
-    learning_rates: tuple[float, ...]
-    epochs: int = EPOCHS
-    choice_epochs: int = CHOICE_EPOCHS
-
-
-HEAD, FULL = "head only", "full fine-tuning"
-# The sizes are matched: all but "LoRA all" train 74 to 78 thousand numbers, about 0.33% of the model.
-ENTRIES = {
-    HEAD: Entry(None, (1e-3, 1e-2, 1e-1), epochs=30, choice_epochs=30),  # on stored features: costs next to nothing
-    FULL: Entry(None, (5e-5, 1e-4, 2e-4)),
-    "LoRA q,v r=8": Entry(LoRA(rank=8, alpha=32.0), (5e-4, 1e-3, 2e-3)),
-    "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-3, 1e-2, 3e-2)),
-    "Houlsby adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (1e-3, 3e-3, 1e-2)),
-    "Pfeiffer adapter m=16": Entry(BottleneckAdapter(bottleneck=16, placement="pfeiffer"), (1e-3, 3e-3, 1e-2)),
-    "parallel adapter m=16": Entry(BottleneckAdapter(bottleneck=16, placement="parallel"), (1e-3, 3e-3, 1e-2)),
-    "LoRA all r=8": Entry(LoRA(rank=8, alpha=16.0, targets=ALL_LINEARS), (5e-4, 1e-3)),
-}
 
 BACKBONE = "pretrained"
 COLUMNS = (*KEY, *MEASURED)
 
 
-def classifier(name: str, seed: int) -> SequenceClassifier:
-    """MiniLM with a fresh head on the mean of its hidden states, and with the method of that name attached.
-
-    Raises:
-        ValueError: the comparison has no method of that name.
-    """
-    if name not in ENTRIES:
-        raise ValueError(f"the method {name!r} is unknown; choose one of {', '.join(ENTRIES)}")
-    model = SequenceClassifier(minilm(), n_classes=2, pool="mean", seed=seed)
-    method = ENTRIES[name].method
-    if method is not None:
-        return attach(model, method, seed=seed, train_also=("head",))
-    if name == HEAD:
-        model.transformer.requires_grad_(False)
-    return model
-
-
 def by_length(dataset: Dataset) -> Int[Tensor, "N"]:
     """The numbers of the rows, short ones first: cut into batches in this order, little padding is computed."""
-    return dataset.padding_mask.sum(dim=1).argsort(stable=True)
+    return dataset.lengths.argsort(stable=True)
 
 
 class StoredFeatures(nn.Module):
@@ -97,8 +47,7 @@ class StoredFeatures(nn.Module):
         with evaluation_mode(model), torch.no_grad():
             for rows in by_length(dataset).split(64):
                 part = dataset.rows(rows).trimmed()
-                hidden = model.transformer.hidden(part.tokens, part.padding_mask)
-                self.features[rows] = mean_pool(hidden, part.padding_mask)
+                self.features[rows] = model.features(part.tokens, part.padding_mask)
         numbers = torch.arange(len(dataset))[:, None]
         self.rows = Dataset(numbers, torch.ones_like(numbers, dtype=torch.bool), dataset.targets)
 
@@ -111,36 +60,39 @@ def train(
     name: str,
     learning_rate: float,
     task: TextTask,
-    epochs: int = EPOCHS,
+    epochs: int,
     seed: int = 1,
     progress: bool = True,
-    model: SequenceClassifier | None = None,
-) -> tuple[SequenceClassifier, History]:
-    """Train one method of the comparison; the last weights are kept.
+    model: nn.Module | None = None,
+) -> tuple[nn.Module, History]:
+    """Train one method of a task's comparison; the last weights are kept.
 
     Args:
-        name: a key of `ENTRIES`.
+        name: of the method, a key of the task's entries.
         learning_rate: peak of the schedule.
-        task: of `rotten_tomatoes_splits`.
-        epochs: walks over the training films.
+        task: what its `splits` give.
+        epochs: walks over the training rows; 0 trains nothing.
         seed: of the head, the method's tensors, the order of the data and dropout.
         progress: show a bar.
-        model: of `classifier(name, seed)`; made here if left out.
+        model: of `model_for(task.name, name, seed)`; made here if left out.
 
     Returns:
-        The classifier, trained, and the history of the run.
+        The model, trained, and the history of the run.
     """
-    model = classifier(name, seed) if model is None else model
-    learner, batches = model, batches_of_like_length(task.train, BATCH_SIZE, seed)
+    model = model_for(task.name, name, seed) if model is None else model
+    if epochs == 0:
+        return model, History()
+    batch_size = TASKS[task.name].batch_size
+    learner, batches = model, batches_of_like_length(task.train, batch_size, seed)
     if name == HEAD:
         learner = StoredFeatures(model, task.train)
         batches = learner.rows
     history = fit(
         learner,
         batches,
-        steps=epochs * (len(task.train) // BATCH_SIZE),
+        steps=epochs * steps_in_an_epoch(task),
         learning_rate=learning_rate,
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         objective=label_loss,
         seed=seed,
         progress=progress,
@@ -149,7 +101,12 @@ def train(
     return model, history
 
 
-def score(model: SequenceClassifier, dataset: Dataset) -> dict[str, float]:
+def steps_in_an_epoch(task: TextTask) -> int:
+    """How many whole batches the training rows fill."""
+    return len(task.train) // TASKS[task.name].batch_size
+
+
+def score(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """Loss and accuracy on a split."""
     return evaluate(model, dataset.rows(by_length(dataset)), objective=label_loss, batch_size=64)
 
@@ -163,33 +120,35 @@ def file_bytes(model: nn.Module) -> int:
 
 def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTask) -> Row:
     """What identifies a run: the columns of `KEY`, as they stand in the file."""
-    entry = ENTRIES[name]
+    entry = TASKS[task.name].entries[name]
     epochs = entry.epochs if stage == "final" else entry.choice_epochs
-    steps = epochs * (len(task.train) // BATCH_SIZE)
+    steps = epochs * steps_in_an_epoch(task)
     return identity(task.name, BACKBONE, name, entry.method, stage, learning_rate, steps, seed)
 
 
 def finished(key: Row, task: TextTask, progress: bool = True) -> Row:
-    """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test films."""
-    epochs = int(key["steps"]) // (len(task.train) // BATCH_SIZE)
+    """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test split."""
+    epochs = int(key["steps"]) // steps_in_an_epoch(task)
     rate, seed = float(key["learning_rate"]), int(key["seed"])
     model, history = train(key["method"], rate, task, epochs, seed, progress)
     test = score(model, task.test) if key["stage"] == "final" else None
     return key | measured(model, history, score(model, task.validation), test, file_bytes(model))
 
 
-def study(names: Sequence[str] = tuple(ENTRIES), progress: bool = True) -> Study:
-    """The sweep over these methods on Rotten Tomatoes."""
-    task = rotten_tomatoes_splits()
+def study(task_name: str, names: Sequence[str] = (), progress: bool = True) -> Study:
+    """The sweep over these methods, or over all, on a task of `peft.real_tasks`."""
+    setting = TASKS[task_name]
+    task = setting.splits()
 
     def seconds(methods: Sequence[str]) -> dict[str, float]:
-        typical = task.train.rows(by_length(task.train)[len(task.train) // 2 :][:BATCH_SIZE]).trimmed()
-        models = {name: classifier(name, seed=0) for name in methods if name != HEAD}
-        return {HEAD: 0.0} | compare.step_seconds(models, typical, label_loss, rounds=1)  # on stored features: nothing
+        typical = task.train.rows(by_length(task.train)[len(task.train) // 2 :][: setting.batch_size]).trimmed()
+        quick = {name: 0.0 for name in methods if name == HEAD or setting.entries[name].epochs == 0}
+        models = {name: model_for(task_name, name, seed=0) for name in methods if name not in quick}
+        return quick | compare.step_seconds(models, typical, label_loss, rounds=1)
 
     return Study(
         columns=COLUMNS,
-        rates={name: ENTRIES[name].learning_rates for name in names},
+        rates={name: setting.entries[name].learning_rates for name in names or setting.entries},
         planned=lambda name, stage, rate, seed: planned(name, stage, rate, seed, task),
         finished=lambda key: finished(key, task, progress),
         step_seconds=seconds,

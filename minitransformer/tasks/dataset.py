@@ -1,4 +1,4 @@
-"""A data set for text-to-text tasks with one answer word: three tensors, row by row."""
+"""A data set: three tensors, row by row. What a target is (a word, a class, a place in a list) is up to the task."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,17 @@ from minitransformer.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Dataset:
-    """N rows of tokens, each with the one token that should follow its last real token.
+    """N rows of tokens, each with a target: in text-to-text tasks the token that should follow the last real one.
 
-    Rows are padded on the right. `padding_mask` is True at real tokens.
+    Rows are padded on the right. `padding_mask` is True at real tokens. A row may hold several texts, as multiple
+    choice needs: then there is one dimension more.
 
     Raises:
-        ValueError: the three tensors disagree in length, or a row holds no real token.
+        ValueError: the three tensors disagree in length, or a text holds no real token.
     """
 
-    tokens: Int[Tensor, "N T"]
-    padding_mask: Bool[Tensor, "N T"]
+    tokens: Int[Tensor, "N *texts T"]
+    padding_mask: Bool[Tensor, "N *texts T"]
     targets: Int[Tensor, " N"]
 
     def __post_init__(self):
@@ -29,11 +30,16 @@ class Dataset:
                 f"tokens {tuple(self.tokens.shape)}, padding_mask {tuple(self.padding_mask.shape)} and "
                 f"targets {tuple(self.targets.shape)} do not fit together: make them [N, T], [N, T] and [N]"
             )
-        if not self.padding_mask.any(dim=1).all():
+        if not self.padding_mask.any(dim=-1).all():
             raise ValueError("a row holds no real token: drop it, or mark its tokens True in padding_mask")
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """How many real tokens each row has, in its longest text."""
+        return self.padding_mask.sum(dim=-1).reshape(len(self), -1).amax(dim=1)
 
     def rows(self, index: Int[Tensor, " n"] | slice) -> "Dataset":
         """The chosen rows as a data set of their own."""
@@ -41,8 +47,8 @@ class Dataset:
 
     def trimmed(self) -> "Dataset":
         """The same rows without the columns on the right that are padding in all of them."""
-        width = int(self.padding_mask.any(dim=0).nonzero().max()) + 1
-        return Dataset(self.tokens[:, :width], self.padding_mask[:, :width], self.targets)
+        width = int(self.padding_mask.flatten(0, -2).any(dim=0).nonzero().max()) + 1
+        return Dataset(self.tokens[..., :width], self.padding_mask[..., :width], self.targets)
 
 
 def pad_rows(rows: list[list[int]], pad_id: int) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:

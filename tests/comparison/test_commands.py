@@ -71,6 +71,31 @@ def test_the_random_backbone_has_rows_of_its_own(few_steps, tmp_path, capsys):
     assert (tmp_path / "sentiment_random.png").exists()
 
 
+def test_few_examples_have_a_file_of_their_own(few_steps, task, tmp_path, capsys, monkeypatch):
+    seen, train = [], compare.fit
+    monkeypatch.setattr(compare, "fit", lambda model, data, **rest: seen.append(data) or train(model, data, **rest))
+    main([*SENTIMENT, "--methods", "lora+,full", "--seeds", "2", "--examples", "5", "--out", str(tmp_path)])
+    rows = read_rows(tmp_path / "sentiment_5.csv", compare.COLUMNS)
+    assert {row["task"] for row in rows} == {"sentiment_5"} and (tmp_path / "sentiment_5.png").exists()
+    assert not (tmp_path / "sentiment.csv").exists()
+    assert [len(data) for data in seen] == [5] * 6  # two methods, each one choice and two final runs
+    assert torch.equal(seen[2].tokens, seen[3].tokens)  # the same seed draws the same rows for both methods
+    assert not torch.equal(seen[2].tokens, seen[4].tokens)
+
+
+@pytest.mark.parametrize("examples", [0, 10**6])
+def test_too_few_or_too_many_examples_are_refused(task, examples):
+    with pytest.raises(ValueError, match=rf"examples={examples}: choose between 1 and the {len(task.train)}"):
+        compare.fewer(task.train, examples, seed=0)
+
+
+def test_options_of_the_toy_tasks_are_refused_for_real_text(tmp_path, capsys):
+    for option in (["--examples", "16"], ["--random-backbone"]):
+        with pytest.raises(SystemExit):
+            main(["compare", "--task", "quiz", *option, "--out", str(tmp_path)])
+        assert "are for the toy tasks, not for quiz" in capsys.readouterr().err
+
+
 def test_no_seed_and_no_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*SENTIMENT, "--seeds", "0", "--out", str(tmp_path)])

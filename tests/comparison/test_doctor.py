@@ -79,5 +79,26 @@ def test_a_copy_of_our_own_package_is_not_another_one(tmp_path):
     assert doctor.on_peft([str(theirs)], [str(ROOT)]).right
 
 
+def test_a_package_in_the_folder_where_one_works_counts_and_is_named_in_full(tmp_path, monkeypatch):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert doctor.others_of_that_name([""]) == [tmp_path.resolve() / "peft"]
+    assert str(tmp_path.resolve() / "peft") in str(doctor.on_peft([""], []))
+    assert str(ROOT / "peft") in str(doctor.on_peft([str(ROOT)], []))
+
+
 def test_the_interpreter_is_new_enough():
-    assert doctor.on_python().right == (sys.version_info >= (3, 10))
+    assert doctor.on_python() == doctor.on_python(sys.version_info[:3])
+    assert str(doctor.on_python((3, 10, 4))) == "ok      Python 3.10.4"
+    assert doctor.on_python((3, 10)).right and doctor.on_python((4, 0, 0)).right
+    assert str(doctor.on_python((3, 9, 18))) == "WRONG   Python 3.9.18\n        -> install Python 3.10 or newer"
+
+
+def test_a_damaged_backbone_is_noticed(monkeypatch):
+    def damaged():
+        raise ValueError("toy.safetensors is damaged")
+
+    monkeypatch.setattr("minitransformer.pretrained.toy_backbone", damaged)
+    finding = doctor.on_backbone()
+    assert not finding.right and "toy.safetensors is damaged" in finding.what and "clone" in finding.cure

@@ -11,7 +11,7 @@ import pytest
 from minitransformer.training import History
 from peft import plots
 from peft.compare import ENTRIES
-from peft.compare_real_text import ENTRIES as REAL_TEXT_ENTRIES
+from peft.real_tasks import METHODS as REAL_TEXT_METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def named(axis):
     return bool(axis.get_xlabel() and axis.get_ylabel() and axis.get_title())
 
 
-@pytest.mark.parametrize("name", [*ENTRIES, *REAL_TEXT_ENTRIES])
+@pytest.mark.parametrize("name", [*ENTRIES, *REAL_TEXT_METHODS])
 def test_every_method_of_the_comparisons_has_the_colour_of_its_family(name):
     family = name.split()[0].lower()
     others = {"soft": "prompt", "gated": "prefix"} | dict.fromkeys(("houlsby", "pfeiffer", "parallel"), "adapter")

@@ -87,12 +87,21 @@ def test_the_table_goes_between_its_markers_and_nothing_else_changes():
         report.written_into("no markers here", "new")
 
 
-def test_real_text_has_a_table_of_its_own(results):
+def test_real_text_has_a_table_of_its_own_with_a_column_for_each_task(results):
     columns = [column for column in COLUMNS if column != "test_by_kind"]
-    rows = [
-        {c: v for c, v in row("rotten_tomatoes", seed=s, accuracy=a).items() if c in columns} for s, a in ((1, "0.8"),)
+
+    def written(task, *methods):
+        rows = [row(task, method=method, seed=1, accuracy="0.8") for method in methods]
+        write_rows(results / f"{task}.csv", [{c: own[c] for c in columns} for own in rows], columns)
+
+    written("rotten_tomatoes", "head only", "LoRA q,v r=8")
+    written("quiz", "LoRA q,v r=8")
+    table = report.report(results).splitlines()[-4:]
+    assert table == [
+        "| method | share | Rotten Tomatoes, held-out films | Quiz clues with four answers, held-out shows |",
+        "|---|---:|---:|---:|",
+        "| head only | 0.99% | 80.0% ± 0.0% (1 seed) | – |",
+        "| LoRA q,v r=8 | 0.99% | 80.0% ± 0.0% (1 seed) | 80.0% ± 0.0% (1 seed) |",
     ]
-    write_rows(results / "rotten_tomatoes.csv", rows, columns)
-    lines = report.report(results).splitlines()
-    assert lines[-1] == "| LoRA q,v r=4 | 8,192 | 0.99% | 80.0% ± 0.0% (1 seed) |"
-    assert "Rotten Tomatoes" in lines[-3] and "question answering" in lines[0]
+    written("reuters_r8", "head only")
+    assert report.report(results).splitlines()[-1].split(" | ")[3] == "not run"

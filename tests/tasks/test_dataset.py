@@ -61,3 +61,20 @@ def test_a_row_of_padding_only_is_refused():
     mask = torch.tensor([[True, True, False], [False, False, False]])
     with pytest.raises(ValueError, match="no real token"):
         Dataset(tokens, mask, torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_row_of_several_texts_is_as_long_as_the_longest_and_trimmed_with_it():
+    lengths = torch.tensor([[2, 1], [1, 4], [3, 3]])  # of two texts in each of three rows
+    mask = torch.arange(6) < lengths[..., None]
+    dataset = Dataset(torch.arange(36).view(3, 2, 6), mask, torch.tensor([0, 1, 0]))
+    assert dataset.lengths.tolist() == [2, 4, 3]
+    picked = dataset.rows(torch.tensor([2, 0])).trimmed()
+    assert picked.tokens.shape == picked.padding_mask.shape == (2, 2, 3)
+    assert torch.equal(picked.tokens, dataset.tokens[[2, 0], :, :3])
+    assert torch.equal(picked.padding_mask.sum(-1), lengths[[2, 0]])
+    with pytest.raises(ValueError, match="no real token"):
+        Dataset(dataset.tokens, mask & torch.tensor([True, False])[None, :, None], dataset.targets)
+
+
+def test_the_length_of_a_row_is_that_of_its_text():
+    assert small_split().lengths.tolist() == small_split().padding_mask.sum(dim=1).tolist() == [6, 3, 3]
