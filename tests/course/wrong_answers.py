@@ -137,66 +137,6 @@ WRONG_ANSWERS = {
             "it changes h by up to",
         ),
     ],
-    # 09 · the comparison
-    "check_chosen_rate": [
-        (
-            "chosen_rate = lambda runs: max(runs, key=lambda run: (run['validation'], -run['loss']))['rate']",
-            "a final run",
-        ),
-        ("chosen_rate = lambda runs: min(runs, key=lambda run: run['loss'])['rate']", "the lowest loss alone"),
-        (
-            "chosen_rate = lambda runs: max(runs, key=lambda r: (r['test'] or 0, r['validation'], -r['loss']))['rate']",
-            "is no test any more",
-        ),
-    ],
-    "check_mean_and_spread": [
-        ("mean_and_spread = lambda a: (np.mean(a), np.std(a))", "minus one"),
-        ("mean_and_spread = lambda a: (np.mean(a), np.var(a, ddof=1))", "the variance"),
-    ],
-    "check_one_common_rate": [
-        ("lost_points = lambda a, rate: {m: max(o.values()) - o[rate] for m, o in a.items() if rate in o}", "points"),
-        (
-            "lost_points = lambda a, rate: {m: 100 * (max(o.values()) - o.get(rate, 0)) for m, o in a.items()}",
-            "leave it",
-        ),
-    ],
-    # 10 · many tasks
-    "check_mixed_lora": [
-        ("mixed_lora = lambda x, A, B, scale, k: x @ A[k].mT @ B[k].mT", "the scale of each row's task is missing"),
-        ("mixed_lora = lambda x, A, B, scale, k: scale[0] * (x @ A[0].mT @ B[0].mT)", "the first task's tensors"),
-    ],
-    "check_one_stack": [
-        ("one_stack = lambda parts: torch.stack([part[: min(map(len, parts))] for part in parts])", "the lowest rank"),
-        ("one_stack = lambda parts: torch.stack(parts)", "raised RuntimeError"),
-    ],
-    "check_kept_bytes": [
-        (
-            "kept_bytes = lambda n_tasks, backbone, per_task: "
-            "(4 * n_tasks * backbone, 4 * n_tasks * (backbone + per_task))",
-            "kept once, not once for each task",
-        ),
-        (
-            "kept_bytes = lambda n_tasks, backbone, per_task: (n_tasks * backbone, backbone + n_tasks * per_task)",
-            "four bytes",
-        ),
-    ],
-    # 12 · real text
-    "check_mean_pool": [
-        ("mean_pool = lambda hidden, padding_mask: hidden.mean(dim=1)", "padding is averaged in"),
-        ("mean_pool = lambda hidden, padding_mask: (hidden * padding_mask[:, :, None]).mean(dim=1)", "all positions"),
-    ],
-    "check_held_out": [
-        (
-            "held_out = lambda films, share: (list(range(round(share * len(films)), len(films))), "
-            "list(range(round(share * len(films)))))",
-            "are in both",
-        ),
-        ("held_out = lambda films, share: (list(range(len(films))), list(range(3)))", "in one only"),
-    ],
-    "check_standard_error": [
-        ("standard_error = lambda accuracy, n: accuracy * (1 - accuracy) / n", "the root is missing"),
-        ("standard_error = lambda accuracy, n: (accuracy * (1 - accuracy)) ** 0.5", "the spread of one sentence"),
-    ],
     # 06 · one family
     "check_prefix_share": [
         (
@@ -256,6 +196,49 @@ WRONG_ANSWERS = {
         ),
         ("step_operations = lambda frozen, trained, tokens: 4 * tokens * (frozen + trained)", "three products"),
         ("step_operations = lambda frozen, trained, tokens: tokens * (2 * frozen + 3 * trained)", "two operations"),
+    ],
+    # 09 · the comparison
+    "check_chosen_rate": [
+        (
+            "chosen_rate = lambda runs: max(runs, key=lambda run: (run['validation'], -run['loss']))['rate']",
+            "a final run",
+        ),
+        ("chosen_rate = lambda runs: min(runs, key=lambda run: run['loss'])['rate']", "the lowest loss alone"),
+        (
+            "chosen_rate = lambda runs: max(runs, key=lambda r: (r['test'] or 0, r['validation'], -r['loss']))['rate']",
+            "is no test any more",
+        ),
+    ],
+    "check_mean_and_spread": [
+        ("mean_and_spread = lambda a: (np.mean(a), np.std(a))", "minus one"),
+        ("mean_and_spread = lambda a: (np.mean(a), np.var(a, ddof=1))", "the variance"),
+    ],
+    "check_one_common_rate": [
+        ("lost_points = lambda a, rate: {m: max(o.values()) - o[rate] for m, o in a.items() if rate in o}", "points"),
+        (
+            "lost_points = lambda a, rate: {m: 100 * (max(o.values()) - o.get(rate, 0)) for m, o in a.items()}",
+            "leave it",
+        ),
+    ],
+    # 10 · many tasks
+    "check_mixed_lora": [
+        ("mixed_lora = lambda x, A, B, scale, k: x @ A[k].mT @ B[k].mT", "the scale of each row's task is missing"),
+        ("mixed_lora = lambda x, A, B, scale, k: scale[0] * (x @ A[0].mT @ B[0].mT)", "the first task's tensors"),
+    ],
+    "check_one_stack": [
+        ("one_stack = lambda parts: torch.stack([part[: min(map(len, parts))] for part in parts])", "the lowest rank"),
+        ("one_stack = lambda parts: torch.stack(parts)", "raised RuntimeError"),
+    ],
+    "check_kept_bytes": [
+        (
+            "kept_bytes = lambda n_tasks, backbone, per_task: "
+            "(4 * n_tasks * backbone, 4 * n_tasks * (backbone + per_task))",
+            "kept once, not once for each task",
+        ),
+        (
+            "kept_bytes = lambda n_tasks, backbone, per_task: (n_tasks * backbone, backbone + n_tasks * per_task)",
+            "four bytes",
+        ),
     ],
     # 11 · the bug museum
     "check_repaired_merge": [
@@ -326,5 +309,22 @@ WRONG_ANSWERS = {
             "scale * (x * (torch.rand_like(x) > p) if training else x) @ A.T @ B.T",
             "divided by 1 - p",
         ),
+    ],
+    # 12 · real text
+    "check_mean_pool": [
+        ("mean_pool = lambda hidden, padding_mask: hidden.mean(dim=1)", "padding is averaged in"),
+        ("mean_pool = lambda hidden, padding_mask: (hidden * padding_mask[:, :, None]).mean(dim=1)", "all positions"),
+    ],
+    "check_held_out": [
+        (
+            "held_out = lambda films, share: (list(range(round(share * len(films)), len(films))), "
+            "list(range(round(share * len(films)))))",
+            "are in both",
+        ),
+        ("held_out = lambda films, share: (list(range(len(films))), list(range(3)))", "in one only"),
+    ],
+    "check_standard_error": [
+        ("standard_error = lambda accuracy, n: accuracy * (1 - accuracy) / n", "the root is missing"),
+        ("standard_error = lambda accuracy, n: (accuracy * (1 - accuracy)) ** 0.5", "the spread of one sentence"),
     ],
 }
