@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from minitransformer import Transformer
 from minitransformer.pretrained import toy_backbone
@@ -41,7 +42,7 @@ from peft.method import Method
 from peft.prefix import PrefixTuning
 from peft.prompt import PromptTuning
 from peft.results import Row
-from peft.sweep import KEY, MEASURED, Study, identity, measured
+from peft.sweep import COSTS, KEY, SCORES, Study, identity, measured
 
 TASKS = {"sentiment": sentiment_splits, "qa": qa_splits}
 
@@ -86,7 +87,7 @@ ENTRIES = {
 }
 RANDOM_BACKBONE = ("LoRA q,v r=4", "LoRA all r=4", "Pfeiffer adapter m=8", "prefix hidden n=16")
 
-COLUMNS = (*KEY, *MEASURED[:5], "test_by_kind", *MEASURED[5:])
+COLUMNS = (*KEY, *SCORES, "test_by_kind", *COSTS)
 
 
 def backbone(kind: str) -> Transformer:
@@ -136,9 +137,13 @@ def fewer(dataset: Dataset, examples: int, seed: int) -> Dataset:
     return dataset.rows(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:examples])
 
 
-def by_kind(model: nn.Module, task: Task) -> dict[str, float]:
-    """Test accuracy on each kind of row."""
-    right = predict(model, task.test) == task.test.targets
+def right_on_test(model: nn.Module, task: Task) -> Bool[Tensor, "N"]:
+    """Which rows of the test split the model answers rightly."""
+    return predict(model, task.test) == task.test.targets
+
+
+def by_kind(right: Bool[Tensor, "N"], task: Task) -> dict[str, float]:
+    """Test accuracy on each kind of row, of the answers that are right."""
     kinds = {kind: torch.tensor([own == kind for own in task.test.kinds]) for kind in task.kinds}
     return {kind: right[chosen].float().mean().item() for kind, chosen in kinds.items()}
 
@@ -198,10 +203,12 @@ def finished(key: Row, task: Task, progress: bool = True, examples: int | None =
     """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test split."""
     rate, steps, seed = float(key["learning_rate"]), int(key["steps"]), int(key["seed"])
     model, history = train(key["method"], task, rate, steps, seed, key["backbone"], progress, examples)
-    validation, final = evaluate(model, task.validation), key["stage"] == "final"
-    test = evaluate(model, task.test) if final else None
-    kinds = by_kind(model, task) if final else {}
+    test, kinds = None, {}
+    if key["stage"] == "final":
+        right = right_on_test(model, task)
+        test, kinds = right.float().mean().item(), by_kind(right, task)
     by_kinds = "; ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
+    validation = evaluate(model, task.validation)
     return key | measured(model, history, validation, test, file_bytes(model)) | {"test_by_kind": by_kinds}
 
 

@@ -131,7 +131,7 @@ def finished(key: Row, task: TextTask, progress: bool = True) -> Row:
     epochs = int(key["steps"]) // steps_in_an_epoch(task)
     rate, seed = float(key["learning_rate"]), int(key["seed"])
     model, history = train(key["method"], rate, task, epochs, seed, progress)
-    test = score(model, task.test) if key["stage"] == "final" else None
+    test = score(model, task.test)["accuracy"] if key["stage"] == "final" else None
     return key | measured(model, history, score(model, task.validation), test, file_bytes(model))
 
 

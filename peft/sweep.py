@@ -27,18 +27,9 @@ CHOICE_SEED = 0
 SEEDS = (1, 2, 3)  # of the final runs
 
 KEY = ("task", "backbone", "method", "recipe", "stage", "learning_rate", "steps", "seed")
-MEASURED = (
-    "trained_parameters",
-    "share",
-    "validation_loss",
-    "validation_accuracy",
-    "test_accuracy",
-    "seconds_per_step",
-    "file_bytes",
-    "threads",
-    "torch_version",
-    "machine",
-)
+SCORES = ("trained_parameters", "share", "validation_loss", "validation_accuracy", "test_accuracy")
+COSTS = ("seconds_per_step", "file_bytes", "threads", "torch_version", "machine")
+MEASURED = (*SCORES, *COSTS)
 
 
 @dataclass(frozen=True)
@@ -125,16 +116,16 @@ def present(key: Row, rows: list[Row]) -> bool:
 
 
 def measured(
-    model: nn.Module, history: History, validation: Mapping[str, float], test: Mapping[str, float] | None, bytes_: int
+    model: nn.Module, history: History, validation: Mapping[str, float], test_accuracy: float | None, bytes_: int
 ) -> Row:
-    """What a run gave, as it stands in the file: the columns of `MEASURED`. No test scores for a run that chooses."""
+    """What a run gave, as it stands in the file: the columns of `MEASURED`. No test score for a run that chooses."""
     counted = parameter_table(model)
     return {
         "trained_parameters": str(counted.trained),
         "share": f"{counted.share:.6f}",
         "validation_loss": f"{validation['loss']:.4f}",
         "validation_accuracy": f"{validation['accuracy']:.4f}",
-        "test_accuracy": "" if test is None else f"{test['accuracy']:.4f}",
+        "test_accuracy": "" if test_accuracy is None else f"{test_accuracy:.4f}",
         "seconds_per_step": f"{history.seconds_per_step:.4f}",
         "file_bytes": str(bytes_),
         "threads": str(torch.get_num_threads()),
