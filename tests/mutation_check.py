@@ -32,7 +32,7 @@ TESTS = {  # files of tests/methods, or paths below tests
     "mergeable": "lora lora_variants",
     "merge": "lora lora_variants invariants_of_every_method",
     "combine": "lora_variants museum",
-    "prefix": "prefix_tuning counting invariants_of_every_method",
+    "prefix": "prefix_tuning attach_detach counting invariants_of_every_method",
     "real_words": "prefix_tuning prompt_tuning",
     "reparameterization": "prefix_tuning invariants_of_every_method",
     "prompt": "prompt_tuning counting invariants_of_every_method",

@@ -159,6 +159,7 @@ def test_attach_returns_the_model_and_prints_its_wrappers(tiny):
     assert "LoRALinear" in repr(model) and "A=[2, 16], B=[16, 2], scale=1.5, train=A+B\n" in repr(model)
     record = peft.attached(model)[0]
     assert (record.method, record.seed) == (RECIPES["lora"], 0)
+    assert "key=[3, 16], value=[3, 16]\n" in repr(peft.attach(model, RECIPES["prefix kv"]))
 
 
 @pytest.mark.parametrize("operation", [peft.detach, peft.state_dict, lambda m: peft.disabled(m).__enter__()])
