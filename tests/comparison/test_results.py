@@ -20,9 +20,11 @@ def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretra
 
 def test_what_is_written_is_read_back(tmp_path):
     rows = [row("qa", 'a "quoted", name'), row("qa", seed=2)]
-    write_rows(tmp_path / "new" / "rows.csv", rows, COLUMNS)
-    assert read_rows(tmp_path / "new" / "rows.csv", COLUMNS) == rows
-    assert os.listdir(tmp_path / "new") == ["rows.csv"]
+    path = tmp_path / "new" / "folder" / "rows.csv"
+    write_rows(path, rows[:1], COLUMNS)
+    write_rows(path, rows, COLUMNS)
+    assert read_rows(path, COLUMNS) == rows
+    assert os.listdir(path.parent) == ["rows.csv"]
     assert read_rows(tmp_path / "none.csv", COLUMNS) == []
 
 

@@ -108,3 +108,18 @@ def test_summaries_give_mean_and_spread_over_the_seeds():
     assert sweep.summaries([row(1, "0.8", "0.3")])[0]["spread"] == 0.0
     assert sweep.summaries([row(1, "0.8", "0.3")], "random") == []
     assert "| m | 5 | 25.00% | 0.1 | 7 | 90.00% ± 10.00% (3 seeds) | 2 KiB |" in sweep.table([record])
+
+
+def test_a_share_has_as_many_digits_as_it_needs():
+    shares = {0.5: "50.00%", 0.003404: "0.34%", 1e-4: "0.01%", 0.000034: "0.003%", 0.0: "0%"}
+    assert {share: sweep.percent(share) for share in shares} == shares
+
+
+def test_the_table_as_it_is_printed():
+    record = {"method": "LoRA", "trained": 8192, "share": 0.0099, "learning_rate": 0.005, "steps": 600, "mean": 0.98765}
+    record |= {"spread": 0.0042, "runs": 3, "file_bytes": 3 * 2**20}
+    assert sweep.table([record]).splitlines() == [
+        "| method | trained | share | learning rate | steps | test accuracy | file |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| LoRA | 8,192 | 0.99% | 0.005 | 600 | 98.77% ± 0.42% (3 seeds) | 3,072 KiB |",
+    ]

@@ -327,4 +327,56 @@ WRONG_ANSWERS = {
         ("standard_error = lambda accuracy, n: accuracy * (1 - accuracy) / n", "the root is missing"),
         ("standard_error = lambda accuracy, n: (accuracy * (1 - accuracy)) ** 0.5", "the spread of one sentence"),
     ],
+    # 14 · a method of your own
+    "check_forward": [
+        ("forward = lambda self, x, *rest: self.base(x, *rest) + self.vector", "although self.enabled is False"),
+        (
+            "forward = lambda self, x, *rest: self.base(x) + self.vector if self.enabled else self.base(x)",
+            "hand it all the other arguments",
+        ),
+        (
+            "forward = lambda self, x, *rest: self.base(x + self.enabled * self.vector, *rest)",
+            "to what the block reads",
+        ),
+        (
+            "forward = lambda self, x, *rest: self.base(x, *rest) + self.vector * self.enabled",
+            "in half precision it gives float32",
+        ),
+        ("forward = lambda self, x, *rest: x + self.vector", "own output is missing"),
+    ],
+    "check_vera_parameters": [
+        ("vera_parameters = lambda rank, n_layers, d_model, d_ff: 6 * rank + 5 * d_model + d_ff", "every block"),
+        (
+            "vera_parameters = lambda rank, n_layers, d_model, d_ff: n_layers * 6 * (rank + d_model)",
+            "feedforward.up writes d_ff",
+        ),
+        (
+            "vera_parameters = lambda rank, n_layers, d_model, d_ff: "
+            "n_layers * rank * (8 * d_model + 2 * (d_model + d_ff))",
+            "that is LoRA",
+        ),
+        (
+            "vera_parameters = lambda rank, n_layers, d_model, d_ff: n_layers * 2 * (rank + d_model)",
+            "query and value only",
+        ),
+    ],
+    "check_gated_start": [
+        (
+            "gated_start = lambda d, generator: (torch.full((d,), -6.0), torch.randn(d, generator=generator))",
+            "the outputs change by up to",
+        ),
+        (
+            "gated_start = lambda d, generator: (torch.full((d,), -200.0), torch.randn(d, generator=generator))",
+            "nor ever",
+        ),
+        (
+            "gated_start = lambda d, generator: (torch.full((d,), -60.0), torch.randn(d, generator=generator))",
+            "nor ever",
+        ),
+        ("gated_start = lambda d, generator: (torch.full((d,), 200.0), torch.zeros(d))", "the gate does not"),
+        (
+            "gated_start = lambda d, generator: (torch.full((d,), float('-inf')), torch.ones(d))",
+            "not finite",
+        ),
+    ],
 }
