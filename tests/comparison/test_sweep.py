@@ -86,7 +86,7 @@ def test_the_best_rate_is_chosen_by_accuracy_then_by_loss():
         keys = ("method", "backbone", "stage", "learning_rate", "validation_accuracy", "validation_loss")
         return dict(zip(keys, ("m", backbone, stage, rate, accuracy, loss), strict=True))
 
-    rows = [row("0.1", "0.8", "0.5"), row("0.2", "0.9", "0.4"), row("0.3", "0.9", "0.3")]
+    rows = [row("0.1", "0.8", "0.2"), row("0.2", "0.9", "0.4"), row("0.3", "0.9", "0.3")]
     rows += [row("0.4", "1.0", "0.1", backbone="random"), row("0.5", "1.0", "0.1", stage="final")]
     assert sweep.chosen_learning_rate(rows, "m", "pretrained") == 0.3
     assert sweep.chosen_learning_rate(rows, "m", "random") == 0.4
