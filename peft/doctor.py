@@ -58,9 +58,9 @@ def on_peft(path: Sequence[str], in_front: Sequence[str]) -> Finding:
     )
 
 
-def on_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
+def on_python(number: tuple[int, ...] = sys.version_info[:3]) -> Finding:
     """Python 3.10 or newer."""
-    return Finding(version >= (3, 10), f"Python {'.'.join(map(str, version))}", "install Python 3.10 or newer")
+    return Finding(number >= (3, 10), f"Python {'.'.join(map(str, number))}", "install Python 3.10 or newer")
 
 
 def on_packages(names: Sequence[str], purpose: str, command: str) -> Finding:
