@@ -1,5 +1,7 @@
 """Figures: what was given is what is drawn, each axis is named, and each method has one colour."""
 
+import itertools
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -32,6 +34,32 @@ def test_every_method_of_the_comparisons_has_the_colour_of_its_family(name):
     family = others.get(family, family)
     assert plots.colour_of(name) == plots.COLOURS[family]
     assert plots.colour_of("something else") not in plots.COLOURS.values()
+
+
+# What an eye without one kind of cone sees of linear RGB: Machado et al. 2009, table 1, severity 1.
+EYES = {
+    "all cones": np.eye(3),
+    "no long-wave cones": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "no middle-wave cones": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "no short-wave cones": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def lab(colour: str, eye) -> np.ndarray:
+    """CIE 1976 L*a*b* (white D65) of an sRGB colour as that eye sees it: a distance of 2 is just noticeable."""
+    srgb = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+    xyz = to_xyz @ np.clip(np.array(eye) @ linear, 0, 1) / [0.9505, 1.0, 1.0888]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eye", EYES.values(), ids=EYES.keys())
+def test_any_two_families_differ_for_every_kind_of_colour_vision(eye):
+    seen = {name: lab(colour, eye) for name, colour in plots.COLOURS.items()}
+    for one, other in itertools.combinations(seen, 2):
+        assert np.linalg.norm(seen[one] - seen[other]) > 15, (one, other)
 
 
 def test_the_running_mean():
