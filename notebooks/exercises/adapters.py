@@ -66,8 +66,10 @@ def check_near_identity(near_identity) -> str:
         f"it changes h by up to {float(change.detach().abs().max()):.2g}; what must be zero for the output to be zero?",
     )
     (F.linear(F.relu(F.linear(h, down, down_bias)), up, up_bias) * h).sum().backward()
-    require(
-        bool((up.grad != 0).any()),
-        "nothing will ever be learned: with both weights zero, neither gets a gradient; only one of them may be zero",
-    )
+    why = "relu is shut for every input, so no gradient gets through; is down_bias far below 0?"
+    if not bool((down != 0).any()):
+        why = "with down_weight at zero relu sits at 0, where it has no slope: let up_weight be the zero one"
+        if not bool((up != 0).any()):
+            why = "with both weights zero, neither gets a gradient; only one of them may be zero"
+    require(bool((up.grad != 0).any()), f"nothing will ever be learned: {why}")
     return "nothing changes at the start, and the first step already moves up_weight."

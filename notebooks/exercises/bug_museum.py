@@ -43,7 +43,10 @@ def check_repaired_freeze_check(moved_although_frozen) -> str:
         model.norm.requires_grad_(True)
         _move(model, "A", "B", "norm")
 
-    copies = "; is the old value a copy? p.detach() shares its memory with p, p.detach().clone() does not"
+    copies = (
+        "; look at the numbers before and after, and at no flag. Is the old value a copy? p.detach() shares its memory "
+        "with p, p.detach().clone() does not"
+    )
     check(moves_what_was_left_trainable, {"norm"}, "a tensor that was left trainable moved", copies)
 
     def writes_into_a_frozen_one(model: nn.Module) -> None:

@@ -57,6 +57,8 @@ def check_one_common_rate(lost_points) -> str:
     require("c" not in result, "c never tried that rate, so nothing can be said of it: leave it out")
     require(set(result) == {"a", "b"}, f"a and b tried that rate, the result is about {sorted(result)}")
     same(result["a"], 0.0, what="what a loses, whose best rate that is,")
+    below_all = {"a method is compared with its own best, not with the best of all methods": 10.0}
+    same(result["b"], 0.0, below_all, "what b loses, whose best rate that is too,")
     again = called(lost_points, accuracies, 0.1)
     same(
         again.get("a"),

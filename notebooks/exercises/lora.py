@@ -40,6 +40,12 @@ def check_start(start) -> str:
         require(bool((B @ A == 0).all()), f'train="{train}": B A is not zero, so attaching changes the model')
         zero = {"A": bool((A == 0).all()), "B": bool((B == 0).all())}
         require(not all(zero.values()), f'train="{train}": both are zero, so neither gets a gradient, ever')
+        other = B if zero["A"] else A
+        require(
+            int(torch.linalg.matrix_rank(other.double())) == 4,
+            f'train="{train}": the r directions of {"B" if zero["A"] else "A"} are not independent, and so they stay: '
+            f"draw them at random",
+        )
         (fixed,) = (name for name, is_zero in zero.items() if is_zero)
         require(
             fixed in train,
@@ -51,25 +57,31 @@ def check_start(start) -> str:
 @checker
 def check_sum_of_loras(sum_of_loras) -> str:
     """sum_of_loras(A1, B1, A2, B2, w1, w2) -> A, B with B A = w1 B1 A1 + w2 B2 A2."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 6), (5, 2), (3, 6), (5, 3))
-    A1, B1, A2, B2 = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    result = called(sum_of_loras, A1, B1, A2, B2, 0.25, 0.75)
-    require(isinstance(result, tuple) and len(result) == 2, "return two tensors, A and B")
-    A, B = (given(part) for part in result)
-    require(
-        A.shape[-1] == 6 and B.shape[0] == 5 and A.shape[0] == B.shape[-1],
-        f"A {list(A.shape)} and B {list(B.shape)} do not fit [r, d_in] and [d_out, r] with d_in = 6, d_out = 5",
-    )
-    squares = 0.25**2 * B1 @ A1 + 0.75**2 * B2 @ A2
-    hints = {
-        "the weights act twice, once in each factor": squares,
-        "the weights are missing": B1 @ A1 + B2 @ A2,
-        "the weights have changed places": 0.75 * B1 @ A1 + 0.25 * B2 @ A2,
-    }
-    same(B @ A, 0.25 * B1 @ A1 + 0.75 * B2 @ A2, hints, "B A")
-    equal = called(sum_of_loras, A1, B1, A1, B1, 0.5, 0.5)
-    same(equal[1] @ equal[0], B1 @ A1, what="the mean of a LoRA and itself")
+    for r1, r2 in ((2, 2), (2, 3)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((r1, 6), (5, r1), (r2, 6), (5, r2))
+        A1, B1, A2, B2 = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        result = called(sum_of_loras, A1, B1, A2, B2, 0.25, 0.75)
+        require(isinstance(result, tuple) and len(result) == 2, "return two tensors, A and B")
+        A, B = (given(part).double() for part in result)
+        require(
+            A.shape[-1] == 6 and B.shape[0] == 5 and A.shape[0] == B.shape[-1],
+            f"A {list(A.shape)} and B {list(B.shape)} do not fit [r, d_in] and [d_out, r] with d_in = 6, d_out = 5",
+        )
+        hints = {
+            "the weights act twice, once in each factor": 0.25**2 * B1 @ A1 + 0.75**2 * B2 @ A2,
+            "the weights are missing": B1 @ A1 + B2 @ A2,
+            "the weights have changed places": 0.75 * B1 @ A1 + 0.25 * B2 @ A2,
+        }
+        if r1 == r2:
+            cross = "that averages the factors: their product has cross terms, B1 A2 and B2 A1, of no task"
+            hints[cross] = (0.25 * B1 + 0.75 * B2) @ (0.25 * A1 + 0.75 * A2)
+            hints["that adds the factors: their product has cross terms, B1 A2 and B2 A1"] = (B1 + B2) @ (A1 + A2)
+        same(B @ A, 0.25 * B1 @ A1 + 0.75 * B2 @ A2, hints, "B A")
+        require(
+            len(A) == r1 + r2,
+            f"right, but of rank {len(A)}: the factors side by side need r1 + r2 = {r1 + r2}, so the sum stays thin",
+        )
     return "the exact sum, at the price of the sum of the ranks."
 
 

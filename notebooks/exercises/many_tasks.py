@@ -5,6 +5,17 @@ import torch
 from exercises.verdict import called, checker, given, require, same
 
 
+class _Whole(torch.Tensor):
+    """Numbers to index with, all at once; a loop over them is refused."""
+
+    def _one_by_one(self, *_):
+        raise TypeError(
+            "k is asked for one number at a time; A[k] picks the tensors of all rows at once: no loop"
+        )
+
+    __iter__ = tolist = item = __int__ = __index__ = _one_by_one
+
+
 @checker
 def check_mixed_lora(mixed_lora) -> str:
     """mixed_lora(x [N, T, d_in], A [K, r, d_in], B [K, d_out, r], scale [K], k [N]) -> [N, T, d_out]."""
@@ -20,7 +31,7 @@ def check_mixed_lora(mixed_lora) -> str:
         "the scale of each row's task is missing": torch.stack(unscaled),
         "all tasks are added up in every row": sum(scale[i] * x @ A[i].T @ B[i].T for i in range(3)),
     }
-    same(called(mixed_lora, x, A, B, scale, k), torch.stack(rows), hints, "the update")
+    same(called(mixed_lora, x, A, B, scale, k.as_subclass(_Whole)), torch.stack(rows), hints, "the update")
     return "each row under its own task, in two batched products."
 
 

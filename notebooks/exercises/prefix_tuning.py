@@ -31,6 +31,10 @@ def check_prefix_mask(prefix_mask) -> str:
         "the prefix has queries of its own: it should not, it only has keys and values": torch.ones(7, 7).tril(),
     }
     same(result.double(), torch.cat([torch.ones(4, 3).bool(), causal], 1).double(), hints, "the mask")
+    padded = causal & torch.tensor([True, True, False, True])
+    hints = {"it makes a causal mask of its own; the one that is given also hides padding": result.double()}
+    expected = torch.cat([torch.ones(4, 3).bool(), padded], 1).double()
+    same(called(prefix_mask, padded, 3).double(), expected, hints, "the mask of a text with padding")
     require(result.dtype == torch.bool, f"a mask is boolean, this one is {result.dtype}")
     return "every query sees the whole prefix, and the text as before."
 
@@ -76,6 +80,10 @@ def check_mixture(mixture) -> str:
         "lambda and 1 - lambda have changed places": gate * own + (1 - gate) * other,
         "lambda is not the share of the positions but of the *weight*: compare the sums of exp(scores)": by_count,
         "the mask is missing in the text's own attention": (1 - gate) * blind + gate * other,
-    }
+        "the mask is missing: every query sees all of the text": prefix_attention(q, k, v, prefix_k, prefix_v),
+        "what the prefix takes, the text must give: 1 - lambda of its own attention is left": own + gate * other,
+        "the scores are not divided by sqrt(d_head)":
+            prefix_attention(q / scale, k, v, prefix_k, prefix_v, causal),
+    }  # fmt: skip
     same(called(mixture, q, k, v, prefix_k, prefix_v, causal), expected, hints, "the output")
     return "the same as attention over [P_k ; K] and [P_v ; V]."

@@ -25,8 +25,18 @@ def check_causal_attention(attention) -> str:
         "the scores are divided by d_head, not by its root": attend(divisor=8.0),
         "every query still sees the words after it: set those scores to -inf before the softmax": attend(causal=False),
         "the softmax runs over the queries; each query's weights over the keys must sum to 1": attend(axis=-2),
-    }
-    same(called(attention, q, k, v), attend(), hints, "the output")
+        "the mask comes after the softmax, so the weights no longer sum to 1: set the scores to -inf before it":
+            (q @ k.T / math.sqrt(8)).softmax(-1).tril() @ v,
+        "a score of 0 is not a closed door, since exp(0) is 1: set the scores to -inf":
+            (q @ k.T / math.sqrt(8)).tril().softmax(-1) @ v,
+    }  # fmt: skip
+    got = called(attention, q, k, v)
+    others = (q @ k.T / math.sqrt(8)).masked_fill(torch.ones(5, 5).triu(0).bool(), -math.inf).softmax(-1) @ v
+    require(
+        tuple(got.shape) != (5, 8) or not torch.allclose(got[1:].double(), others[1:]),
+        "a word may look at itself: hide only what stands *after* it",
+    )
+    same(got, attend(), hints, "the output")
     huge = called(attention, 1e3 * q, k, v)
     require(bool(torch.isfinite(huge).all()), "with large scores the output holds a NaN; torch's softmax avoids that")
     return "each query's weights sum to 1, and none looks ahead."

@@ -49,7 +49,9 @@ def called(answer: Callable, *arguments, **options) -> Any:
     try:
         result = answer(*arguments, **options)
     except Exception as error:  # whatever the reader's code raises is shown as a message, not as a traceback
-        raise Wrong(f"{_name(answer)} raised {type(error).__name__}: {error}") from None
+        shapes = "cannot be multiplied" in str(error)
+        hint = " (weights are [out, in]: a row x meets the transpose, x @ W.T)" if shapes else ""
+        raise Wrong(f"{_name(answer)} raised {type(error).__name__}: {error}{hint}") from None
     return given(result, f"{_name(answer)} returns nothing yet; replace the dots")
 
 

@@ -25,7 +25,11 @@ WRONG_ANSWERS = {
         (
             "causal_attention = lambda q, k, v: (q @ k.T / 8**0.5)"
             ".masked_fill(torch.ones(len(q), len(q)).triu(0).bool(), -1e30).softmax(-1) @ v",
-            "the output is",
+            "a word may look at itself",
+        ),
+        (
+            "causal_attention = lambda q, k, v: (q @ k.T / 8**0.5).softmax(-1).tril() @ v",
+            "the mask comes after the softmax",
         ),
     ],
     "check_block_parameters": [
@@ -65,6 +69,7 @@ WRONG_ANSWERS = {
             "not see the whole",
         ),
         ("prefix_mask = lambda mask, n: torch.ones(n + 4, n + 4).tril().bool()", "queries of its own"),
+        ("prefix_mask = lambda mask, n: torch.ones(4, n + 4).tril(n).bool()", "also hides padding"),
     ],
     "check_prefix_parameters": [
         (
@@ -101,9 +106,14 @@ WRONG_ANSWERS = {
         ("start = lambda train, r, d_in, d_out: (torch.randn(r, d_in), torch.zeros(d_out, r))", "zero and frozen"),
         ("start = lambda train, r, d_in, d_out: (torch.zeros(r, d_in), torch.zeros(d_out, r))", "both are zero"),
         ("start = lambda train, r, d_in, d_out: (torch.randn(r, d_in), torch.randn(d_out, r))", "changes the model"),
+        ("start = lambda train, r, d_in, d_out: (torch.ones(r, d_in), torch.zeros(d_out, r))", "are not independent"),
     ],
     "check_sum_of_loras": [
-        ("sum_of_loras = lambda A1, B1, A2, B2, w1, w2: (w1 * A1 + w2 * A2, w1 * B1 + w2 * B2)", "raised RuntimeError"),
+        ("sum_of_loras = lambda A1, B1, A2, B2, w1, w2: (w1 * A1 + w2 * A2, w1 * B1 + w2 * B2)", "cross terms"),
+        (
+            "sum_of_loras = lambda A1, B1, A2, B2, w1, w2: (w1 * B1 @ A1 + w2 * B2 @ A2, torch.eye(5).double())",
+            "the sum stays thin",
+        ),
         (
             "sum_of_loras = lambda A1, B1, A2, B2, w1, w2: "
             "(torch.cat([w1 * A1, w2 * A2]), torch.cat([w1 * B1, w2 * B2], 1))",
@@ -130,7 +140,11 @@ WRONG_ANSWERS = {
     "check_near_identity": [
         (
             "near_identity = lambda m, d: (torch.zeros(m, d), torch.zeros(m), torch.zeros(d, m), torch.zeros(d))",
-            "nothing will ever be learned",
+            "with both weights zero",
+        ),
+        (
+            "near_identity = lambda m, d: (torch.zeros(m, d), torch.zeros(m), torch.randn(d, m), torch.zeros(d))",
+            "where it has no slope",
         ),
         (
             "near_identity = lambda m, d: (torch.randn(m, d), torch.zeros(m), torch.randn(d, m), torch.zeros(d))",
@@ -219,11 +233,21 @@ WRONG_ANSWERS = {
             "lost_points = lambda a, rate: {m: 100 * (max(o.values()) - o.get(rate, 0)) for m, o in a.items()}",
             "leave it",
         ),
+        (
+            "lost_points = lambda a, rate: "
+            "{m: 100 * (max(max(b.values()) for b in a.values()) - o[rate]) for m, o in a.items() if rate in o}",
+            "not with the best of all methods",
+        ),
     ],
     # 10 · many tasks
     "check_mixed_lora": [
         ("mixed_lora = lambda x, A, B, scale, k: x @ A[k].mT @ B[k].mT", "the scale of each row's task is missing"),
         ("mixed_lora = lambda x, A, B, scale, k: scale[0] * (x @ A[0].mT @ B[0].mT)", "the first task's tensors"),
+        (
+            "mixed_lora = lambda x, A, B, scale, k: "
+            "torch.stack([scale[i] * x[row] @ A[i].T @ B[i].T for row, i in enumerate(k)])",
+            "one number at a time",
+        ),
     ],
     "check_one_stack": [
         ("one_stack = lambda parts: torch.stack([part[: min(map(len, parts))] for part in parts])", "the lowest rank"),
