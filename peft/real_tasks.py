@@ -123,9 +123,9 @@ TASKS = {
         {UNTRAINED: Entry(None, (0.0,), epochs=0, choice_epochs=0)}
         | entries(
             {
-                FULL: (2e-5, 5e-5, 1e-4),
-                LORA: (3e-4, 1e-3, 2e-3),
-                PREFIX: (3e-3, 1e-2, 3e-2),
+                FULL: (2e-5, 5e-5),
+                LORA: (3e-4, 1e-3),
+                PREFIX: (3e-3, 1e-2),
                 PFEIFFER: (1e-3, 3e-3),
                 LORA_ALL: (3e-4, 1e-3),
             }
