@@ -105,8 +105,7 @@ def check_subspace_similarity(subspace_similarity) -> str:
         same(phi, expected, hints, f"phi for i={i}, j={j}")
         hints = {
             "chance is not zero: any 12 directions would hold all of any other": 0.0,
-            "of i j squared cosines, each 1 / d on average, the division by min(i, j) leaves the larger": min(i, j)
-            / 12,
+            "i j squared cosines, each 1 / d on average, divided by min(i, j): that leaves the larger": min(i, j) / 12,
             "the sum of the i j squared cosines still has to be divided by min(i, j)": i * j / 12,
             "d is the length of a direction, not the number of directions": max(i, j) / 5,
             "that is the mean for a single pair of directions": 1 / 12,
