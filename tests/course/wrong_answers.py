@@ -181,6 +181,98 @@ WRONG_ANSWERS = {
         ("same_price = lambda n, d: ((2 * n * d - d) // (2 * d + 1), n)", "two pairs of A and B"),
         ("same_price = lambda n, d: ((2 * n * d - d) // (2 * d), n // 2)", "m biases inside and d_model at its output"),
     ],
+    # 07 · why low rank
+    "check_extracted_lora": [
+        (
+            "def extracted_lora(delta, r, alpha):\n"
+            "    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)\n"
+            "    return Vh[:r], U[:, :r] * S[:r], S[r:].norm()",
+            "must divide by it, once",
+        ),
+        (
+            "def extracted_lora(delta, r, alpha):\n"
+            "    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)\n"
+            "    return Vh[:r] * r / alpha, U[:, :r], S[r:].norm()",
+            "the singular values are missing",
+        ),
+        (
+            "def extracted_lora(delta, r, alpha):\n"
+            "    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)\n"
+            "    return Vh[:r], U[:, :r] * S[:r] * r / alpha, S[r:].square().sum()",
+            "the square of the norm",
+        ),
+        (
+            "def extracted_lora(delta, r, alpha):\n"
+            "    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)\n"
+            "    return U[:, :r] * S[:r] * r / alpha, Vh[:r], S[r:].norm()",
+            "it should be [r, d_in]",
+        ),
+    ],
+    "check_rank_for_share": [
+        (
+            "def rank_for_share(delta, share):\n"
+            "    S = torch.linalg.svdvals(delta)\n"
+            "    return int((S.cumsum(0) < share * S.sum()).sum()) + 1",
+            "not their squares",
+        ),
+        (
+            "def rank_for_share(delta, share):\n"
+            "    squares = torch.linalg.svdvals(delta).square()\n"
+            "    return int((squares.cumsum(0) < share * squares.sum()).sum())",
+            "one too few",
+        ),
+    ],
+    "check_subspace_similarity": [
+        (
+            "def subspace_similarity(X, Y, i, j):\n"
+            "    U, V = (torch.linalg.svd(M, full_matrices=False).Vh for M in (X, Y))\n"
+            "    return (U[:i] @ V[:j].T).square().sum() / max(i, j), max(i, j) / X.shape[1]",
+            "a line inside a plane",
+        ),
+        (
+            "def subspace_similarity(X, Y, i, j):\n"
+            "    U, V = (torch.linalg.svd(M, full_matrices=False).U for M in (X, Y))\n"
+            "    return (U[:, :i].T @ V[:, :j]).square().sum() / min(i, j), max(i, j) / X.shape[1]",
+            "left singular vectors",
+        ),
+        (
+            "subspace_similarity = lambda X, Y, i, j: "
+            "((X[:i] @ Y[:j].T).square().sum() / min(i, j), max(i, j) / X.shape[1])",
+            "the rows themselves",
+        ),
+        (
+            "def subspace_similarity(X, Y, i, j):\n"
+            "    U, V = (torch.linalg.svd(M, full_matrices=False).Vh for M in (X, Y))\n"
+            "    return (U[:i] @ V[:j].T).square().sum() / min(i, j), 0.0",
+            "chance is not zero",
+        ),
+        (
+            "def subspace_similarity(X, Y, i, j):\n"
+            "    U, V = (torch.linalg.svd(M, full_matrices=False).Vh for M in (X, Y))\n"
+            "    return (U[:i] @ V[:j].T).square().sum() / min(i, j), min(i, j) / X.shape[1]",
+            "leaves the larger",
+        ),
+    ],
+    "check_gradient_of_z": [
+        (
+            "def gradient_of_z(g, column, sign, d):\n"
+            "    total = torch.zeros(d)\n"
+            "    total[column] += sign * g\n"
+            "    return total",
+            "does not add up where an index occurs twice",
+        ),
+        ("gradient_of_z = lambda g, column, sign, d: torch.zeros(d).index_add(0, column, g)", "the signs are missing"),
+        ("gradient_of_z = lambda g, column, sign, d: sign * g", "one number for each weight"),
+        (
+            "gradient_of_z = lambda g, column, sign, d: torch.bincount(column, weights=sign * g)",
+            "columns that no weight follows are missing",
+        ),
+        (
+            "gradient_of_z = lambda g, column, sign, d: "
+            "torch.stack([(sign * g)[column == k].sum() / max(1, (column == k).sum()) for k in range(d)])",
+            "the mean of each column",
+        ),
+    ],
     # 08 · what it costs
     "check_lora_numbers": [
         ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * r * d", "that is A alone"),
