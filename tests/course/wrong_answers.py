@@ -443,6 +443,37 @@ WRONG_ANSWERS = {
         ("standard_error = lambda accuracy, n: accuracy * (1 - accuracy) / n", "the root is missing"),
         ("standard_error = lambda accuracy, n: (accuracy * (1 - accuracy)) ** 0.5", "the spread of one sentence"),
     ],
+    # 13 · real questions
+    "check_choice_scores": [
+        ("choice_scores = lambda q, a, s: s * torch.einsum('bd,bcd->bc', q, a)", "a long answer would win"),
+        (
+            "choice_scores = lambda q, a, s: torch.einsum('bd,bcd->bc', F.normalize(q, dim=-1), F.normalize(a, dim=-1))",
+            "the scale is missing",
+        ),
+        (
+            "choice_scores = lambda q, a, s: s * torch.einsum('bd,bcd->bc', q, F.normalize(a, dim=-1))",
+            "the answers' lengths only",
+        ),
+    ],
+    "check_in_batch_loss": [
+        (
+            "in_batch_loss = lambda q, a, s: F.cross_entropy(s * a @ q.T, torch.arange(len(q)))",
+            "lets answers choose questions",
+        ),
+        ("in_batch_loss = lambda q, a, s: -(s * (q * a).sum(-1)).mean()", "what about the others"),
+        (
+            "in_batch_loss = lambda q, a, s: F.cross_entropy(s * q @ a.T, torch.zeros(len(q), dtype=torch.long))",
+            "not answer 0",
+        ),
+    ],
+    "check_drawn": [
+        ("drawn = lambda answer, pool, random: random.sample(pool, 3)", "in other capitals: two choices"),
+        (
+            "drawn = lambda answer, pool, random: random.sample([p for p in pool if p.lower() != answer.lower()], 3)",
+            "one answer twice",
+        ),
+        ("drawn = lambda answer, pool, random: ['Eel', 'Ray', 'Tuna']", "use `random`"),
+    ],
     # 14 · a method of your own
     "check_forward": [
         ("forward = lambda self, x, *rest: self.base(x, *rest) + self.vector", "although self.enabled is False"),
