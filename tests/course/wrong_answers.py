@@ -447,7 +447,8 @@ WRONG_ANSWERS = {
     "check_choice_scores": [
         ("choice_scores = lambda q, a, s: s * torch.einsum('bd,bcd->bc', q, a)", "a long answer would win"),
         (
-            "choice_scores = lambda q, a, s: torch.einsum('bd,bcd->bc', F.normalize(q, dim=-1), F.normalize(a, dim=-1))",
+            "choice_scores = lambda q, a, s: "
+            "torch.einsum('bd,bcd->bc', F.normalize(q, dim=-1), F.normalize(a, dim=-1))",
             "the scale is missing",
         ),
         (
