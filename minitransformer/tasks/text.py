@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import TypeVar
 
 import torch
 
 from minitransformer.pretrained.minilm import encode_texts
 from minitransformer.tasks.dataset import Dataset
+
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,14 @@ def encoded(
     tokens, padding_mask = encode_texts(list(texts), tokenizer, max_tokens)
     targets = torch.tensor([classes.index(label) for _, label in rows])
     return {"tokens": tokens, "padding_mask": padding_mask, "targets": targets, "texts": texts, "classes": classes}
+
+
+def held_out(
+    groups: Sequence[Group], shares: tuple[float, float, float], seed: str
+) -> tuple[set[Group], set[Group], set[Group]]:
+    """Whole groups (films, shows) for train, validation and test: shuffled by the seed, then cut by their shares."""
+    shuffled = list(groups)
+    Random(seed).shuffle(shuffled)
+    train = round(shares[0] * len(shuffled))
+    validation = train + round(shares[1] * len(shuffled))
+    return set(shuffled[:train]), set(shuffled[train:validation]), set(shuffled[validation:])
