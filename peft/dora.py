@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minitransformer.config import TransformerConfig
 from peft.functional import dora_weight, row_norms
 from peft.lora import LoRA, LoRALinear
+from peft.mergeable import MergeableLinear
 from peft.method import parameter_like
 
 
@@ -48,6 +49,10 @@ class DoRALinear(LoRALinear):
     def __init__(self, base: nn.Linear, recipe: DoRA, generator: torch.Generator):
         super().__init__(base, recipe, generator)
         self.magnitude = parameter_like(row_norms(base.weight.detach().to(self.A.dtype)), base)
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """What the frozen map gives, changed: LoRA's fast form knows no lengths."""
+        return MergeableLinear.forward(self, x)
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """m (W0 + ΔW) / ||W0 + ΔW||."""

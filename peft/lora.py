@@ -9,8 +9,8 @@ of rank r << min(d_in, d_out) holds most of it.
 
 Shapes: x [..., d_in], A [r, d_in], B [d_out, r], y [..., d_out]. Trained: r (d_in + d_out) numbers, not d_in d_out.
 
-Variants: the rank-stabilised scale alpha / sqrt(r) (`rank_stabilized`; Kalajdzievski 2023); a trained length for each
-row (`peft/dora.py`); two learning rates (`peft/lora_plus.py`). Written into the weight: `peft/merge.py`.
+Variants: the scale alpha / sqrt(r) (`rank_stabilized`; Kalajdzievski 2023), a trained length for each row
+(`peft/dora.py`), two learning rates (`peft/lora_plus.py`). The sum in one product: `peft/fast_lora.py`, `peft/merge.py`.
 
 Differs from the paper: A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), as in the authors' code, where the paper says
 Gaussian; and one factor alone may be trained (`train`), see the docstring of `LoRA`.
@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from peft.fast_lora import fast_lora, pays
 from peft.functional import lora_update, lora_weight
 from peft.mergeable import MergeableLinear
 from peft.method import LayerwiseMethod, parameter_like, uniform
@@ -43,13 +44,12 @@ class LoRA(LayerwiseMethod):
             4.1); only roughly so, since with Adam the first update still falls as 1 / sqrt(r).
         dropout: probability with which each input number of the update is dropped, in training only.
         targets: names of linear maps, by whole parts: "query", "feedforward.up", "blocks.0.attention.query".
-        train: which factors are trained. The update is zero at the start, so one factor starts at zero; to leave zero
-            it has to be a trained one, facing random numbers. ("A", "B"): A random, B = 0, as in the paper. ("B",): A
-            random and frozen, B = 0 (LoRA-FA, Zhang et al. 2023): r fixed directions to read, training decides what
-            to write for each. ("A",): A = 0, B random and frozen: the r directions to write are fixed (Zhu et al. 2024
-            compare the two).
-        rank_stabilized: divide alpha by sqrt(r) instead of r (Kalajdzievski 2023, section 3.2): with r the update of a
-            high rank learns ever more slowly.
+        train: which factors are trained. One of them starts at zero, so that the update does, and faces random numbers.
+            ("A", "B"): A random, B = 0, as in the paper. ("B",): A random and frozen, B = 0 (LoRA-FA, Zhang et al.
+            2023): r fixed directions to read. ("A",): A = 0, B random and frozen: r fixed directions to write (Zhu et
+            al. 2024 compare the two).
+        rank_stabilized: divide alpha by sqrt(r), not by r, with which a high rank learns ever more slowly
+            (Kalajdzievski 2023, section 3.2).
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
@@ -86,7 +86,7 @@ class LoRA(LayerwiseMethod):
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The linear maps that the targets name."""
         linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-        return find(self.targets, dict.fromkeys(in_layers(linears, self.layers)), "linear map")
+        return find(self.targets, in_layers(linears, self.layers), "linear map")
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "LoRALinear":
         """A `LoRALinear` round the map."""
@@ -101,16 +101,13 @@ class LoRA(LayerwiseMethod):
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * sum over targets of r d_in (if A is trained) + r d_out (if B is); ValueError as in `attach`."""
-        return sum(
-            self.rank * (("A" in self.train) * d_in + ("B" in self.train) * d_out)
-            for d_in, d_out in self.targeted_shapes(config)
-        )
+        A, B = "A" in self.train, "B" in self.train
+        return self.rank * sum(A * d_in + B * d_out for d_in, d_out in self.targeted_shapes(config))
 
     def targeted_shapes(self, config: TransformerConfig) -> list[tuple[int, int]]:
         """(d_in, d_out) of each linear map that the targets name."""
         shapes = linear_shapes(config)
-        names = dict.fromkeys(in_layers(shapes, self.layers))
-        return [shapes[name] for name in find(self.targets, names, "linear map")]
+        return [shapes[name] for name in find(self.targets, in_layers(shapes, self.layers), "linear map")]
 
 
 class LoRALinear(MergeableLinear):
@@ -135,6 +132,12 @@ class LoRALinear(MergeableLinear):
     def frozen_tensors(self) -> set[str]:
         """The factor that `train` does not name, if any."""
         return {"A", "B"} - set(self.recipe.train)
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """W0 x + b + (alpha / r) B A dropout(x): in the fast form where it pays, else term by term."""
+        if not pays(self, x):
+            return super().forward(x)
+        return fast_lora(x, self.base.weight, self.base.bias, self.A, self.B, self.recipe.scale)
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W0 + ΔW, in the precision of the factors."""

@@ -4,8 +4,7 @@ A module keeps its name whatever is wrapped round it: `blocks.0.attention.query`
 also when it lies in `blocks.0.attention.base.query.base`. These names are the keys of `peft.state_dict`.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -50,7 +49,7 @@ def matches(target: str, name: str) -> bool:
     return name.split(".")[-len(parts) :] == parts
 
 
-def find(targets: tuple[str, ...], candidates: dict[str, Any], what: str) -> list[str]:
+def find(targets: tuple[str, ...], candidates: Collection[str], what: str) -> list[str]:
     """The names of all candidates that a target matches.
 
     Raises:
