@@ -60,6 +60,8 @@ def pays(layer: MergeableLinear, x: Tensor) -> bool:
 class FastLoRA(torch.autograd.Function):
     """y = x (W0 + s B A)ᵀ + b and its three gradients. Keeps x, A and B for the backward pass; W is made again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, frozen_weight, bias, A, B, scale):
         return F.linear(x, torch.addmm(frozen_weight, B, A, alpha=scale), bias)
@@ -67,8 +69,8 @@ class FastLoRA(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, frozen_weight, _, A, B, ctx.scale = inputs
-        # Without a gradient for A or B the tokens need not be kept.
-        ctx.save_for_backward(x if A.requires_grad or B.requires_grad else None, frozen_weight, A, B)
+        factors_learn = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(x if factors_learn else None, frozen_weight, A, B)  # else no token need be kept
 
     @staticmethod
     def backward(ctx, g):

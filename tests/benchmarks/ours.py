@@ -1,0 +1,130 @@
+"""Our side of the benchmark: `python tests/benchmarks/ours.py THREADS WEIGHTS`, asked by `against_huggingface.py`."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from jobs import (  # noqa: E402
+    ALPHA,
+    BATCH,
+    BEGINNING,
+    MAX_LEN,
+    NEW_TOKENS,
+    RANK,
+    SIZES,
+    Job,
+    N,
+    mixed_lengths,
+    serve,
+    stepper,
+    tokens,
+    without_gradient,
+)
+from safetensors.torch import load_file  # noqa: E402
+
+import peft  # noqa: E402
+from minitransformer import Transformer, TransformerConfig  # noqa: E402
+from minitransformer.tasks.dataset import Dataset  # noqa: E402
+from minitransformer.training import answer_loss  # noqa: E402
+
+CONFIG = TransformerConfig(**SIZES, max_len=MAX_LEN, activation="relu")
+LORA = peft.LoRA(rank=RANK, alpha=ALPHA)
+LORA_ALL = peft.LoRA(rank=RANK, alpha=ALPHA, targets=peft.ALL_LINEARS)
+METHODS = {
+    "full fine-tuning": None,
+    "LoRA q,v": LORA,
+    "LoRA all": LORA_ALL,
+    "prefix": peft.PrefixTuning(length=N, init="normal"),
+    "prompt": peft.PromptTuning(length=N),
+    "Pfeiffer adapter": peft.BottleneckAdapter(bottleneck=16, placement="pfeiffer"),
+}
+
+
+def base() -> Transformer:
+    """The model with the weights that both sides share."""
+    model = Transformer(CONFIG)
+    model.load_state_dict(load_file(sys.argv[2]))
+    return model
+
+
+def with_method(method: peft.Method | None) -> Transformer:
+    """The model ready for training."""
+    return base().train() if method is None else peft.attach(base(), method).train()
+
+
+def next_word_loss(model: Transformer, batch: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every next word, in nats."""
+    logits = model(batch)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def training(method: peft.Method | None) -> Job:
+    """A training step on a full batch."""
+    model, batch = with_method(method), tokens()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return stepper(lambda: next_word_loss(model, batch), trained)
+
+
+def limit() -> Job:
+    """What any method must pay: the frozen forward pass, and a backward pass that only goes through activations."""
+    model, batch = base().requires_grad_(False), tokens()
+    entering = model.embedding.look_up(batch).detach().requires_grad_()
+    model.embedding.look_up = lambda _: entering
+    return stepper(lambda: next_word_loss(model, batch), [])
+
+
+def answer_step() -> Job:
+    """A training step with the loss on one answer of each row, rows of mixed lengths."""
+    model = with_method(LORA)
+    batch = Dataset(tokens(), mixed_lengths(), tokens(BATCH, 1, seed=1)[:, 0])
+    return stepper(lambda: answer_loss(model, batch).loss, list(peft.trainable_parameters(model).values()))
+
+
+def forward(method: peft.Method | None = None, merged: bool = False, rows: int = BATCH, length: int = 128) -> Job:
+    """A forward pass alone."""
+    model, batch = with_method(method).eval(), tokens(rows, length)
+    if merged:
+        peft.merge(model)
+    return without_gradient(lambda: model(batch))
+
+
+def generation(rows: int) -> Job:
+    """Greedy generation with the KV cache."""
+    model, batch = base().eval(), tokens(rows, BEGINNING)
+    return without_gradient(lambda: model.generate(batch, NEW_TOKENS))
+
+
+def many(rows: int, length: int) -> Job:
+    """One batch, a LoRA of its own for each row."""
+    lora = peft.attach(base(), LORA)
+    sources = {f"task {i}": [(LORA, peft.state_dict(lora))] for i in range(rows)}
+    bank, batch = peft.TaskBank(base(), sources).eval(), tokens(rows, length)
+    return without_gradient(lambda: bank(batch, tasks=list(sources)))
+
+
+def attaching() -> Job:
+    """Attach LoRA to query and value, and take it out again."""
+    model = base()
+    return lambda: peft.detach(peft.attach(model, LORA))
+
+
+JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.items()} | {
+    "step: limit": limit,
+    "step: LoRA q,v, one answer a row": answer_step,
+    "forward": forward,
+    "forward: LoRA q,v": partial(forward, LORA),
+    "forward: LoRA q,v, merged": partial(forward, LORA, merged=True),
+    "forward: one LoRA, 64 rows of 16": partial(forward, LORA, rows=64, length=16),
+    "forward: 16 LoRAs, 16 rows": partial(many, 16, 128),
+    "forward: 64 LoRAs, 64 rows of 16": partial(many, 64, 16),
+    "generate: 16 rows": partial(generation, 16),
+    "generate: 1 row": partial(generation, 1),
+    "attach LoRA q,v": attaching,
+}
+
+if __name__ == "__main__":
+    serve(JOBS, int(sys.argv[1]))
