@@ -170,6 +170,39 @@ def plot_comparison(
     return figure
 
 
+def plot_tasks(tasks: Mapping[str, Sequence[Mapping]], title: str, chance: Mapping[str, float]) -> Figure:
+    """A line for each method: how much it trains, and its test accuracy on each task, with the spread.
+
+    Args:
+        tasks: for each task by its title the rows, as for `plot_comparison`; all tasks have the same methods.
+        title: says what is seen.
+        chance: for each task the accuracy that needs no training, drawn as a line.
+    """
+    methods = [row["method"] for row in next(iter(tasks.values()))]
+    size = (4.2 * (1 + len(tasks)), 1 + 0.34 * len(methods))
+    figure, axes = plt.subplots(1, 1 + len(tasks), figsize=size, layout="constrained", sharey=True)
+    places = range(len(methods))
+    colours = [colour_of(name) for name in methods]
+    shares = [100 * row["share"] for row in next(iter(tasks.values()))]
+    drawn = axes[0].barh(places, shares, color=colours)
+    axes[0].bar_label(drawn, [f"{share:.2g}" if share < 99.5 else "100" for share in shares], padding=3, fontsize=10)
+    axes[0].set(xscale="log", xlabel="% of the base model (log)", title="Trained numbers")
+    axes[0].margins(x=0.2)
+    axes[0].set_axisbelow(True)
+    axes[0].set_yticks(places, methods)
+    axes[0].invert_yaxis()
+    for axis, (name, rows) in zip(axes[1:], tasks.items(), strict=True):
+        by_method = {row["method"]: row for row in rows}
+        for place, method in enumerate(methods):
+            mean, spread = (100 * by_method[method][key] for key in ("mean", "spread"))
+            axis.errorbar(mean, place, xerr=spread, color=colours[place], marker="o", markersize=8, capsize=4)
+            axis.annotate(f"{mean:.1f}", (107, place), ha="left", va="center", fontsize=10, annotation_clip=False)
+        axis.axvline(100 * chance[name], color=COLOURS["base"], linestyle=":")
+        axis.set(xlim=(0, 105), xlabel="test accuracy (%)", title=name)
+    figure.suptitle(title)
+    return figure
+
+
 def _markers(labels: Sequence[str]) -> dict[str, str]:
     seen: dict[str, int] = {}
     markers = {}

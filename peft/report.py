@@ -13,7 +13,7 @@ from peft.compare import COLUMNS
 from peft.compare_real_text import COLUMNS as REAL_TEXT_COLUMNS
 from peft.real_tasks import TASKS
 from peft.results import read_rows
-from peft.sweep import percent, summaries
+from peft.sweep import accuracy, percent, summaries
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
@@ -79,10 +79,7 @@ def toy_table(results: Path) -> str:
 
 
 def _accuracy(record: dict | None) -> str:
-    if record is None:
-        return "not run"
-    runs = f"{record['runs']} seeds" if record["runs"] > 1 else "1 seed"
-    return f"{record['mean']:.1%} ± {record['spread']:.1%} ({runs})"
+    return "not run" if record is None else accuracy(record, digits=1)
 
 
 def written_into(text: str, table: str) -> str:

@@ -115,6 +115,31 @@ def test_the_comparison_draws_every_method_once():
     assert "guessing" in [text.get_text() for text in axis.get_legend().get_texts()]
 
 
+def test_tasks_side_by_side_share_their_methods():
+    """What is drawn stands where the records say, on each task, in whatever order its rows come."""
+    rows = [
+        {"method": "LoRA q,v r=4", "share": 0.01, "mean": 0.9, "spread": 0.02},
+        {"method": "full fine-tuning", "share": 1.0, "mean": 0.95, "spread": 0.01},
+    ]
+    other = [{**row, "mean": row["mean"] - 0.3} for row in reversed(rows)]
+    figure = plots.plot_tasks({"One": rows, "Other": other}, "a title", {"One": 0.5, "Other": 0.1})
+    share, *accuracies = figure.axes
+    assert all(axis.get_xlabel() and axis.get_title() for axis in figure.axes) and share.get_xscale() == "log"
+    assert [label.get_text() for label in share.get_yticklabels()] == ["LoRA q,v r=4", "full fine-tuning"]
+    assert [bar.get_width() for bar in share.patches] == [1.0, 100.0]
+    assert share.yaxis_inverted()
+    for axis, expected, chance in zip(accuracies, ([90, 95], [60, 65]), (50, 10), strict=True):
+        points = [container.lines[0] for container in axis.containers]
+        assert [float(line.get_xdata()[0]) for line in points] == pytest.approx(expected)
+        assert [float(line.get_ydata()[0]) for line in points] == [0, 1]
+        assert [line.get_color() for line in points] == [plots.COLOURS["lora"], plots.COLOURS["full"]]
+        segments = [container.lines[2][0].get_segments()[0] for container in axis.containers]
+        assert [segment[1][0] - segment[0][0] for segment in segments] == pytest.approx([4, 2])  # both ways
+        assert [text.get_text() for text in axis.texts] == [f"{value:.1f}" for value in expected]
+        assert axis.lines[-1].get_xdata()[0] == pytest.approx(chance)
+    assert figure.get_suptitle() == "a title"
+
+
 def test_the_picture_of_the_block_names_the_four_methods():
     texts = " ".join(text.get_text() for text in plots.draw_block().axes[0].texts)
     for method in ("prompt tuning", "LoRA", "prefix tuning", "adapter"):

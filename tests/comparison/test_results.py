@@ -64,7 +64,7 @@ def test_the_report_has_a_line_for_each_method(results):
     lines = report.report(results).splitlines()
     assert lines[2] == "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | 91.0% ± 1.4% (2 seeds) |"
     assert lines[3] == (
-        "| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% ± 0.0% (1 seed) | 50.0% ± 0.0% (1 seed) |"
+        "| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% (1 seed) | 50.0% (1 seed) |"
     )
     assert len(lines) == 4
 
@@ -102,8 +102,8 @@ def test_real_text_has_a_table_of_its_own_with_a_column_for_each_task(results):
     assert table == [
         "| method | share | Rotten Tomatoes, held-out films | Quiz clues with four answers, held-out shows |",
         "|---|---:|---:|---:|",
-        "| head only | 0.99% | 80.0% ± 0.0% (1 seed) | – |",
-        "| LoRA q,v r=8 | 0.99% | 80.0% ± 0.0% (1 seed) | 80.0% ± 0.0% (1 seed) |",
+        "| head only | 0.99% | 80.0% (1 seed) | – |",
+        "| LoRA q,v r=8 | 0.99% | 80.0% (1 seed) | 80.0% (1 seed) |",
     ]
     written("reuters_r8", "head only")
     assert report.report(results).splitlines()[-1].split(" | ")[3] == "not run"
