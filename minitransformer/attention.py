@@ -179,7 +179,7 @@ def attention_mask(
     nothing is hidden. A padded query still sees itself, so that its softmax has something to normalise: its output is
     ignored, but a NaN there would reach every gradient.
     """
-    if not causal and real_keys is None:
+    if real_keys is None and (not causal or n_queries == 1):  # the newest of all may see all
         return None
     may_look = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     own = torch.arange(n_keys - n_queries, n_keys, device=device)  # the key position of each query

@@ -49,4 +49,4 @@ class Block(nn.Module):
         return self.norm_feedforward(x + self._drop(self.feedforward(x)))
 
     def _drop(self, x: Float[Tensor, "B T d_model"]) -> Float[Tensor, "B T d_model"]:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -11,17 +11,56 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+class Growing:
+    """A tensor [B, H, S, d_head] that grows along S.
+
+    Room is made for twice as many positions at a time: each one is then copied a few times in all, and not at every
+    step. Under autograd, which must see every version, the pieces are joined instead.
+    """
+
+    def __init__(self):
+        self.room: Float[Tensor, "B H more d_head"] | None = None
+        self.used = 0
+
+    def append(self, new: Float[Tensor, "B H T d_head"]) -> None:
+        """Put T positions behind those already there."""
+        before, self.used = self.used, self.used + new.shape[2]
+        if self.room is None:
+            self.room = new
+        elif new.requires_grad or self.room.requires_grad:
+            self.room = torch.cat([self.room[:, :, :before], new], dim=2)
+        else:
+            if self.used > self.room.shape[2]:
+                larger = new.new_empty(*new.shape[:2], 2 * self.used, new.shape[3])
+                larger[:, :, :before] = self.room[:, :, :before]
+                self.room = larger
+            self.room[:, :, before : self.used] = new
+
+    def seen(self) -> Float[Tensor, "B H S d_head"] | None:
+        """All S positions, without the spare room; None before the first."""
+        return None if self.room is None else self.room[:, :, : self.used]
+
+
 class LayerCache:
     """The keys and values that one attention layer has computed so far."""
 
     def __init__(self):
-        self.key: Tensor | None = None  # [B, H, S, d_head]
-        self.value: Tensor | None = None
+        self.keys, self.values = Growing(), Growing()
+
+    @property
+    def key(self) -> Float[Tensor, "B H S d_head"] | None:
+        """The keys so far."""
+        return self.keys.seen()
+
+    @property
+    def value(self) -> Float[Tensor, "B H S d_head"] | None:
+        """The values so far."""
+        return self.values.seen()
 
     def append(self, key: Float[Tensor, "B H T d_head"], value: Float[Tensor, "B H T d_head"]) -> None:
         """Put the newest T keys and values behind those already there."""
-        self.key = key if self.key is None else torch.cat([self.key, key], dim=2)
-        self.value = value if self.value is None else torch.cat([self.value, value], dim=2)
+        self.keys.append(key)
+        self.values.append(value)
 
 
 class KVCache:
@@ -29,17 +68,24 @@ class KVCache:
 
     def __init__(self, n_layers: int):
         self.layers = [LayerCache() for _ in range(n_layers)]
-        self.real_keys: Bool[Tensor, "B S"] | None = None
+        self.n_keys = 0  # S, padding included
+        self.real_keys: Bool[Tensor, "B S"] | None = None  # None while there is no padding
         self.n_tokens: Int[Tensor, B] | None = None  # real tokens of each row: the next position to hand out
 
     @property
     def is_empty(self) -> bool:
         """True before the first tokens went in."""
-        return self.real_keys is None
+        return self.n_keys == 0
 
-    def extend(self, real: Bool[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
-        """Note which of the newest T positions are real; returns that for all S positions so far."""
-        self.real_keys = real if self.real_keys is None else torch.cat([self.real_keys, real], dim=1)
+    def extend(self, n_new: int, real: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B S"] | None:
+        """Note which of the newest T positions are real (None: all of them); returns that for all S so far."""
+        before, self.n_keys = self.n_keys, self.n_keys + n_new
+        if real is None and self.real_keys is None:
+            return None
+        known = self.real_keys if real is None else real
+        earlier = known.new_ones(len(known), before) if self.real_keys is None else self.real_keys
+        newest = known.new_ones(len(known), n_new) if real is None else real
+        self.real_keys = torch.cat([earlier, newest], dim=1)
         return self.real_keys
 
     def count(self, real_tokens: Bool[Tensor, "B T"]) -> None:

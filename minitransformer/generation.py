@@ -9,6 +9,7 @@ Shapes: tokens [B, T] -> [B, T + max_new_tokens].
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -73,15 +74,15 @@ def generate(
     """
     _check(model, tokens, max_new_tokens, padding_mask, temperature, top_k)
     generator = torch.Generator(device=tokens.device).manual_seed(seed) if temperature else None
-    real = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
+    real = None if padding_mask is None or bool(padding_mask.all()) else padding_mask  # no padding, no mask
     cache = KVCache(model.config.n_layers) if use_cache else None
     unread = tokens
     with evaluation_mode(model):
         for _ in range(max_new_tokens):
-            hidden = model.hidden(unread, real[:, -unread.shape[1] :], cache=cache)
+            hidden = model.hidden(unread, None if real is None else real[:, -unread.shape[1] :], cache=cache)
             word = next_word(model.lm_head(hidden[:, -1]), temperature, top_k, generator)[:, None]
             tokens = torch.cat([tokens, word], dim=1)
-            real = torch.cat([real, torch.ones_like(word, dtype=torch.bool)], dim=1)
+            real = None if real is None else F.pad(real, (0, 1), value=True)
             unread = word if use_cache else tokens
     return tokens
 

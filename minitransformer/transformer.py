@@ -7,6 +7,7 @@ Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -80,15 +81,13 @@ class Transformer(nn.Module):
         real = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
         x = self.embedding(tokens, real, segments, cache)  # [B, n + T, d_model]
         n = x.shape[1] - tokens.shape[1]  # vectors that an embedding may put in front of the words: always real
+        real_keys, n_keys = padding_mask, x.shape[1]  # None: all are real
+        if real_keys is not None and n:
+            real_keys = F.pad(real_keys, (n, 0), value=True)
         if cache is not None:
             cache.count(real)
-        if padding_mask is None and cache is None:
-            real_keys, n_keys = None, x.shape[1]
-        else:
-            front = real.new_ones(real.shape[0], n)
-            real_keys = torch.cat([front, real], dim=1)
-            real_keys = real_keys if cache is None else cache.extend(real_keys)
-            n_keys = real_keys.shape[1]
+            real_keys = cache.extend(n_keys, real_keys)
+            n_keys = cache.n_keys
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
         # A block that runs twice would also extend the cache and the list of weights twice.
         once = cache is not None or weights is not None or not torch.is_grad_enabled()

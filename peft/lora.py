@@ -10,7 +10,7 @@ of rank r << min(d_in, d_out) holds most of it.
 Shapes: x [..., d_in], A [r, d_in], B [d_out, r], y [..., d_out]. Trained: r (d_in + d_out) numbers, not d_in d_out.
 
 Variants: the scale alpha / sqrt(r) (`rank_stabilized`; Kalajdzievski 2023), a trained length for each row
-(`peft/dora.py`), two learning rates (`peft/lora_plus.py`). The sum in one product: `peft/fast_lora.py`, `peft/merge.py`.
+(`peft/dora.py`), two learning rates (`peft/lora_plus.py`); the sum in one product: `peft/fast_lora.py`.
 
 Differs from the paper: A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), as in the authors' code, where the paper says
 Gaussian; and one factor alone may be trained (`train`), see the docstring of `LoRA`.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from jobs import (  # noqa: E402
+import torch
+import torch.nn.functional as F
+from jobs import (
     ALPHA,
     BATCH,
     BEGINNING,
@@ -24,12 +24,12 @@ from jobs import (  # noqa: E402
     tokens,
     without_gradient,
 )
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-import peft  # noqa: E402
-from minitransformer import Transformer, TransformerConfig  # noqa: E402
-from minitransformer.tasks.dataset import Dataset  # noqa: E402
-from minitransformer.training import answer_loss  # noqa: E402
+import peft
+from minitransformer import Transformer, TransformerConfig
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training import answer_loss
 
 CONFIG = TransformerConfig(**SIZES, max_len=MAX_LEN, activation="relu")
 LORA = peft.LoRA(rank=RANK, alpha=ALPHA)

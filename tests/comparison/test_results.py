@@ -63,9 +63,7 @@ def results(tmp_path):
 def test_the_report_has_a_line_for_each_method(results):
     lines = report.report(results).splitlines()
     assert lines[2] == "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | 91.0% ± 1.4% (2 seeds) |"
-    assert lines[3] == (
-        "| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% (1 seed) | 50.0% (1 seed) |"
-    )
+    assert lines[3] == ("| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% (1 seed) | 50.0% (1 seed) |")
     assert len(lines) == 4
 
 

@@ -1,0 +1,108 @@
+"""The KV cache: what grows in place equals what is joined anew, and padding is noted from when it occurs."""
+
+import itertools
+
+import pytest
+import torch
+
+from minitransformer import Transformer, TransformerConfig
+from minitransformer.cache import Growing, KVCache, LayerCache
+
+CONFIG = TransformerConfig(vocab_size=23, max_len=40, d_model=16, n_heads=2, n_layers=2, d_ff=24)
+
+
+def pieces(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, length, 4, generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (5, 1, 1, 1, 1, 1, 1, 1), (1, 1, 7, 2), (3, 0, 2)], ids=str)
+def test_what_grows_is_what_came_in_its_order(lengths):
+    growing, came = Growing(), pieces(*lengths)
+    assert growing.seen() is None
+    for number, piece in enumerate(came, start=1):
+        growing.append(piece)
+        assert torch.equal(growing.seen(), torch.cat(came[:number], dim=2))
+
+
+def test_what_came_in_is_not_written_over():
+    came = pieces(4, 1, 1, 1)
+    kept = [piece.clone() for piece in came]
+    growing = Growing()
+    for piece in came:
+        growing.append(piece)
+    assert all(torch.equal(piece, old) for piece, old in zip(came, kept, strict=True))
+
+
+def test_positions_are_copied_a_few_times_in_all_and_not_at_every_step():
+    growing = Growing()
+    rooms = set()
+    for piece in pieces(*[1] * 200):
+        growing.append(piece)
+        rooms.add(growing.room.data_ptr())
+    assert growing.used == 200 and growing.room.shape[2] <= 400 and len(rooms) <= 9
+
+
+def test_gradients_pass_through_a_cache_as_through_a_join():
+    gradients = []
+    for join in (True, False):
+        came = [piece.requires_grad_() for piece in pieces(2, 1, 1)]
+        growing, total = Growing(), 0.0
+        for number, piece in enumerate(came, start=1):
+            growing.append(piece)
+            seen = torch.cat(came[:number], dim=2) if join else growing.seen()
+            total = total + seen.square().sum()  # every version is used, as attention uses it
+        gradients.append(torch.autograd.grad(total, came))
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_layer_keeps_keys_and_values_apart():
+    layer, (keys, values) = LayerCache(), pieces(3, 3, seed=1)
+    assert layer.key is None and layer.value is None
+    layer.append(keys, values)
+    assert torch.equal(layer.key, keys) and torch.equal(layer.value, values)
+
+
+def test_without_padding_nothing_is_noted():
+    cache = KVCache(1)
+    assert cache.is_empty and cache.extend(3, None) is None and cache.extend(1, None) is None
+    assert cache.n_keys == 4 and not cache.is_empty
+
+
+@pytest.mark.parametrize("known", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_padding_is_noted_from_when_it_occurs(known):
+    cache = KVCache(1)
+    masks = [torch.tensor([[False, True], [True, True]]), torch.tensor([[True], [False]]), torch.ones(2, 3).bool()]
+    expected = [mask if said else torch.ones_like(mask) for mask, said in zip(masks, known, strict=True)]
+    for mask, said in zip(masks, known, strict=True):
+        real = cache.extend(mask.shape[1], mask if said else None)
+    if any(known):
+        assert torch.equal(real, torch.cat(expected, dim=1))
+    else:
+        assert real is None
+    assert cache.n_keys == 6
+
+
+def test_the_newest_of_all_words_needs_no_mask(monkeypatch):
+    model, seen = Transformer(CONFIG).eval(), []
+    attend = type(model.blocks[0].attention).attend
+    monkeypatch.setattr(
+        type(model.blocks[0].attention),
+        "attend",
+        lambda own, q, x, mask, *a: seen.append(mask) or attend(own, q, x, mask, *a),
+    )
+    model.generate(torch.randint(23, (2, 5)), 3)
+    assert [mask is None for mask in seen] == [False] * 2 + [True] * 4
+
+
+@pytest.mark.parametrize("padded", [0, 3])
+def test_long_generation_is_the_same_with_and_without_the_cache(padded):
+    torch.manual_seed(0)
+    model, tokens = Transformer(CONFIG, seed=1), torch.randint(23, (3, 6))
+    real = torch.ones(3, 6, dtype=torch.bool)
+    real[1, :padded] = False
+    expected = model.generate(tokens, 30, padding_mask=real, use_cache=False)
+    assert torch.equal(model.generate(tokens, 30, padding_mask=real), expected)
+    alone = model.generate(tokens[1:2, padded:], 30)
+    assert torch.equal(alone[:, 6 - padded :], expected[1:2, 6:])
