@@ -27,6 +27,7 @@ from peft.merge import merge, merged_copy, unmerge
 from peft.method import Method, Wrapper
 from peft.prefix import PrefixTuning
 from peft.prompt import PromptTuning
+from peft.soup import soup
 from peft.task_bank import TaskBank
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "merged_copy",
     "parameter_table",
     "save",
+    "soup",
     "state_dict",
     "trainable_parameters",
     "unmerge",

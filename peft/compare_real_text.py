@@ -23,6 +23,7 @@ from peft import compare
 from peft.attach import attached, trainable_parameters
 from peft.real_tasks import HEAD, TASKS, model_for
 from peft.results import Row
+from peft.soup import soup
 from peft.sweep import KEY, MEASURED, Study, identity, measured
 
 BACKBONE = "pretrained"
@@ -101,6 +102,20 @@ def train(
     return model, history
 
 
+def train_soup(
+    name: str, learning_rate: float, task: TextTask, epochs: int, seeds: Sequence[int], progress: bool = True
+) -> tuple[nn.Module, History]:
+    """Train one model for each seed, and average them; the history is that of all their steps.
+
+    Returns:
+        A fresh model with the mean of the LoRAs attached, and the losses and seconds of all runs, one after the other.
+    """
+    runs = [train(name, learning_rate, task, epochs, seed, progress) for seed in seeds]
+    history = History(seconds=sum(own.seconds for _, own in runs))
+    history.loss = [loss for _, own in runs for loss in own.loss]
+    return soup([model for model, _ in runs], TASKS[task.name].model(seeds[0])), history
+
+
 def steps_in_an_epoch(task: TextTask) -> int:
     """How many whole batches the training rows fill."""
     return len(task.train) // TASKS[task.name].batch_size
@@ -121,16 +136,19 @@ def file_bytes(model: nn.Module) -> int:
 def planned(name: str, stage: str, learning_rate: float, seed: int, task: TextTask) -> Row:
     """What identifies a run: the columns of `KEY`, as they stand in the file."""
     entry = TASKS[task.name].entries[name]
-    epochs = entry.epochs if stage == "final" else entry.choice_epochs
+    epochs = entry.epochs * entry.members if stage == "final" else entry.choice_epochs
     steps = epochs * steps_in_an_epoch(task)
     return identity(task.name, BACKBONE, name, entry.method, stage, learning_rate, steps, seed)
 
 
 def finished(key: Row, task: TextTask, progress: bool = True) -> Row:
     """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test split."""
-    epochs = int(key["steps"]) // steps_in_an_epoch(task)
+    name, entry = key["method"], TASKS[task.name].entries[key["method"]]
     rate, seed = float(key["learning_rate"]), int(key["seed"])
-    model, history = train(key["method"], rate, task, epochs, seed, progress)
+    if key["stage"] == "final" and entry.members > 1:
+        model, history = train_soup(name, rate, task, entry.epochs, entry.seeds(seed), progress)
+    else:
+        model, history = train(name, rate, task, int(key["steps"]) // steps_in_an_epoch(task), seed, progress)
     test = score(model, task.test)["accuracy"] if key["stage"] == "final" else None
     return key | measured(model, history, score(model, task.validation), test, file_bytes(model))
 

@@ -35,6 +35,11 @@ class Entry:
     learning_rates: tuple[float, ...]
     epochs: int = 3  # of the final runs; 0 trains nothing
     choice_epochs: int = 1  # of the runs that choose the learning rate
+    members: int = 1  # above 1: each final run is a soup (`peft/soup.py`) of so many runs with seeds of their own
+
+    def seeds(self, seed: int) -> list[int]:
+        """The seeds of the members of a final run: 1, 2, 3 for run 1 of three members, 4, 5, 6 for run 2."""
+        return list(range((seed - 1) * self.members + 1, seed * self.members + 1))
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def dual_encoder(seed: int) -> DualEncoder:
 
 UNTRAINED, HEAD, FULL = "no training", "head only", "full fine-tuning"
 LORA, LORA_ALL, PREFIX = "LoRA q,v r=8", "LoRA all r=8", "prefix k,v n=16"
+SOUP = "LoRA all r=8, soup of 3"
 PFEIFFER, HOULSBY, PARALLEL = "Pfeiffer adapter m=16", "Houlsby adapter m=8", "parallel adapter m=16"
 # The sizes are matched: all but "LoRA all" bring 74 to 78 thousand numbers, about 0.33% of the model.
 METHODS = {
@@ -72,6 +78,7 @@ METHODS = {
     PFEIFFER: BottleneckAdapter(bottleneck=16, placement="pfeiffer"),
     PARALLEL: BottleneckAdapter(bottleneck=16, placement="parallel"),
     LORA_ALL: LoRA(rank=8, alpha=16.0, targets=ALL_LINEARS),
+    SOUP: LoRA(rank=8, alpha=16.0, targets=ALL_LINEARS),
 }
 
 
@@ -97,7 +104,8 @@ TASKS = {
                 PARALLEL: (1e-3, 3e-3, 1e-2),
                 LORA_ALL: (5e-4, 1e-3),
             }
-        ),
+        )
+        | entries({SOUP: (5e-4, 1e-3)}, members=3),
         train_also=("head",),
     ),
     "reuters_r8": RealTask(

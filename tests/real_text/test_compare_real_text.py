@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from peft.results import read_rows
 from peft.sweep import chosen_learning_rate, summaries
 
 CLASSES = ("rotten", "fresh")
-CONFIG = TransformerConfig(vocab_size=20, max_len=24, d_model=16, n_heads=2, n_layers=2, d_ff=24, causal=False)
+CONFIG = TransformerConfig(vocab_size=20, max_len=24, d_model=24, n_heads=2, n_layers=2, d_ff=24, causal=False)
 
 
 def split(n_rows: int, seed: int) -> TextSplit:
@@ -61,6 +63,8 @@ TRAINED = [
 def expected_trained(name, task):
     head = CONFIG.d_model * 2 + 2 if len(task.classes) == 2 else 0
     method = real_tasks.TASKS["tiny"].entries[name].method
+    if name == real_tasks.SOUP:
+        method = dataclasses.replace(method, rank=3 * method.rank)
     if name == real_tasks.FULL:
         return sum(p.numel() for p in Transformer(CONFIG).parameters()) + head
     return head + (0 if method is None else expected_parameters(CONFIG, method))
@@ -79,7 +83,7 @@ def test_the_whole_sweep_and_going_on_with_it(task, tmp_path, monkeypatch):
         assert tuple(float(row["learning_rate"]) for row in choice) == entry.learning_rates
         assert all(row["test_accuracy"] == "" and row["seed"] == "0" for row in choice)
         assert float(row["learning_rate"]) == chosen_learning_rate(rows, name, "pretrained")
-        assert int(row["steps"]) == entry.epochs * 2  # 70 rows fill two batches of 32
+        assert int(row["steps"]) == entry.epochs * entry.members * 2  # 70 rows fill two batches of 32
         assert int(row["trained_parameters"]) == expected_trained(name, task)
         assert 0.0 <= float(row["test_accuracy"]) <= 1.0
         assert int(row["file_bytes"]) > 4 * expected_trained(name, task)
@@ -99,6 +103,32 @@ def test_the_same_seed_gives_the_same_bits(task, name):
     first, second = (real_text.train(name, 1e-2, task, 1, seed=3, progress=False)[0] for _ in range(2))
     for key, tensor in trainable_parameters(first).items():
         assert torch.equal(tensor, trainable_parameters(second)[key])
+
+
+@only_classes
+def test_a_soup_is_the_mean_of_runs_with_seeds_of_their_own(task):
+    entry = real_tasks.TASKS["tiny"].entries[real_tasks.SOUP]
+    assert [entry.seeds(run) for run in (1, 2)] == [[1, 2, 3], [4, 5, 6]]
+    assert real_tasks.Entry(None, (1e-3,)).seeds(5) == [5]
+    mixed, history = real_text.train_soup(real_tasks.SOUP, 1e-2, task, 2, entry.seeds(2), progress=False)
+    runs = [real_text.train(real_tasks.SOUP, 1e-2, task, 2, seed, progress=False) for seed in (4, 5, 6)]
+    assert history.loss == [loss for _, own in runs for loss in own.loss] and history.seconds > 0
+    mean = torch.stack([model.head.weight for model, _ in runs]).mean(dim=0)
+    torch.testing.assert_close(mixed.head.weight, mean)
+    site = "blocks.1.attention.value"
+    updates = [model.transformer.get_submodule(site).changed_weight() for model, _ in runs]
+    mean = torch.stack(updates).mean(dim=0)
+    torch.testing.assert_close(mixed.transformer.get_submodule(site).changed_weight(), mean, atol=1e-6, rtol=1e-5)
+
+
+@only_classes
+def test_the_row_of_a_soup_is_that_of_its_mean(task):
+    key = real_text.planned(real_tasks.SOUP, "final", 1e-2, 2, task)
+    row = real_text.finished(key, task, progress=False)
+    entry = real_tasks.TASKS["tiny"].entries[real_tasks.SOUP]
+    mixed, _ = real_text.train_soup(real_tasks.SOUP, 1e-2, task, entry.epochs, [4, 5, 6], progress=False)
+    assert float(row["test_accuracy"]) == pytest.approx(real_text.score(mixed, task.test)["accuracy"], abs=1e-4)
+    assert int(row["trained_parameters"]) == parameter_table(mixed).trained
 
 
 @only_classes
@@ -157,5 +187,5 @@ def test_every_task_has_models_of_its_kind_with_matched_sizes(name, monkeypatch)
     for entry_name, entry in setting.entries.items():
         model = real_tasks.model_for(name, entry_name, seed=0)
         assert isinstance(model, DualEncoder if name == "quiz" else SequenceClassifier)
-        if entry.method is not None and entry_name != real_tasks.LORA_ALL:
+        if entry.method is not None and entry_name not in (real_tasks.LORA_ALL, real_tasks.SOUP):
             assert 73_000 < expected_parameters(minilm, entry.method) < 79_000
