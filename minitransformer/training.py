@@ -1,7 +1,8 @@
 """Training and evaluation: one loop for pretraining, full fine-tuning and every PEFT method.
 
 The loop does not know what it trains: it hands the optimizer the tensors with `requires_grad`, and refuses a model that
-has none, or an optimizer that holds others.
+has none, or an optimizer that holds others. What is asked of the model is in `minitransformer/objectives.py`, how
+several processes share the work in `minitransformer/distributed.py`.
 
 Sources: AdamW, Loshchilov & Hutter 2019, algorithm 2; warm-up, Vaswani et al. 2017, section 5.3; cosine decay,
 Loshchilov & Hutter 2017, equation 5 without restarts; clipping by the global norm, Pascanu et al. 2013, algorithm 1.
@@ -16,59 +17,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minitransformer.distributed import data_parallel, is_writer, n_processes, rank, total
 from minitransformer.files import fingerprint
 from minitransformer.generation import evaluation_mode, modes_restored
+from minitransformer.objectives import Objective, Score, answer_logits, answer_loss, label_loss, next_token_loss
 from minitransformer.resume import RunFile, RunState
 from minitransformer.tasks.dataset import Dataset
 
+__all__ = [
+    "History", "Objective", "Score", "answer_logits", "answer_loss", "check_optimizer", "evaluate", "fit", "label_loss",
+    "learning_rate_factor", "next_token_loss", "predict", "training_step",
+]  # fmt: skip
+
 SCHEDULES = ("cosine", "linear", "constant")
-
-
-@dataclass
-class Score:
-    """What an objective says of one batch."""
-
-    loss: Tensor  # scalar, mean over the batch
-    correct: int  # right answers
-    count: int  # answers
-
-
-Objective = Callable[[nn.Module, Dataset], Score]
-
-
-def answer_logits(model: nn.Module, batch: Dataset) -> Float[Tensor, "B V"]:
-    """The scores of every word at the last real token of each row; the other positions never meet the LM head."""
-    hidden = model.hidden(batch.tokens, batch.padding_mask)  # [B, T, d_model]
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (batch.padding_mask * columns).argmax(dim=1)  # [B]
-    return model.lm_head(hidden[torch.arange(len(last), device=hidden.device), last])
-
-
-def answer_loss(model: nn.Module, batch: Dataset) -> Score:
-    """Cross-entropy of the one answer word, read at the last real token."""
-    return _score(answer_logits(model, batch), batch.targets)
-
-
-def label_loss(model: nn.Module, batch: Dataset) -> Score:
-    """Cross-entropy of a class, for a `SequenceClassifier`."""
-    return _score(model(batch.tokens, batch.padding_mask), batch.targets)
-
-
-def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
-    """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for."""
-    logits = model(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, V]
-    asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
-    return _score(logits[asked], batch.tokens[:, 1:][asked])
-
-
-def _score(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> Score:
-    correct = int((logits.argmax(dim=-1) == targets).sum())
-    return Score(F.cross_entropy(logits, targets), correct, len(targets))
 
 
 @dataclass
@@ -131,7 +96,8 @@ def fit(
         validate_every: steps between validations; None validates once, at the end.
         keep: "last" weights, or the "best" ones by validation accuracy (by loss where that ties).
         optimizer: instead of AdamW. It must hold every trainable tensor.
-        seed: of the data order and of dropout. The caller's random state is left alone.
+        seed: of the data order and of dropout. The caller's random state is left alone. (Of several processes each has
+            a dropout of its own, which a resumed run draws anew.)
         progress: show a bar with loss and accuracy.
         description: its caption.
         checkpoint: a file that holds the state of the run. If it is there, the run goes on from it, and ends in the
@@ -165,7 +131,8 @@ def fit(
         }  # fmt: skip
         run_file = RunFile(Path(checkpoint), every or max(1, steps // 20), settings)
     with _left_as_found(model, optimizer), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank())  # dropout falls elsewhere in each process
+        learner = data_parallel(model, objective)
         state = (run_file and run_file.restore(model, optimizer)) or RunState(0, asdict(History()))
         history, best = History(**state.history), state.best
         batches = _batches(train, range(state.step, steps), batch_size, seed)
@@ -176,16 +143,16 @@ def fit(
                     group["lr"] = peak * factor
                 began = time.perf_counter()
                 model.train()
-                score, norm = training_step(model, batch, objective, optimizer, list(trainable.values()), clip, step)
+                score, norm = training_step(model, batch, learner, optimizer, list(trainable.values()), clip, step)
                 history.seconds += time.perf_counter() - began
                 _record(history, score, norm, optimizer)
                 _show(bar, history)
                 done = step + 1
                 if validation is not None and (done == steps or (validate_every and done % validate_every == 0)):
-                    rank = _validate(model, validation, objective, history, done)
-                    if keep == "best" and (best is None or rank > best[0]):
-                        best = (rank, done, {name: p.detach().clone() for name, p in trainable.items()})
-                if run_file is not None and run_file.is_due(done, steps):
+                    merit = _validate(model, validation, objective, history, done)
+                    if keep == "best" and (best is None or merit > best[0]):
+                        best = (merit, done, {name: p.detach().clone() for name, p in trainable.items()})
+                if run_file is not None and run_file.is_due(done, steps) and is_writer():
                     run_file.save(RunState(done, asdict(history), best), model, optimizer)
     history.kept_step = steps
     if best is not None:
@@ -198,7 +165,7 @@ def fit(
 
 def _bar(steps: int, done: int, description: str, progress: bool) -> tqdm:
     options = {"file": sys.stdout, "ncols": 100, "mininterval": 0.5}
-    return tqdm(total=steps, initial=done, desc=description, disable=not progress, **options)
+    return tqdm(total=steps, initial=done, desc=description, disable=not (progress and is_writer()), **options)
 
 
 def _validate(model, validation: Dataset, objective: Objective, history: History, done: int) -> tuple[float, float]:
@@ -298,18 +265,21 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss and accuracy over a dataset, with dropout off; every module's mode is restored.
 
+    Several processes take turns with the batches, so all of them must call it; each gets the result of all.
+
     Raises:
         ValueError: there is nothing to score.
     """
     loss = correct = count = 0.0
     with evaluation_mode(model):
-        for start in range(0, len(dataset), batch_size):
+        for start in range(rank() * batch_size, len(dataset), n_processes() * batch_size):
             batch = dataset.rows(torch.arange(start, min(start + batch_size, len(dataset)))).trimmed()
             score = objective(model, batch)
             if score.count:  # the mean loss over no answers is NaN
                 loss += score.loss.item() * score.count
                 correct += score.correct
                 count += score.count
+    loss, correct, count = total(loss, correct, count)
     if count == 0:
         raise ValueError("the data set asks nothing: it is empty, or no row is long enough to have a next word")
     return {"loss": loss / count, "accuracy": correct / count}

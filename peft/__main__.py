@@ -5,7 +5,8 @@
     python -m peft doctor
 
 `compare` runs the sweep of one task: it says what it will cost, shows its progress, goes on where it was stopped, and
-leaves a table, a CSV file and a figure. `report` writes the README's tables. `doctor` says whether this environment is
+leaves a table, a CSV file and a figure; `torchrun --nproc-per-node 2 -m peft compare …` shares every run between two
+processes. `report` writes the README's tables. `doctor` says whether this environment is
 right, and what to do if it is not.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from minitransformer.distributed import is_writer, launched_together
 from peft import compare, compare_real_text, doctor, report, sweep
 from peft.plots import plot_comparison, plt, use_style
 from peft.real_tasks import TASKS
@@ -74,10 +76,20 @@ def run_comparison(arguments: Sequence[str]) -> None:
         study = study_of(options.task, options.methods, options.random_backbone, options.examples)
     except ValueError as error:
         parser.error(str(error))
+    with launched_together():
+        compared(study, options)
+
+
+def compared(study: sweep.Study, options: argparse.Namespace) -> None:
+    """Say what it will cost, run what is missing, and leave a table, a CSV file and a figure."""
     name = compare.label(options.task, options.examples)
     seeds, out = range(1, options.seeds + 1), options.out / f"{name}.csv"
-    print(sweep.cost(study, read_rows(out, study.columns), seeds), flush=True)
+    price = sweep.cost(study, read_rows(out, study.columns), seeds)
+    if is_writer():
+        print(price, flush=True)
     rows = [row for row in sweep.run(study, out, seeds) if row["method"] in study.rates]
+    if not is_writer():
+        return
     records = sweep.summaries(rows, study.backbone)
     print(sweep.table(records))
     use_style()

@@ -6,7 +6,8 @@
 A comparison without a choice of learning rate for each method lies: what suits LoRA leaves a prefix where it started.
 
 Each finished run is a row of a CSV file, and rows that are there are not run again: a sweep that was stopped goes on
-where it stopped. What a run *is* (which task, which model) is up to `peft.compare` and `peft.compare_real_text`.
+where it stopped. Of several processes, which share every run, the first one writes. What a run *is* (which task, which
+model) is up to `peft.compare` and `peft.compare_real_text`.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minitransformer.distributed import is_writer, n_processes
 from minitransformer.training import History
 from peft.counting import parameter_table
 from peft.method import Method
@@ -70,7 +72,8 @@ def run(study: Study, out: str | Path, seeds: Sequence[int] = SEEDS) -> list[Row
         for key in study.runs(stage, seeds, rows):
             if not present(key, rows):
                 rows.append(study.finished(key))
-                write_rows(out, rows, study.columns)
+                if is_writer():
+                    write_rows(out, rows, study.columns)
     return rows
 
 
@@ -119,7 +122,7 @@ def measured(
     model: nn.Module, history: History, validation: Mapping[str, float], test_accuracy: float | None, bytes_: int
 ) -> Row:
     """What a run gave, as it stands in the file: the columns of `MEASURED`. No test score for a run that chooses."""
-    counted = parameter_table(model)
+    counted, n = parameter_table(model), n_processes()
     return {
         "trained_parameters": str(counted.trained),
         "share": f"{counted.share:.6f}",
@@ -130,7 +133,7 @@ def measured(
         "file_bytes": str(bytes_),
         "threads": str(torch.get_num_threads()),
         "torch_version": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores" + f", {n} processes" * (n > 1),
     }
 
 
