@@ -90,8 +90,8 @@ class MixedLoRA(MixedWrapper):
         y = self.base(x)
         place, has_one = self.chosen(x)
         read = self.dropped(x.to(self.A.dtype), self.dropout[place]) @ self.A[place].mT  # [B, T, r]
-        written = read @ self.B[place].mT  # [B, T, d_out]
-        return y + ((self.scale[place] * has_one)[:, None, None] * written).to(y.dtype)
+        scaled = (self.scale[place] * has_one)[:, None, None] * read  # here, where it is thin
+        return torch.baddbmm(y.to(read.dtype), scaled, self.B[place].mT).to(y.dtype)
 
     def dropped(self, x: Float[Tensor, "B T d_in"], p: Float[Tensor, "B"]) -> Float[Tensor, "B T d_in"]:
         """Dropout with a probability for each row, in training only."""
