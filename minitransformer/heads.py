@@ -28,7 +28,8 @@ class LMHead(nn.Module):
         self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
     ) -> Float[Tensor, "*rows V"]:
         """logits = logit_scale * E h."""
-        return F.linear(hidden, embedding) * self.logit_scale
+        logits = F.linear(hidden, embedding)
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale  # a walk over V numbers for each token
 
 
 class MaskedLMHead(nn.Module):

@@ -50,9 +50,9 @@ def label_loss(model: nn.Module, batch: Dataset) -> Score:
 
 def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
     """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for."""
-    logits = model(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, V]
+    hidden = model.hidden(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, d_model]
     asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
-    return _score(logits[asked], batch.tokens[:, 1:][asked])
+    return _score(model.lm_head(hidden[asked]), batch.tokens[:, 1:][asked])  # only these meet the LM head
 
 
 def _score(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> Score:

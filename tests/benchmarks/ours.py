@@ -57,9 +57,9 @@ def with_method(method: peft.Method | None) -> Transformer:
 
 
 def next_word_loss(model: Transformer, batch: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every next word, in nats."""
-    logits = model(batch)[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    """Cross-entropy of every next word in nats, without the count of right answers that `next_token_loss` adds."""
+    hidden = model.hidden(batch)[:, :-1].flatten(0, 1)
+    return F.cross_entropy(model.lm_head(hidden), batch[:, 1:].flatten())
 
 
 def training(method: peft.Method | None) -> Job:
