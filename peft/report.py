@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft import speed
 from peft.compare import COLUMNS
 from peft.compare_real_text import COLUMNS as REAL_TEXT_COLUMNS
 from peft.real_tasks import TASKS
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
 REAL_TEXT = "On real text (MiniLM; a trained head beside every method for the first two, no head for the quiz):"
 START, END = "<!-- results: written by python -m peft report -->", "<!-- end of results -->"
+SPEED_START, SPEED_END = "<!-- speed: written by python -m peft report -->", "<!-- end of speed -->"
 
 
 def report(results: Path = RESULTS) -> str:
@@ -82,16 +84,33 @@ def _accuracy(record: dict | None) -> str:
     return "not run" if record is None else accuracy(record, digits=1)
 
 
-def written_into(text: str, table: str) -> str:
+def speed_report(results: Path = RESULTS) -> str:
+    """The table of the benchmark, and what it was made with, as Markdown.
+
+    Raises:
+        ValueError: there is no record of a run.
+    """
+    record = speed.read(results / "benchmark.json")
+    if not record:
+        raise ValueError(f"{results / 'benchmark.json'} is missing; tests/benchmarks/against_huggingface.py writes it")
+    used = record["settings"]
+    made_with = (
+        f"{used['pairs']} pairs, {used['threads']} threads, {used['batch']} rows of {used['length']} tokens; ours: "
+        f"{used['ours']}; theirs: {used['theirs']}."
+    )
+    return f"{speed.table(record)}\n\n{made_with}"
+
+
+def written_into(text: str, table: str, start: str = START, end: str = END) -> str:
     """The README's text with the table between its markers.
 
     Raises:
         ValueError: a marker is missing.
     """
-    if START not in text or END not in text:
-        raise ValueError(f"README.md has lost its markers; put {START} and {END} round the place of the table")
-    before, rest = text.split(START, 1)
-    return f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}"
+    if start not in text or end not in text:
+        raise ValueError(f"README.md has lost its markers; put {start} and {end} round the place of the table")
+    before, rest = text.split(start, 1)
+    return f"{before}{start}\n{table}\n{end}{rest.split(end, 1)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     new = written_into(text, report())
+    new = written_into(new, speed_report(), SPEED_START, SPEED_END)
     if options.check:
         sys.exit(0 if new == text else "the table in README.md is not that of the result files: python -m peft report")
     readme.write_text(new)
-    print(report())
+    print(f"{report()}\n\n{speed_report()}")

@@ -4,8 +4,8 @@
     python tests/benchmarks/against_huggingface.py --theirs elsewhere/bin/python
 
 Theirs needs an environment of its own, since both libraries are imported as `peft`. Two processes are held ready, and
-take turns, job by job: what else the machine does falls on both alike. The table shows medians, and the ratio of each
-pair of neighbours as median and spread. Not part of the tests: it takes some minutes of a quiet machine.
+take turns, job by job: what else the machine does falls on both alike. `peft/speed.py` makes the table. Not part of the
+tests: it takes some minutes of a quiet machine. With `--out notebooks/results/benchmark.json` it makes the README's.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-LIMIT = "step: limit"
 
 
 class Worker:
@@ -30,7 +29,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=weights.parent
         )
-        self.answer()
+        self.hello = self.answer()
 
     def answer(self) -> dict:
         """The next line of JSON; whatever else a library prints is passed over."""
@@ -73,29 +72,24 @@ def timed(workers: dict[str, Worker], job: str, pairs: int) -> dict[str, list[fl
     return seconds
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    lower, median, upper = statistics.quantiles(values, n=4)
-    return lower, median, upper
-
-
-def row(job: str, seconds: dict[str, list[float]]) -> str:
-    """A line of the table of times."""
-    cells = []
-    for side in ("ours", "theirs"):
-        cells.append(f"{1e3 * statistics.median(seconds[side]):.1f}" if side in seconds else "–")
-    if len(seconds) == 2:
-        low, middle, high = quartiles([a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)])
-        cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-    else:
-        cells.append("–")
-    return f"| {job} | {' | '.join(cells)} |"
+def peaks(start: dict[str, tuple], job: str) -> dict[str, dict]:
+    """The most memory of a fresh process of each side that does this job, in MiB."""
+    found = {}
+    for side, arguments in start.items():
+        worker = Worker(*arguments)
+        answer = worker.ask("peak", job)
+        if "missing" not in answer:
+            found[side] = answer
+        worker.end()
+    return found
 
 
 def main() -> None:
     """The command line."""
     from jobs import BATCH, LENGTH, NEW_TOKENS
     from ours import JOBS
+
+    from peft import speed
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--theirs", required=True, help="the Python of an environment with torch, transformers, peft")
@@ -111,42 +105,23 @@ def main() -> None:
         shared_weights(weights)
         start = {side: (python, script, options.threads, weights) for side, (python, script) in pythons.items()}
         workers = {side: Worker(*arguments) for side, arguments in start.items()}
-        print(f"{options.pairs} pairs, {options.threads} threads, batch {BATCH}, {LENGTH} tokens, times in ms\n")
-        print("| job | ours | Hugging Face | ours / theirs (quartiles) |\n|---|---:|---:|---:|")
-        times = {}
+        versions = {side: worker.hello["versions"] for side, worker in workers.items()}
+        seconds = {}
         for job in wanted:
-            times[job] = timed(workers, job, options.pairs)
-            print(row(job, times[job]), flush=True)
+            seconds[job] = timed(workers, job, options.pairs)
+            print(f"{job}: {speed.ratio_cell(seconds[job])}", flush=True)
         for worker in workers.values():
             worker.end()
-        peaks = {}
-        steps = [job for job in wanted if job.startswith("step: ")]
-        if steps:
-            print("\n| most memory of a process, MiB | ours | Hugging Face | ours / theirs |\n|---|---:|---:|---:|")
-        for job in steps:
-            peaks[job] = {}
-            for side, arguments in start.items():
-                worker = Worker(*arguments)
-                answer = worker.ask("peak", job)
-                if "missing" not in answer:
-                    peaks[job][side] = answer
-                worker.end()
-            cells = [f"{peaks[job][side]['peak']:.0f}" if side in peaks[job] else "–" for side in start]
-            both = len(peaks[job]) == 2
-            ratio = f"{peaks[job]['ours']['peak'] / peaks[job]['theirs']['peak']:.2f}" if both else "–"
-            print(f"| {job} | {' | '.join(cells)} | {ratio} |", flush=True)
-    if LIMIT in times:
-        print()
-        limit = statistics.median(times[LIMIT]["ours"])
-        for job in steps:
-            own = statistics.median(times[job]["ours"])
-            print(f"{job}: {own / limit:.2f} of the limit, the frozen pass and a backward pass through activations")
+        memory = {job: peaks(start, job) for job in wanted if job.startswith("step: ")}
+    settings = {"pairs": options.pairs, "threads": options.threads, "batch": BATCH, "length": LENGTH, **versions}
+    record = {"settings": settings, "seconds": seconds, "memory": memory}
+    print(f"\n{speed.table(record)}\n\n{settings}")
     for rows in (16, 1):
-        for side, seconds in times.get(f"generate: {rows} row{'s' * (rows > 1)}", {}).items():
-            speed = rows * NEW_TOKENS / statistics.median(seconds)
-            print(f"generation, {rows} rows, {side}: {speed:,.0f} tokens a second")
+        for side, own in seconds.get(f"generate: {rows} row{'s' * (rows > 1)}", {}).items():
+            speed_now = rows * NEW_TOKENS / statistics.median(own)
+            print(f"generation, {rows} at a time, {side}: {speed_now:,.0f} tokens a second")
     if options.out:
-        options.out.write_text(json.dumps({"seconds": times, "memory": peaks}, indent=1) + "\n")
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,11 +68,11 @@ def mebibytes() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def serve(jobs: dict[str, Callable[[], Job]], threads: int) -> None:
-    """Answer requests until the input ends."""
+def serve(jobs: dict[str, Callable[[], Job]], threads: int, versions: str) -> None:
+    """Answer requests until the input ends; the first line says which versions answer."""
     torch.set_num_threads(threads)
     ready: dict[str, Job] = {}
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"versions": f"{versions}, torch {torch.__version__}"}), flush=True)
     for line in sys.stdin:
         ((order, name),) = json.loads(line).items()
         if name not in jobs:

@@ -127,4 +127,4 @@ JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.i
 }
 
 if __name__ == "__main__":
-    serve(JOBS, int(sys.argv[1]))
+    serve(JOBS, int(sys.argv[1]), "this repository")

@@ -157,4 +157,4 @@ JOBS = {f"step: {name}": partial(training, name) for name in METHODS} | {
 }
 
 if __name__ == "__main__":
-    serve(JOBS, int(sys.argv[1]))
+    serve(JOBS, int(sys.argv[1]), f"peft {peft.__version__}, transformers {transformers.__version__}")
