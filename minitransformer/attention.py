@@ -20,7 +20,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.cache import LayerCache
@@ -98,10 +98,11 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "#B 1 T S"] | None = None,
         cache: LayerCache | None = None,
         weights: list | None = None,
+        asked: Int[Tensor, "B"] | None = None,
         extra_key: Float[Tensor, "*B n d_model"] | None = None,
         extra_value: Float[Tensor, "*B n d_model"] | None = None,
         extra_visible: Bool[Tensor, "B n"] | None = None,
-    ) -> Float[Tensor, "B T d_model"]:
+    ) -> Float[Tensor, "B Q d_model"]:
         """Attend from every position of x to x itself, to the cache, and to the extra keys.
 
         Args:
@@ -111,24 +112,37 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens; those of x are appended to it.
             weights: a list to which the attention weights [B, H, T, n + S] are appended, for pictures
                 (this takes the written-out form).
+            asked: one position for each row: only these have queries, and the output is [B, 1, d_model].
             extra_key, extra_value: n further keys and values before the split into heads: [n, d_model] for every row
                 alike, or [B, n, d_model]. They stand in front, and are visible to every query.
             extra_visible: False where a row lacks an extra position, [B, n]; None: each row has them all.
         """
-        q = self.split_heads(self.query(x))  # [B, H, T, d_head]
+        q, mask = self.queries(x, mask, asked)
         return self.join_heads(self.attend(q, x, mask, cache, weights, extra_key, extra_value, extra_visible))
+
+    def queries(
+        self,
+        x: Float[Tensor, "B T d_model"],
+        mask: Bool[Tensor, "#B 1 T S"] | None = None,
+        asked: Int[Tensor, "B"] | None = None,
+    ) -> tuple[Float[Tensor, "B H Q d_head"], Bool[Tensor, "#B 1 Q S"] | None]:
+        """The queries of all positions, or of the one that each row is asked for; and their lines of the mask."""
+        if asked is not None and mask is not None:
+            every = torch.arange(len(x), device=x.device)
+            mask = mask.expand(len(x), -1, -1, -1)[every, :, asked][:, :, None]  # [B, 1, 1, S]
+        return self.split_heads(self.query(x if asked is None else picked(x, asked))), mask
 
     def attend(
         self,
-        q: Float[Tensor, "B H T d_head"],
+        q: Float[Tensor, "B H Q d_head"],
         x: Float[Tensor, "B T d_model"],
-        mask: Bool[Tensor, "#B 1 T S"] | None = None,
+        mask: Bool[Tensor, "#B 1 Q S"] | None = None,
         cache: LayerCache | None = None,
         weights: list | None = None,
         extra_key: Float[Tensor, "*B n d_model"] | None = None,
         extra_value: Float[Tensor, "*B n d_model"] | None = None,
         extra_visible: Bool[Tensor, "B n"] | None = None,
-    ) -> Float[Tensor, "B H T d_head"]:
+    ) -> Float[Tensor, "B H Q d_head"]:
         """What each head's queries `q` see in x and in what stands in front of it; the rest as in `forward`."""
         k, v = self.split_heads(self.key(x)), self.split_heads(self.value(x))
         if cache is not None:
@@ -149,7 +163,7 @@ class Attention(nn.Module):
             weights.append(seen)
         return out
 
-    def join_heads(self, heads: Float[Tensor, "B H T d_head"]) -> Float[Tensor, "B T d_model"]:
+    def join_heads(self, heads: Float[Tensor, "B H Q d_head"]) -> Float[Tensor, "B Q d_model"]:
         """Concatenate the heads and mix them by W_O."""
         return self.output(heads.transpose(1, 2).flatten(-2))
 
@@ -158,6 +172,11 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B H nS d_head"]:
         extra = self.split_heads(extra.to(own.dtype).expand(own.shape[0], -1, -1))  # [B, H, n, d_head]
         return torch.cat([extra, own], dim=2)
+
+
+def picked(x: Float[Tensor, "B T d"], asked: Int[Tensor, "B"]) -> Float[Tensor, "B 1 d"]:
+    """One position of each row."""
+    return x[torch.arange(len(x), device=x.device), asked][:, None]
 
 
 def _with_extra(

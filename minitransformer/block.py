@@ -10,10 +10,10 @@ Shapes: [B, T, d_model] -> [B, T, d_model].
 """
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention
+from minitransformer.attention import Attention, picked
 from minitransformer.cache import LayerCache
 from minitransformer.config import TransformerConfig
 from minitransformer.feedforward import FeedForward
@@ -40,13 +40,16 @@ class Block(nn.Module):
         mask: Bool[Tensor, "#B 1 T S"] | None = None,
         cache: LayerCache | None = None,
         weights: list | None = None,
-    ) -> Float[Tensor, "B T d_model"]:
-        """Arguments as in `Attention.forward`."""
+        asked: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B Q d_model"]:
+        """Arguments as in `Attention.forward`: with `asked`, one position of each row comes out, [B, 1, d_model]."""
+        rest = (mask, cache, weights) if asked is None else (mask, cache, weights, asked)
+        kept = x if asked is None else picked(x, asked)
         if self.pre_norm:
-            x = x + self._drop(self.attention(self.norm_attention(x), mask, cache, weights))
+            x = kept + self._drop(self.attention(self.norm_attention(x), *rest))
             return x + self._drop(self.feedforward(self.norm_feedforward(x)))
-        x = self.norm_attention(x + self._drop(self.attention(x, mask, cache, weights)))
+        x = self.norm_attention(kept + self._drop(self.attention(x, *rest)))
         return self.norm_feedforward(x + self._drop(self.feedforward(x)))
 
-    def _drop(self, x: Float[Tensor, "B T d_model"]) -> Float[Tensor, "B T d_model"]:
+    def _drop(self, x: Float[Tensor, "B Q d_model"]) -> Float[Tensor, "B Q d_model"]:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

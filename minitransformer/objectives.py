@@ -32,10 +32,9 @@ Objective = Callable[[nn.Module, Dataset], Score]
 
 def answer_logits(model: nn.Module, batch: Dataset) -> Float[Tensor, "B V"]:
     """The scores of every word at the last real token of each row; the other positions never meet the LM head."""
-    hidden = model.hidden(batch.tokens, batch.padding_mask)  # [B, T, d_model]
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     last = (batch.padding_mask * columns).argmax(dim=1)  # [B]
-    return model.lm_head(hidden[torch.arange(len(last), device=hidden.device), last])
+    return model.lm_head(model.hidden(batch.tokens, batch.padding_mask, asked=last)[:, 0])
 
 
 def answer_loss(model: nn.Module, batch: Dataset) -> Score:

@@ -63,7 +63,8 @@ class Transformer(nn.Module):
         segments: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
         weights: list | None = None,
-    ) -> Float[Tensor, "B T d_model"]:
+        asked: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B Q d_model"]:
         """The hidden states after the last norm.
 
         Args:
@@ -72,6 +73,8 @@ class Transformer(nn.Module):
             segments: BERT's token types.
             cache: a `KVCache`, which is read and extended (decoders only).
             weights: a list that receives each layer's attention weights [B, H, T, S].
+            asked: one position for each row, if no other is needed: the last block computes only these, which saves
+                most of its work, and [B, 1, d_model] comes out.
 
         Raises:
             ValueError: a row without a real token, a sequence longer than max_len, a token outside the vocabulary,
@@ -94,13 +97,14 @@ class Transformer(nn.Module):
         recompute = self.config.gradient_checkpointing and not once
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
+            last = () if asked is None or i + 1 < len(self.blocks) else (asked + n,)
             if recompute:
                 # The non-reentrant form: the other one gives no gradient where the block's input needs none, which is
                 # so for the first block of every frozen model.
-                x = checkpoint(block, x, mask, layer_cache, weights, use_reentrant=False)
+                x = checkpoint(block, x, mask, layer_cache, weights, *last, use_reentrant=False)
             else:
-                x = block(x, mask, layer_cache, weights)
-        return self.norm(x[:, n:])
+                x = block(x, mask, layer_cache, weights, *last)
+        return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
         """Scores for every word from hidden states: all of them, or only those that are needed.

@@ -116,7 +116,7 @@ class Adapter(Wrapper):
         out = bottleneck(h.to(self.down_weight.dtype), *tensors, self.recipe.activation, self.recipe.scale)
         return out.to(h.dtype)
 
-    def forward(self, x: Float[Tensor, "*rows d_in"], *rest) -> Float[Tensor, "*rows d_out"]:
+    def forward(self, x: Float[Tensor, "*rows d_in"], *rest) -> Float[Tensor, "*out d_out"]:
         """The wrapped module with the bottleneck joined; further arguments are the wrapped module's."""
         if not self.enabled:
             return self.base(x, *rest)

@@ -110,7 +110,7 @@ class MixedPrefix(MixedWrapper):
         there = torch.arange(int(lengths.max())) < lengths[:, None]  # [K, n]
         self.register_buffer("there", there, persistent=False)
 
-    def forward(self, x: Float[Tensor, "B T d_model"], *rest, **outer) -> Float[Tensor, "B T d_model"]:
+    def forward(self, x: Float[Tensor, "B T d_model"], *rest, **outer) -> Float[Tensor, "B Q d_model"]:
         """The other arguments are those of `Attention.forward`; what an outer prefix hands on stands in front."""
         place, has_one = self.chosen(x)
         if hasattr(self, "hidden"):
@@ -143,7 +143,7 @@ class MixedAdapter(MixedWrapper):
         out = torch.baddbmm(self.up_bias[place][:, None], activate(inner, self.activation), self.up_weight[place].mT)
         return ((self.scale[place] * has_one)[:, None, None] * out).to(h.dtype)
 
-    def forward(self, x: Float[Tensor, "B T d_in"], *rest) -> Float[Tensor, "B T d_out"]:
+    def forward(self, x: Float[Tensor, "B T d_in"], *rest) -> Float[Tensor, "B Q d_out"]:
         """The wrapped module with the bottlenecks joined; further arguments are the wrapped module's."""
         if self.joined == "before":
             return self.base(x + self.added(x))

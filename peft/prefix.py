@@ -135,16 +135,18 @@ class PrefixAttention(Wrapper):
         hidden = self.hidden.to(next(self.base.parameters()).dtype)
         return self.base.key(hidden), self.base.value(hidden)
 
-    def forward(self, x: Float[Tensor, "B T d_model"], *rest) -> Float[Tensor, "B T d_model"]:
+    def forward(
+        self, x: Float[Tensor, "B T d_model"], mask=None, cache=None, weights=None, asked=None
+    ) -> Float[Tensor, "B Q d_model"]:
         """Attention over [P_k ; K] and [P_v ; V]; the other arguments are those of `Attention.forward`."""
         if not self.enabled:
-            return self.base(x, *rest)
+            return self.base(x, mask, cache, weights, asked)
         key, value = self.prefix()
         if not self.recipe.gated:
-            return self.base(x, *rest, extra_key=key, extra_value=value)
-        q = self.base.split_heads(self.base.query(x))  # [B, H, T, d_head]
+            return self.base(x, mask, cache, weights, asked, extra_key=key, extra_value=value)
+        q, mask = self.base.queries(x, mask, asked)  # [B, H, T, d_head]
         heads = (self.base.split_heads(part[None].to(self.gate.dtype)) for part in (key, value))  # [1, H, n, d_head]
         prefix_k, prefix_v = (part.expand(len(x), -1, -1, -1) for part in heads)
-        own = self.base.attend(q, x, *rest)
+        own = self.base.attend(q, x, mask, cache, weights)
         out = gated_prefix(own.to(self.gate.dtype), q.to(self.gate.dtype), prefix_k, prefix_v, self.gate)
         return self.base.join_heads(out.to(own.dtype))
