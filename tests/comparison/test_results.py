@@ -109,7 +109,7 @@ def test_real_text_has_a_table_of_its_own_with_a_column_for_each_task(results):
 
 
 def test_the_speed_report_has_the_table_and_what_it_was_made_with(tmp_path):
-    with pytest.raises(ValueError, match="against_huggingface.py writes it"):
+    with pytest.raises(ValueError, match=r"against_huggingface\.py writes it"):
         report.speed_report(tmp_path)
     record = {
         "settings": {"pairs": 2, "threads": 1, "batch": 3, "length": 4, "ours": "this", "theirs": "that 1.0"},
