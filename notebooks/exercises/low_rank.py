@@ -39,6 +39,7 @@ def check_extracted_lora(extracted_lora) -> str:
         best = product(S, first)
         hints = {
             "LoRA multiplies B A by alpha / r, so the factors must divide by it, once": scale * best,
+            "the factors multiply by alpha / r; they must divide by it": scale**2 * best,
             "the factors divide by alpha / r twice, once in each": best / scale,
             "those are the last singular directions; the strongest ones come first": product(S, last),
             "the singular values are missing: U and V hold directions only": product(torch.ones_like(S), first),

@@ -48,7 +48,8 @@ def check_forward(forward) -> str:
     same(got, steered.base(x), hint, "the output while disabled")
     require(torch.equal(got, steered.base(x)), "while disabled it must be the base's output, bit for bit")
     masked = called(forward, steered, x, mask, cache)
-    same(masked, steered.base(x, mask, cache), what="with a mask, while disabled")
+    hint = {"while disabled, too, the block needs all its other arguments": steered.base(x)}
+    same(masked, steered.base(x, mask, cache), hint, "with a mask, while disabled")
     half = called(forward, Steered(torch.bfloat16), x.bfloat16())
     require(
         half.dtype == torch.bfloat16,

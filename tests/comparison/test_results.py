@@ -1,5 +1,6 @@
 """Result files, and the README's table that is made from them."""
 
+import json
 import os
 
 import pytest
@@ -105,3 +106,23 @@ def test_real_text_has_a_table_of_its_own_with_a_column_for_each_task(results):
     ]
     written("reuters_r8", "head only")
     assert report.report(results).splitlines()[-1].split(" | ")[3] == "not run"
+
+
+def test_the_speed_report_has_the_table_and_what_it_was_made_with(tmp_path):
+    with pytest.raises(ValueError, match=r"against_huggingface\.py writes it"):
+        report.speed_report(tmp_path)
+    record = {
+        "settings": {"pairs": 2, "threads": 1, "batch": 3, "length": 4, "ours": "this", "theirs": "that 1.0"},
+        "seconds": {"forward": {"ours": [0.1, 0.1], "theirs": [0.2, 0.2]}},
+        "memory": {},
+    }
+    (tmp_path / "benchmark.json").write_text(json.dumps(record))
+    lines = report.speed_report(tmp_path).splitlines()
+    assert lines[2].startswith("| forward | 100.0 | 200.0 | 0.50 (")
+    assert lines[-1] == "2 pairs, 1 threads, 3 rows of 4 tokens; ours: this; theirs: that 1.0."
+
+
+def test_the_tables_in_the_readme_are_those_of_the_result_files():
+    text = (report.ROOT / "README.md").read_text()
+    assert report.written_into(text, report.report()) == text
+    assert report.written_into(text, report.speed_report(), report.SPEED_START, report.SPEED_END) == text
