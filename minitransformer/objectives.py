@@ -31,7 +31,7 @@ Objective = Callable[[nn.Module, Dataset], Score]
 
 
 def answer_logits(model: nn.Module, batch: Dataset) -> Float[Tensor, "B V"]:
-    """The scores of every word at the last real token of each row; the other positions never meet the LM head."""
+    """The scores of every word at the last real token of each row, the only one that the last block computes."""
     columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     last = (batch.padding_mask * columns).argmax(dim=1)  # [B]
     return model.lm_head(model.hidden(batch.tokens, batch.padding_mask, asked=last)[:, 0])
