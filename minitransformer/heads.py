@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from minitransformer.attention import picked
 from minitransformer.config import TransformerConfig
 from minitransformer.feedforward import activate
 
@@ -101,4 +102,4 @@ def first_real(
     if padding_mask is None:
         return hidden[:, 0]
     first = padding_mask.to(torch.int64).argmax(dim=1)  # [B]
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+    return picked(hidden, first)[:, 0]
