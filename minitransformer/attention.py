@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Float[Tensor, "B S d_model"]) -> Float[Tensor, "B H S d_head"]:
         """Cut the last axis into heads and put the heads before the positions."""
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.n_heads, x.shape[2] // self.n_heads).transpose(1, 2)
 
     def forward(
         self,

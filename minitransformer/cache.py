@@ -70,7 +70,7 @@ class KVCache:
         self.layers = [LayerCache() for _ in range(n_layers)]
         self.n_keys = 0  # S, padding included
         self.real_keys: Bool[Tensor, "B S"] | None = None  # None while there is no padding
-        self.n_tokens: Int[Tensor, B] | None = None  # real tokens of each row: the next position to hand out
+        self.n_tokens: Int[Tensor, B] | int = 0  # real tokens of each row: the next position to hand out
 
     @property
     def is_empty(self) -> bool:
@@ -88,7 +88,6 @@ class KVCache:
         self.real_keys = torch.cat([earlier, newest], dim=1)
         return self.real_keys
 
-    def count(self, real_tokens: Bool[Tensor, "B T"]) -> None:
-        """Note how many real tokens each row has gained."""
-        gained = real_tokens.sum(dim=1)
-        self.n_tokens = gained if self.n_tokens is None else self.n_tokens + gained
+    def count(self, n_new: int, real: Bool[Tensor, "B T"] | None) -> None:
+        """Note how many real tokens each row has gained among the newest T (None: all of them are real)."""
+        self.n_tokens = self.n_tokens + (n_new if real is None else real.sum(dim=1))

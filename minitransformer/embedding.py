@@ -33,7 +33,7 @@ class Embedding(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        real: Bool[Tensor, "B T"],
+        real: Bool[Tensor, "B T"] | None = None,
         segments: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T d_model"]:
@@ -41,7 +41,7 @@ class Embedding(nn.Module):
 
         Args:
             tokens: word numbers.
-            real: False at padding.
+            real: False at padding; None: there is none.
             segments: token types, for models that have a segment table; all 0 if left out.
             cache: what came before, so that positions go on counting from there.
 
@@ -49,7 +49,7 @@ class Embedding(nn.Module):
             ValueError: a token outside the vocabulary, a position beyond max_len, segments outside their table
                 or without one.
         """
-        return self.compose(self.look_up(tokens), positions(real, cache), segments)
+        return self.compose(self.look_up(tokens), positions(tokens, real, cache), segments)
 
     @property
     def room(self) -> int:
@@ -69,7 +69,7 @@ class Embedding(nn.Module):
     def compose(
         self,
         vectors: Float[Tensor, "B T d_model"],
-        positions: Int[Tensor, "B T"],
+        positions: Int[Tensor, "#B T"],
         segments: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T d_model"]:
         """What happens to word vectors, wherever they come from: add positions and segments, normalise, drop out."""
@@ -88,7 +88,7 @@ class Embedding(nn.Module):
             )
         if self.norm is not None:
             x = self.norm(x)
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def _look_up_segments(self, segments: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
         n = self.segment.num_embeddings
@@ -105,9 +105,15 @@ def values_are_read(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and not torch.compiler.is_compiling()
 
 
-def positions(real: Bool[Tensor, "B T"], cache: KVCache | None = None) -> Int[Tensor, "B T"]:
-    """How many real tokens stand in front of each token of the row, those in the cache included."""
-    counted = real.long().cumsum(dim=1) - 1
-    if cache is not None and cache.n_tokens is not None:
-        counted = counted + cache.n_tokens[:, None]
-    return counted.clamp(min=0)
+def positions(
+    tokens: Int[Tensor, "B T"], real: Bool[Tensor, "B T"] | None = None, cache: KVCache | None = None
+) -> Int[Tensor, "#B T"]:
+    """How many real tokens stand in front of each token of the row, those in the cache included.
+
+    Where all are real (`real` is None), every row counts alike, and one row [1, T] stands for all.
+    """
+    before = 0 if cache is None else cache.n_tokens
+    before = before[:, None] if isinstance(before, Tensor) else before
+    if real is None:
+        return before + torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return (before + real.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -81,14 +81,13 @@ class Transformer(nn.Module):
                 a padding_mask that does not fit the tokens, a cache for an encoder.
         """
         self._check(tokens, padding_mask, cache)
-        real = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
-        x = self.embedding(tokens, real, segments, cache)  # [B, n + T, d_model]
+        x = self.embedding(tokens, padding_mask, segments, cache)  # [B, n + T, d_model]
         n = x.shape[1] - tokens.shape[1]  # vectors that an embedding may put in front of the words: always real
         real_keys, n_keys = padding_mask, x.shape[1]  # None: all are real
         if real_keys is not None and n:
             real_keys = F.pad(real_keys, (n, 0), value=True)
         if cache is not None:
-            cache.count(real)
+            cache.count(tokens.shape[1], padding_mask)
             real_keys = cache.extend(n_keys, real_keys)
             n_keys = cache.n_keys
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)

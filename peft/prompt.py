@@ -112,7 +112,7 @@ class PromptEmbedding(Wrapper):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        real: Bool[Tensor, "B T"],
+        real: Bool[Tensor, "B T"] | None = None,
         segments: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B nT d_model"]:
@@ -120,10 +120,10 @@ class PromptEmbedding(Wrapper):
         if not self.enabled:
             return self.base(tokens, real, segments, cache)
         n = self.prompt.shape[0]
-        vectors, place = self.base.look_up(tokens), positions(real, cache) + n
+        vectors, place = self.base.look_up(tokens), positions(tokens, real, cache) + n
         if cache is None or cache.is_empty:
             vectors = prepend(self.prompt, vectors)
-            front = torch.arange(n, device=place.device).expand(place.shape[0], -1)
+            front = torch.arange(n, device=place.device).expand(len(place), -1)
             place = torch.cat([front, place], dim=1)
             segments = None if segments is None else F.pad(segments, (n, 0))
         return self.base.compose(vectors, place, segments)

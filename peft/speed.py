@@ -1,8 +1,9 @@
 """The benchmark's figures as a table: what `tests/benchmarks/against_huggingface.py` wrote, for the README.
 
-Both sides did each job in turns, so the ratio is taken pair by pair: what else the machine did in the meantime fell on
-both. The *limit* is the same frozen model's forward pass with a backward pass that only goes through activations: what
-any method must pay.
+All jobs of both sides took turns, so the ratios are taken turn by turn: what else the machine did in the meantime fell
+on all. The *limit* is what nobody can leave out. Of a training step: the same frozen model's forward pass with a
+backward pass that only goes through activations, which any method must pay. Of a forward pass and of generation: the
+product with every weight, and attention, with nothing between them.
 """
 
 import json
@@ -10,7 +11,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-LIMIT = "step: limit"
+# The job that is the limit of others, by how their names begin; the first that fits counts.
+LIMITS = {
+    "step: ": "step: limit",
+    "generate: 16 rows": "generate: 16 rows, limit",
+    "generate: 1 row": "generate: 1 row, limit",
+    "forward: one LoRA, 64 rows": None,  # another shape than the limit's
+    "forward: 64 LoRAs": None,
+    "forward": "forward: limit",
+}
 SIDES = ("ours", "theirs")
 Times = Mapping[str, Sequence[float]]  # by side, the seconds of each turn
 
@@ -47,17 +56,23 @@ def memory_cells(record: Mapping, job: str) -> str:
     return " | ".join([*cells, "–" if None in peaks else f"{peaks[0] / peaks[1]:.2f}"])
 
 
+def limit_cell(record: Mapping, job: str) -> str:
+    """How many times its limit our job takes, the median over the turns, as a cell."""
+    limit = next((limit for beginning, limit in LIMITS.items() if job.startswith(beginning)), None)
+    if limit not in record["seconds"]:
+        return "–"
+    turns = zip(*(record["seconds"][name]["ours"] for name in (job, limit)), strict=True)
+    return f"{statistics.median(ours / least for ours, least in turns):.2f}"
+
+
 def table(record: Mapping) -> str:
     """All jobs of a record, as Markdown."""
     lines = [
         "| | ours, ms | theirs, ms | ours / theirs (quartiles) | of the limit | ours, MiB | theirs, MiB | ratio |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    limit = record["seconds"].get(LIMIT, {}).get("ours")
     for job, times in record["seconds"].items():
-        of_limit = "–"
-        if limit is not None and job.startswith("step: "):
-            of_limit = f"{statistics.median(times['ours']) / statistics.median(limit):.2f}"
-        cells = [milliseconds(times, side) for side in SIDES] + [ratio_cell(times), of_limit, memory_cells(record, job)]
+        cells = [milliseconds(times, side) for side in SIDES]
+        cells += [ratio_cell(times), limit_cell(record, job), memory_cells(record, job)]
         lines.append(f"| {job} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -39,13 +39,31 @@ def test_the_sum_is_normalised_where_asked():
     ids=["full", "right", "left"],
 )
 def test_positions_count_real_tokens_only(real, expected):
-    assert positions(torch.tensor([real]).bool()).tolist() == [expected]
+    real = torch.tensor([real]).bool()
+    assert positions(torch.ones_like(real).long(), real).tolist() == [expected]
 
 
-def test_positions_go_on_behind_a_cache():
+def test_without_padding_one_row_of_positions_stands_for_all():
+    e = embedding()
+    assert positions(TOKENS).tolist() == [[0, 1, 2, 3]]
+    assert torch.equal(e(TOKENS), e(TOKENS, torch.ones_like(TOKENS).bool()))
+
+
+@pytest.mark.parametrize("mask_now", [True, False], ids=["with a mask", "without one"])
+def test_positions_go_on_behind_a_cache(mask_now):
+    cache, new = KVCache(n_layers=1), torch.ones(2, 2, dtype=torch.long)
+    cache.count(3, torch.tensor([[True, True, True], [False, False, True]]))
+    assert positions(new, new.bool() if mask_now else None, cache).tolist() == [[3, 4], [1, 2]]
+    cache.count(2, new.bool() if mask_now else None)
+    assert positions(new, cache=cache).tolist() == [[5, 6], [3, 4]]
+
+
+def test_positions_go_on_behind_a_cache_without_padding():
     cache = KVCache(n_layers=1)
-    cache.count(torch.tensor([[True, True, True], [False, False, True]]))
-    assert positions(torch.ones(2, 2, dtype=torch.bool), cache).tolist() == [[3, 4], [1, 2]]
+    cache.count(3, None)
+    assert positions(TOKENS, cache=cache).tolist() == [[3, 4, 5, 6]]
+    padded = torch.tensor([[False, True, True, True]] * 2)
+    assert positions(TOKENS, padded, cache).tolist() == [[2, 3, 4, 5]] * 2
 
 
 def test_dropout_is_active_in_training_only():

@@ -3,9 +3,10 @@
     python -m venv elsewhere && elsewhere/bin/pip install torch transformers peft
     python tests/benchmarks/against_huggingface.py --theirs elsewhere/bin/python
 
-Theirs needs an environment of its own, since both libraries are imported as `peft`. Two processes are held ready, and
-take turns, job by job: what else the machine does falls on both alike. `peft/speed.py` makes the table. Not part of the
-tests: it takes some minutes of a quiet machine. With `--out notebooks/results/benchmark.json` it makes the README's.
+Theirs needs an environment of its own, since both libraries are imported as `peft`. Two processes are held ready and
+take turns, each turn through all jobs: what else the machine does falls on all alike. `peft/speed.py` makes the table.
+Not part of the tests: it takes some minutes of a quiet machine. With `--out notebooks/results/benchmark.json` it makes
+the README's.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -60,15 +63,20 @@ def shared_weights(path: Path) -> None:
     save_file(dict(Transformer(CONFIG, seed=0).state_dict()), path)
 
 
-def timed(workers: dict[str, Worker], job: str, pairs: int) -> dict[str, list[float]]:
-    """The seconds of each side, turn by turn; which one begins changes with every pair."""
-    present = {side: worker for side, worker in workers.items() if "missing" not in worker.ask("prepare", job)}
-    seconds: dict[str, list[float]] = {side: [] for side in present}
-    for pair in range(pairs):
-        for side in list(present)[:: 1 if pair % 2 else -1]:
-            seconds[side].append(present[side].ask("run", job)["seconds"])
-    for worker in present.values():
-        worker.ask("forget", job)
+def timed(workers: dict[str, Worker], jobs: list[str], pairs: int) -> dict[str, dict[str, list[float]]]:
+    """The seconds of each job and side, turn by turn; which side begins changes with every turn.
+
+    A turn does every job once, so that a machine that slows down for a minute slows all of them, and a job can be
+    compared with its limit as well as with the other side.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {job: {} for job in jobs}
+    for job in tqdm(jobs, "warming up", leave=False):
+        present = [side for side, worker in workers.items() if "missing" not in worker.ask("prepare", job)]
+        seconds[job] = {side: [] for side in present}
+    for pair in tqdm(range(pairs), "turns", leave=False):
+        for job in jobs:
+            for side in list(seconds[job])[:: 1 if pair % 2 else -1]:
+                seconds[job][side].append(workers[side].ask("run", job)["seconds"])
     return seconds
 
 
@@ -93,7 +101,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--theirs", required=True, help="the Python of an environment with torch, transformers, peft")
-    parser.add_argument("--pairs", type=int, default=15, help="turns of each job")
+    parser.add_argument("--pairs", type=int, default=15, help="turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--jobs", default="", help="only jobs whose name contains one of these, separated by commas")
     parser.add_argument("--out", type=Path, help="a JSON file for all single times")
@@ -106,10 +114,7 @@ def main() -> None:
         start = {side: (python, script, options.threads, weights) for side, (python, script) in pythons.items()}
         workers = {side: Worker(*arguments) for side, arguments in start.items()}
         versions = {side: worker.hello["versions"] for side, worker in workers.items()}
-        seconds = {}
-        for job in wanted:
-            seconds[job] = timed(workers, job, options.pairs)
-            print(f"{job}: {speed.ratio_cell(seconds[job])}", flush=True)
+        seconds = timed(workers, wanted, options.pairs)
         for worker in workers.values():
             worker.end()
         memory = {job: peaks(start, job) for job in wanted if job.startswith("step: ")}

@@ -86,9 +86,6 @@ def serve(jobs: dict[str, Callable[[], Job]], threads: int, versions: str) -> No
             began = time.perf_counter()
             ready[name]()
             answer = {"seconds": time.perf_counter() - began}
-        elif order == "forget":
-            ready.pop(name)
-            answer = {}
         else:
             job, before = jobs[name](), mebibytes()
             for _ in range(3):

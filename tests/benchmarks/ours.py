@@ -1,7 +1,9 @@
 """Our side of the benchmark: `python tests/benchmarks/ours.py THREADS WEIGHTS`, asked by `against_huggingface.py`."""
 
 import sys
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -12,6 +14,7 @@ from jobs import (
     ALPHA,
     BATCH,
     BEGINNING,
+    LENGTH,
     MAX_LEN,
     NEW_TOKENS,
     RANK,
@@ -25,6 +28,7 @@ from jobs import (
     without_gradient,
 )
 from safetensors.torch import load_file
+from torch import nn
 
 import peft
 from minitransformer import Transformer, TransformerConfig
@@ -42,6 +46,9 @@ METHODS = {
     "prompt": peft.PromptTuning(length=N),
     "Pfeiffer adapter": peft.BottleneckAdapter(bottleneck=16, placement="pfeiffer"),
 }
+
+
+PASSES = [BEGINNING] + [1] * (NEW_TOKENS - 1)  # of generation: the beginning, then word by word
 
 
 def base() -> Transformer:
@@ -84,7 +91,7 @@ def answer_step() -> Job:
     return stepper(lambda: answer_loss(model, batch).loss, list(peft.trainable_parameters(model).values()))
 
 
-def forward(method: peft.Method | None = None, merged: bool = False, rows: int = BATCH, length: int = 128) -> Job:
+def forward(method: peft.Method | None = None, merged: bool = False, rows: int = BATCH, length: int = LENGTH) -> Job:
     """A forward pass alone."""
     model, batch = with_method(method).eval(), tokens(rows, length)
     if merged:
@@ -96,6 +103,26 @@ def generation(rows: int) -> Job:
     """Greedy generation with the KV cache."""
     model, batch = base().eval(), tokens(rows, BEGINNING)
     return without_gradient(lambda: model.generate(batch, NEW_TOKENS))
+
+
+def products(rows: int, lengths: Sequence[int], last_only: bool = False) -> Job:
+    """What no implementation can leave out of passes over so many new tokens each: the product with every weight, and
+    attention. Nothing lies between them: no norm, no activation, no sum, no cache that is written."""
+    model, d_head = base(), SIZES["d_model"] // SIZES["n_heads"]
+    weights = [(layer.weight, layer.bias) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    inputs = {(n, d): torch.randn(rows, n, d) for n in {1, *lengths} for d in (SIZES["d_model"], SIZES["d_ff"])}
+    keys = torch.randn(rows, SIZES["n_heads"], sum(lengths), d_head)
+
+    def run() -> None:
+        for new, seen in zip(lengths, accumulate(lengths), strict=True):
+            q, k = keys[:, :, seen - new : seen], keys[:, :, :seen]
+            for weight, bias in weights:
+                F.linear(inputs[new, weight.shape[1]], weight, bias)
+            for _ in range(SIZES["n_layers"]):
+                F.scaled_dot_product_attention(q, k, k, is_causal=new > 1)
+            F.linear(inputs[1 if last_only else new, SIZES["d_model"]], model.embedding.token.weight)
+
+    return without_gradient(run)
 
 
 def many(rows: int, length: int) -> Job:
@@ -115,13 +142,16 @@ def attaching() -> Job:
 JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.items()} | {
     "step: limit": limit,
     "step: LoRA q,v, one answer a row": answer_step,
+    "forward: limit": partial(products, BATCH, [LENGTH]),
     "forward": forward,
     "forward: LoRA q,v": partial(forward, LORA),
     "forward: LoRA q,v, merged": partial(forward, LORA, merged=True),
     "forward: one LoRA, 64 rows of 16": partial(forward, LORA, rows=64, length=16),
     "forward: 16 LoRAs, 16 rows": partial(many, 16, 128),
     "forward: 64 LoRAs, 64 rows of 16": partial(many, 64, 16),
+    "generate: 16 rows, limit": partial(products, 16, PASSES, last_only=True),
     "generate: 16 rows": partial(generation, 16),
+    "generate: 1 row, limit": partial(products, 1, PASSES, last_only=True),
     "generate: 1 row": partial(generation, 1),
     "attach LoRA q,v": attaching,
 }

@@ -32,15 +32,16 @@ class Pretended:
 def test_the_sides_take_turns_and_change_who_begins():
     log = []
     workers = {"ours": Pretended("ours", log), "theirs": Pretended("theirs", log)}
-    seconds = benchmark.timed(workers, "a job", pairs=3)
-    assert seconds == {"ours": [1.0, 2.0, 3.0], "theirs": [1.0, 2.0, 3.0]}
+    seconds = benchmark.timed(workers, ["a job", "another"], pairs=3)
+    assert seconds["a job"] == {"ours": [1.0, 3.0, 5.0], "theirs": [1.0, 3.0, 5.0]}
+    assert seconds["another"] == {"ours": [2.0, 4.0, 6.0], "theirs": [2.0, 4.0, 6.0]}
     runs = [name for name, order in log if order == "run"]
-    assert runs == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+    assert runs == ["theirs", "ours"] * 2 + ["ours", "theirs"] * 2 + ["theirs", "ours"] * 2
 
 
 def test_a_job_that_one_side_lacks_is_timed_on_the_other():
     workers = {"ours": Pretended("ours", []), "theirs": Pretended("theirs", [], known=False)}
-    seconds = benchmark.timed(workers, "a job", pairs=2)
+    seconds = benchmark.timed(workers, ["a job"], pairs=2)["a job"]
     assert list(seconds) == ["ours"] and speed.ratio(seconds) is None
 
 
@@ -50,13 +51,19 @@ def test_the_table_has_medians_the_ratio_of_each_pair_the_limit_and_memory():
             "step: LoRA": {"ours": [0.1, 0.2, 0.3], "theirs": [0.2, 0.2, 0.2]},
             "step: limit": {"ours": [0.1, 0.16, 0.2]},
             "forward": {"ours": [0.1, 0.1, 0.1], "theirs": [0.1, 0.2, 0.4]},
+            "forward: 64 LoRAs": {"ours": [0.1, 0.1, 0.1]},
+            "forward: limit": {"ours": [0.05, 0.08, 0.1]},
+            "generate: 1 row": {"ours": [0.1, 0.1, 0.1]},
         },
         "memory": {"step: LoRA": {"ours": {"peak": 50.0}, "theirs": {"peak": 100.0}}},
     }
     assert speed.table(record).split("\n")[2:] == [
         "| step: LoRA | 200.0 | 200.0 | 1.00 (0.50 to 1.50) | 1.25 | 50 | 100 | 0.50 |",
         "| step: limit | 160.0 | – | – | 1.00 | – | – | – |",
-        "| forward | 100.0 | 200.0 | 0.50 (0.25 to 1.00) | – | – | – | – |",
+        "| forward | 100.0 | 200.0 | 0.50 (0.25 to 1.00) | 1.25 | – | – | – |",
+        "| forward: 64 LoRAs | 100.0 | – | – | – | – | – | – |",
+        "| forward: limit | 80.0 | – | – | 1.00 | – | – | – |",
+        "| generate: 1 row | 100.0 | – | – | – | – | – | – |",
     ]
 
 
@@ -83,7 +90,6 @@ def test_a_worker_answers_and_every_job_of_ours_has_a_name(tmp_path):
     assert "missing" in worker.ask("prepare", "no such job")
     assert worker.ask("prepare", "attach LoRA q,v") == {}
     assert 0 < worker.ask("run", "attach LoRA q,v")["seconds"] < 10
-    assert worker.ask("forget", "attach LoRA q,v") == {}
     worker.end()
     assert worker.process.returncode == 0
 
