@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from minitransformer.embedding import without_padding
 from minitransformer.heads import mean_pool
 from minitransformer.transformer import Transformer
 
@@ -38,12 +39,20 @@ class DualEncoder(nn.Module):
         self, tokens: Int[Tensor, "B texts T"], padding_mask: Bool[Tensor, "B texts T"]
     ) -> Float[Tensor, "B C"]:
         """The scores (logits) of the answers; of each row's texts the first is the question, then come C answers."""
-        question = self.embedding(tokens[:, 0], padding_mask[:, 0])  # [B, d_model]
-        width = int(padding_mask[:, 1:].flatten(0, 1).any(dim=0).nonzero().max()) + 1  # answers are short
-        answers = self.embedding(tokens[:, 1:, :width].flatten(0, 1), padding_mask[:, 1:, :width].flatten(0, 1))
-        answers = answers.unflatten(0, (len(tokens), -1))  # [B, C, d_model]
-        return self.scale * torch.einsum("bd,bcd->bc", question, answers)
+        texts = self.embeddings(tokens.flatten(0, 1), padding_mask.flatten(0, 1))  # [B (1 + C), d_model]
+        question, answers = texts.unflatten(0, (len(tokens), -1)).split([1, tokens.shape[1] - 1], dim=1)
+        return self.scale * (question * answers).sum(dim=-1)
 
-    def embedding(self, tokens: Int[Tensor, "N T"], padding_mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N d_model"]:
+    def embeddings(
+        self, tokens: Int[Tensor, "N T"], padding_mask: Bool[Tensor, "N T"], n_parts: int = 5
+    ) -> Float[Tensor, "N d_model"]:
+        """One vector per text, short texts beside short ones: an answer is not padded to the length of a question."""
+        order = padding_mask.sum(dim=1).argsort(stable=True)
+        parts = [self.embedding(*without_padding(tokens[rows], padding_mask[rows])) for rows in order.chunk(n_parts)]
+        return torch.cat(parts)[order.argsort()]
+
+    def embedding(
+        self, tokens: Int[Tensor, "N T"], padding_mask: Bool[Tensor, "N T"] | None = None
+    ) -> Float[Tensor, "N d_model"]:
         """One vector of length 1 per text."""
         return F.normalize(mean_pool(self.transformer.hidden(tokens, padding_mask), padding_mask), dim=-1)

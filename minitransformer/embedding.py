@@ -105,6 +105,14 @@ def values_are_read(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and not torch.compiler.is_compiling()
 
 
+def without_padding(
+    tokens: Int[Tensor, "*rows T"], padding_mask: Bool[Tensor, "*rows T"]
+) -> tuple[Int[Tensor, "*rows W"], Bool[Tensor, "*rows W"]]:
+    """The same texts without the columns on the right that are padding in all of them."""
+    width = int(padding_mask.flatten(0, -2).any(dim=0).nonzero().max()) + 1
+    return tokens[..., :width], padding_mask[..., :width]
+
+
 def positions(
     tokens: Int[Tensor, "B T"], real: Bool[Tensor, "B T"] | None = None, cache: KVCache | None = None
 ) -> Int[Tensor, "#B T"]:

@@ -80,3 +80,18 @@ def test_it_brings_no_weight_of_its_own(model):
 def test_a_scale_that_is_not_above_zero_is_refused(tiny, scale):
     with pytest.raises(ValueError, match="scale must be above 0"):
         DualEncoder(tiny(), scale=scale)
+
+
+@pytest.mark.parametrize("n_parts", [1, 3, 50], ids=["one part", "three", "more than texts"])
+def test_texts_encoded_in_parts_of_like_length_are_those_encoded_at_once(model, n_parts):
+    tokens, mask = (own.flatten(0, 1) for own in rows())
+    torch.testing.assert_close(model.embeddings(tokens, mask, n_parts), model.embedding(tokens, mask))
+
+
+def test_an_answer_is_not_padded_to_the_length_of_a_question(model, monkeypatch):
+    tokens, mask = rows(n=6)
+    mask[:, 0], mask[:, 1:, 2:] = True, False  # questions of 6 words, answers of at most 2
+    sizes, inner = [], model.transformer.hidden
+    monkeypatch.setattr(model.transformer, "hidden", lambda own, *rest: sizes.append(own.numel()) or inner(own, *rest))
+    model(tokens, mask)
+    assert sum(sizes) <= 6 * 6 + 3 * 6 * 2 + 4 * 4  # the last is for the part that holds both kinds

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from minitransformer.embedding import without_padding
 from minitransformer.vocabulary import Vocabulary
 
 
@@ -47,8 +48,7 @@ class Dataset:
 
     def trimmed(self) -> "Dataset":
         """The same rows without the columns on the right that are padding in all of them."""
-        width = int(self.padding_mask.flatten(0, -2).any(dim=0).nonzero().max()) + 1
-        return Dataset(self.tokens[..., :width], self.padding_mask[..., :width], self.targets)
+        return Dataset(*without_padding(self.tokens, self.padding_mask), self.targets)
 
 
 def pad_rows(rows: list[list[int]], pad_id: int) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
