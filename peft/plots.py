@@ -170,13 +170,16 @@ def plot_comparison(
     return figure
 
 
-def plot_tasks(tasks: Mapping[str, Sequence[Mapping]], title: str, chance: Mapping[str, float]) -> Figure:
+def plot_tasks(
+    tasks: Mapping[str, Sequence[Mapping]], title: str, chance: Mapping[str, float], lowest: float = 0.0
+) -> Figure:
     """A line for each method: how much it trains, and its test accuracy on each task, with the spread.
 
     Args:
         tasks: for each task by its title the rows, as for `plot_comparison`; all tasks have the same methods.
         title: says what is seen.
         chance: for each task the accuracy that needs no training, drawn as a line.
+        lowest: where the axes of accuracy begin, in %.
     """
     methods = [row["method"] for row in next(iter(tasks.values()))]
     size = (4.2 * (1 + len(tasks)), 1 + 0.34 * len(methods))
@@ -196,9 +199,10 @@ def plot_tasks(tasks: Mapping[str, Sequence[Mapping]], title: str, chance: Mappi
         for place, method in enumerate(methods):
             mean, spread = (100 * by_method[method][key] for key in ("mean", "spread"))
             axis.errorbar(mean, place, xerr=spread, color=colours[place], marker="o", markersize=8, capsize=4)
-            axis.annotate(f"{mean:.1f}", (107, place), ha="left", va="center", fontsize=10, annotation_clip=False)
+            beside = (105 + 0.02 * (105 - lowest), place)
+            axis.annotate(f"{mean:.1f}", beside, ha="left", va="center", fontsize=10, annotation_clip=False)
         axis.axvline(100 * chance[name], color=COLOURS["base"], linestyle=":")
-        axis.set(xlim=(0, 105), xlabel="test accuracy (%)", title=name)
+        axis.set(xlim=(lowest, 105), xlabel="test accuracy (%)", title=name)
     figure.suptitle(title)
     return figure
 

@@ -37,14 +37,17 @@ def check_extracted_lora(extracted_lora) -> str:
 
         first, last = slice(0, r), slice(len(S) - r, None)
         best = product(S, first)
+        found = torch.linalg.svd(delta, full_matrices=False)
         hints = {
             "LoRA multiplies B A by alpha / r, so the factors must divide by it, once": scale * best,
             "the factors multiply by alpha / r; they must divide by it": scale**2 * best,
             "the factors divide by alpha / r twice, once in each": best / scale,
             "those are the last singular directions; the strongest ones come first": product(S, last),
+            "torch.linalg.svd returns Vh = V transposed: its rows are the directions, not its columns":
+                (found.U[:, :r] * found.S[:r]) @ found.Vh.T[:r],
             "the singular values are missing: U and V hold directions only": product(torch.ones_like(S), first),
             "the singular values are in both factors, so their squares are in the product": product(S.square(), first),
-        }
+        }  # fmt: skip
         same(scale * B @ A, best, hints, "(alpha / r) B A")
         left = S[r:]
         hints = {
@@ -99,6 +102,8 @@ def check_subspace_similarity(subspace_similarity) -> str:
             "the norm is not squared": overlap / min(i, j),
             "those are left singular vectors; what a map reads from its input are the right ones":
                 (u.U[:, :i].T @ v.U[:, :j]).norm().square() / min(i, j),
+            "torch.linalg.svd returns Vh = V transposed: its rows are the directions, not its columns":
+                (u.Vh[:, :i].T @ v.Vh[:, :j]).norm().square() / min(i, j),
             "the rows themselves are compared: they have lengths, and are not at right angles": rows,
             "those are the last directions; the strongest ones come first":
                 (u.Vh[-i:] @ v.Vh[-j:].T).norm().square() / min(i, j),

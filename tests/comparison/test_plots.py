@@ -140,6 +140,16 @@ def test_tasks_side_by_side_share_their_methods():
     assert figure.get_suptitle() == "a title"
 
 
+@pytest.mark.parametrize("lowest", [0.0, 70.0])
+def test_the_axes_of_accuracy_begin_where_they_are_told_to_and_the_numbers_stand_right_of_them(lowest):
+    rows = [{"method": "LoRA q,v r=4", "share": 0.01, "mean": 0.9, "spread": 0.02}]
+    axis = plots.plot_tasks({"One": rows}, "a title", {"One": 0.5}, lowest).axes[1]
+    assert axis.get_xlim() == (lowest, 105)
+    left = axis.transData.transform(axis.texts[0].xy)[0]
+    right_edge, width = axis.bbox.x1, axis.bbox.width
+    assert right_edge < left < right_edge + 0.05 * width
+
+
 def test_the_picture_of_the_block_names_the_four_methods():
     texts = " ".join(text.get_text() for text in plots.draw_block().axes[0].texts)
     for method in ("prompt tuning", "LoRA", "prefix tuning", "adapter"):

@@ -207,6 +207,12 @@ WRONG_ANSWERS = {
             "    return U[:, :r] * S[:r] * r / alpha, Vh[:r], S[r:].norm()",
             "it should be [r, d_in]",
         ),
+        (
+            "def extracted_lora(delta, r, alpha):\n"
+            "    U, S, V = torch.linalg.svd(delta, full_matrices=False)\n"
+            "    return V.T[:r], U[:, :r] * S[:r] * r / alpha, S[r:].norm()",
+            "not its columns",
+        ),
     ],
     "check_rank_for_share": [
         (
@@ -234,6 +240,12 @@ WRONG_ANSWERS = {
             "    U, V = (torch.linalg.svd(M, full_matrices=False).U for M in (X, Y))\n"
             "    return (U[:, :i].T @ V[:, :j]).square().sum() / min(i, j), max(i, j) / X.shape[1]",
             "left singular vectors",
+        ),
+        (
+            "def subspace_similarity(X, Y, i, j):\n"
+            "    U, V = (torch.linalg.svd(M, full_matrices=False)[2] for M in (X, Y))\n"
+            "    return (U[:, :i].T @ V[:, :j]).square().sum() / min(i, j), max(i, j) / X.shape[1]",
+            "not its columns",
         ),
         (
             "subspace_similarity = lambda X, Y, i, j: "
