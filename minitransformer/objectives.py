@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minitransformer.fast_loss import fast_cross_entropy, pays
+from minitransformer.heads import LMHead
 from minitransformer.tasks.dataset import Dataset
 
 
@@ -51,7 +53,16 @@ def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
     """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for."""
     hidden = model.hidden(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, d_model]
     asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
-    return _score(model.lm_head(hidden[asked]), batch.tokens[:, 1:][asked])  # only these meet the LM head
+    return word_score(model, hidden[asked], batch.tokens[:, 1:][asked])  # only these meet the LM head
+
+
+def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]) -> Score:
+    """Cross-entropy of words, from the hidden states that should say them: in the fast form where it pays."""
+    head = getattr(model, "head", None)
+    if type(head) is LMHead and pays(hidden, model.embedding.token.weight):
+        loss, correct = fast_cross_entropy(hidden, model.embedding.token.weight, targets, head.logit_scale)
+        return Score(loss, int(correct), len(targets))
+    return _score(model.lm_head(hidden), targets)
 
 
 def _score(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> Score:

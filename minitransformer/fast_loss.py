@@ -1,0 +1,92 @@
+"""The next-word loss's fast form: LM head and cross-entropy in one, a few hundred words at a time.
+
+Source: Wijmans et al. 2025, "Cut Your Losses in Large-Vocabulary Language Models", section 3, for the idea that the
+logits need never be there all at once; the gradients follow from equation 1 by the chain rule.
+
+    z = s E h              L = mean (log sum_v exp z_v - z_t)              p = softmax(z),  t the right word
+
+    dL/dz = (p - onehot(t)) / N          dL/dh = s (p E - E_t) / N          dL/dE = s (p - onehot(t))ᵀ h / N
+
+The plain form keeps four tensors [N, V]: z, log p, their gradients. This form keeps [rows, V] at a time, small enough
+for a processor's cache, and makes the gradients right there, since the only thing that may still come from above is one
+factor for all.
+
+Shapes: h [N, d_model], E [V, d_model], t [N].
+
+Differs from the plain form: in rounding only. It refuses to be differentiated twice, which the plain form can be.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CHUNK = 2**19  # logits at a time: 2 MiB
+WORTH_IT = 2**20  # logits in all: with fewer the plain form is as good
+
+
+def pays(hidden: Tensor, embedding: Tensor) -> bool:
+    """Whether the fast form may stand in for the plain one, and costs less: large, and in one full precision."""
+    full = hidden.dtype == embedding.dtype and hidden.dtype in (torch.float32, torch.float64)
+    return full and len(hidden) * len(embedding) >= WORTH_IT and not torch.is_autocast_enabled(hidden.device.type)
+
+
+def fast_cross_entropy(
+    hidden: Float[Tensor, "N d_model"],
+    embedding: Float[Tensor, "V d_model"],
+    targets: Int[Tensor, "N"],
+    scale: float = 1.0,
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Mean cross-entropy in nats of the words `targets` under softmax(scale * E h), and how many score highest.
+
+    The gradients go to `hidden` and `embedding`.
+    """
+    learns = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, embedding)]
+    return FastCrossEntropy.apply(hidden, embedding, targets, float(scale), *learns)
+
+
+class FastCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in one walk over chunks of words; the backward pass only multiplies them by a factor."""
+
+    @staticmethod
+    def forward(ctx, hidden, embedding, targets, scale, hidden_learns, embedding_learns):
+        n, n_words = len(hidden), len(embedding)
+        at_a_time = max(1, min(n, CHUNK // n_words))
+        z_room, p_room = hidden.new_empty(2, at_a_time, n_words)  # used again for every chunk
+        loss, correct = hidden.new_zeros(()), targets.new_zeros(())
+        hidden_gradient = torch.empty_like(hidden) if hidden_learns else None
+        embedding_gradient = torch.zeros_like(embedding) if embedding_learns else None
+        for start in range(0, n, at_a_time):
+            rows = slice(start, min(start + at_a_time, n))
+            h, target = scale * hidden[rows], targets[rows, None]
+            z = torch.mm(h, embedding.T, out=z_room[: len(h)])  # [rows, V]
+            p = torch.softmax(z, dim=-1, out=p_room[: len(h)])
+            own, highest = z.gather(1, target), z.amax(dim=-1, keepdim=True)
+            # log sum exp z = max z - log max p, in which no logarithm of 0 can occur
+            loss += (highest - p.amax(dim=-1, keepdim=True).log() - own).sum()
+            correct += n_right(z, target, own == highest)
+            p.scatter_add_(1, target, -torch.ones_like(own))  # p - onehot(t)
+            if hidden_learns:
+                torch.mm(p, embedding, out=hidden_gradient[rows]).mul_(scale / n)
+            if embedding_learns:
+                embedding_gradient.addmm_(p.T, h, alpha=1 / n)
+        ctx.save_for_backward(hidden_gradient, embedding_gradient)
+        ctx.mark_non_differentiable(correct)
+        return loss / n, correct
+
+    @staticmethod
+    def backward(ctx, factor, _):
+        if torch.is_grad_enabled():  # create_graph=True: the gradients would be taken for constants
+            raise RuntimeError(
+                "the fast form of the loss cannot be differentiated twice; take the plain one, "
+                "torch.nn.functional.cross_entropy(model.lm_head(hidden), targets)"
+            )
+        gradients = (None if gradient is None else factor * gradient for gradient in ctx.saved_tensors)
+        return *gradients, None, None, None, None
+
+
+def n_right(
+    logits: Float[Tensor, "rows V"], target: Int[Tensor, "rows 1"], among_the_highest: Bool[Tensor, "rows 1"]
+) -> Int[Tensor, ""]:
+    """How many rows have their target as `argmax`, which of several highest words takes the first."""
+    rows = among_the_highest.flatten().nonzero().flatten()
+    return (logits[rows].argmax(dim=-1) == target[rows, 0]).sum()
