@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
+from minitransformer.fast_generation import fast_steps
 
 
 @contextmanager
@@ -76,14 +77,20 @@ def generate(
     generator = torch.Generator(device=tokens.device).manual_seed(seed) if temperature else None
     real = None if padding_mask is None or bool(padding_mask.all()) else padding_mask  # no padding, no mask
     cache = KVCache(model.config.n_layers) if use_cache else None
-    unread = tokens
+    fast = None  # the plain form reads the beginning
     with evaluation_mode(model):
-        for _ in range(max_new_tokens):
-            hidden = model.hidden(unread, None if real is None else real[:, -unread.shape[1] :], cache=cache)
-            word = next_word(model.lm_head(hidden[:, -1]), temperature, top_k, generator)[:, None]
+        for left in range(max_new_tokens, 0, -1):
+            if fast is not None:
+                logits = fast(tokens[:, -1:])
+            else:
+                unread = tokens if cache is None or cache.is_empty else tokens[:, -1:]
+                hidden = model.hidden(unread, None if real is None else real[:, -unread.shape[1] :], cache=cache)
+                logits = model.lm_head(hidden[:, -1])
+                if cache is not None and left == max_new_tokens:
+                    fast = fast_steps(model, cache, left - 1)
+            word = next_word(logits, temperature, top_k, generator)[:, None]
             tokens = torch.cat([tokens, word], dim=1)
             real = None if real is None else F.pad(real, (0, 1), value=True)
-            unread = word if use_cache else tokens
     return tokens
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.fast_generation import LinearMap, linear_map
 from peft.functional import shifted
 from peft.method import LayerwiseMethod, Wrapper, parameter_like
 from peft.sites import in_layers, layer_of, matches
@@ -73,6 +74,13 @@ class ShiftedBias(Wrapper):
 
     def extra_repr(self) -> str:
         return f"delta_bias={list(self.delta_bias.shape)}"
+
+    def as_linear(self) -> LinearMap | None:
+        """W and b + Δb, if it is a linear map whose precision can hold the change."""
+        base = linear_map(self.base)
+        if not self.enabled or base is None:
+            return base
+        return (base[0], base[1] + self.delta_bias) if base[0].dtype == self.delta_bias.dtype else None
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Ben Zaken et al. 2022, section 3."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minitransformer.block import Block
 from minitransformer.config import TransformerConfig
+from minitransformer.fast_generation import LinearMap, linear_map
 from peft.functional import rescaled
 from peft.method import LayerwiseMethod, Wrapper, parameter_like
 from peft.sites import in_layers
@@ -64,6 +65,18 @@ class Rescaled(Wrapper):
 
     def extra_repr(self) -> str:
         return f"scale={list(self.scale.shape)} on its {self.side}"
+
+    def as_linear(self) -> LinearMap | None:
+        """W with scaled rows (and b) or columns, if its precision can hold the change."""
+        base = linear_map(self.base)
+        if not self.enabled or base is None:
+            return base
+        weight, bias = base
+        if weight.dtype != self.scale.dtype:
+            return None
+        if self.side == "input":
+            return weight * self.scale, bias
+        return weight * self.scale[:, None], None if bias is None else bias * self.scale
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Liu et al. 2022, section 3.3."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention
 from minitransformer.config import TransformerConfig
+from minitransformer.fast_generation import KeysAndValues
 from minitransformer.generation import evaluation_mode
 from peft.functional import gated_prefix
 from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like
@@ -134,6 +135,12 @@ class PrefixAttention(Wrapper):
             return self.key, self.value
         hidden = self.hidden.to(next(self.base.parameters()).dtype)
         return self.base.key(hidden), self.base.value(hidden)
+
+    def as_attention(self) -> tuple[Attention, KeysAndValues | None] | None:
+        """The frozen layer and P_k, P_v; None for what is more than keys and values in front."""
+        if type(self.base) is not Attention or (self.enabled and self.recipe.gated):
+            return None
+        return self.base, self.prefix() if self.enabled else None
 
     def forward(
         self, x: Float[Tensor, "B T d_model"], mask=None, cache=None, weights=None, asked=None

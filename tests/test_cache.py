@@ -92,7 +92,9 @@ def test_the_newest_of_all_words_needs_no_mask(monkeypatch):
         "attend",
         lambda own, q, x, mask, *a: seen.append(mask) or attend(own, q, x, mask, *a),
     )
-    model.generate(torch.randint(23, (2, 5)), 3)
+    cache = KVCache(len(model.blocks))
+    for n_new in (5, 1, 1):
+        model.hidden(torch.randint(23, (2, n_new)), cache=cache)
     assert [mask is None for mask in seen] == [False] * 2 + [True] * 4
 
 

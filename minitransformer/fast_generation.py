@@ -1,0 +1,211 @@
+"""Generation's fast form: one new token for each row, with weights and memory laid out for it once.
+
+Source: Pope et al. 2023, "Efficiently Scaling Transformer Inference", section 2: a step of generation multiplies a few
+rows with every weight, so its time is that of reading the weights, and of starting each operation. What is done here
+about both, before the first step:
+
+    query, key, value     one weight, one product
+    every weight          stored as [d_in, d_out], if many rows will read it in that order
+    residual sum          a part of the product: x + h Wᵀ is one operation
+    keys and values       room for all that will come; a prefix lies in it like any other key
+
+Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B H, n + S, d_head].
+
+Differs from the plain form (`Block.forward` behind a `KVCache`): in rounding only. It serves blocks whose maps are
+linear: plain ones, and wrappers that say so by `as_linear` or `as_attention`. While it is in use, some of the weights
+are there twice, and a change of the model goes unnoticed.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from minitransformer.attention import Attention
+from minitransformer.block import Block
+from minitransformer.cache import KVCache, LayerCache
+from minitransformer.feedforward import FeedForward, activate
+from minitransformer.heads import LMHead
+
+LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
+KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
+
+
+def linear_map(module: nn.Module) -> LinearMap | None:
+    """The weight and the bias by which a module acts at present; None if it does not say, or is no linear map.
+
+    A wrapper says so by a method `as_linear` that returns the same.
+    """
+    if type(module) is nn.Linear:
+        return module.weight, module.bias
+    return module.as_linear() if hasattr(module, "as_linear") else None
+
+
+def plain_attention(module: nn.Module) -> tuple[Attention, KeysAndValues | None] | None:
+    """The attention layer in a module, and extra keys and values in front of it; None if it computes anything else.
+
+    A wrapper says so by a method `as_attention` that returns the same.
+    """
+    if type(module) is Attention:
+        return module, None
+    return module.as_attention() if hasattr(module, "as_attention") else None
+
+
+def known(found):
+    """`found`, unless it is None: then this form cannot stand in for the plain one, and LookupError is raised."""
+    if found is None:
+        raise LookupError("the plain form is needed")
+    return found
+
+
+def relaying_pays(n_rows: int, more: int) -> bool:
+    """Whether weights should be stored as [d_in, d_out] for so many rows and steps.
+
+    Measured: up to eight rows read a weight equally well either way, and a dozen steps must pay for the new layout.
+    """
+    return n_rows > 8 and more >= 16
+
+
+class ThinLinear:
+    """y = x Wᵀ + b for a few rows x. Several maps of one input are joined, their outputs side by side.
+
+    Args:
+        maps: weight and bias of each.
+        relaid: store the weights as [d_in, d_out]; otherwise a single one is read where it lies, and not copied.
+    """
+
+    def __init__(self, *maps: LinearMap, relaid: bool):
+        if len(maps) == 1 and not relaid:
+            self.weight = maps[0][0].T  # [d_in, d_out]
+        else:
+            self.weight = torch.cat([w.T for w, _ in maps], dim=1) if relaid else torch.cat([w for w, _ in maps]).T
+        biased = any(b is not None for _, b in maps)
+        self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in maps]) if biased else None
+
+    def __call__(self, x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
+        """The maps' outputs."""
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+    def added_to(self, residual: Float[Tensor, "B d_out"], x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
+        """residual + y."""
+        out = torch.addmm(residual, x, self.weight)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class FastAttention:
+    """Attention from the newest token of each row to all that it may see, which is kept here.
+
+    Args:
+        attention: plain, or wrapped in what `plain_attention` knows.
+        cache: the keys and values of all earlier tokens.
+        real_keys: which of those are real tokens, [B, S]; None: all of them.
+        more: how many tokens will come.
+
+    Raises:
+        LookupError: the layer computes something that this form does not know.
+    """
+
+    def __init__(self, attention: nn.Module, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
+        attention, extra = known(plain_attention(attention))
+        n_rows, self.n_heads, n_tokens, self.d_head = cache.key.shape
+        relaid = relaying_pays(n_rows, more)
+        parts = (attention.query, attention.key, attention.value)
+        self.read = ThinLinear(*(known(linear_map(part)) for part in parts), relaid=relaid)
+        self.output = ThinLinear(known(linear_map(attention.output)), relaid=relaid)
+        n = 0 if extra is None else len(extra[0])
+        self.n_seen = n + n_tokens
+        seen = cache.key.new_empty(2, n_rows, self.n_heads, self.n_seen + more, self.d_head)
+        for place, part in enumerate(() if extra is None else extra):
+            seen[place, :, :, :n] = attention.split_heads(part[None])
+        seen[0, :, :, n : self.n_seen], seen[1, :, :, n : self.n_seen] = cache.key, cache.value
+        self.seen = seen.flatten(1, 2)  # [2, B H, n + S + more, d_head]
+        self.mask = seen.new_zeros(1, 1, seen.shape[3])  # added to the scores: 0, and -inf at padding
+        if real_keys is not None:
+            mask = seen.new_zeros(real_keys.shape).masked_fill(~real_keys, -math.inf)
+            self.mask = F.pad(mask, (n, more)).repeat_interleave(self.n_heads, dim=0)[:, None]
+
+    def __call__(self, residual: Float[Tensor, "B d_model"], x: Float[Tensor, "B d_model"]) -> Tensor:
+        """residual + what attention makes of x, [B, d_model]; the key and value of x are noted."""
+        qkv = self.read(x).view(-1, 3, self.n_heads, self.d_head).transpose(0, 1).flatten(1, 2)  # [3, B H, d_head]
+        self.seen.select(2, self.n_seen).copy_(qkv.narrow(0, 1, 2))
+        self.n_seen += 1
+        keys, values = self.seen.narrow(2, 0, self.n_seen).unbind()  # [B H, n + S, d_head]
+        query, mask = qkv.select(0, 0).unsqueeze(1), self.mask.narrow(2, 0, self.n_seen)
+        scores = torch.baddbmm(mask, query, keys.mT, alpha=1 / math.sqrt(self.d_head))  # [B H, 1, n + S]
+        heads = torch.bmm(scores.softmax(dim=-1), values)  # [B H, 1, d_head]
+        return self.output.added_to(residual, heads.view(x.shape))
+
+
+class FastBlock:
+    """A block for one new token a row. Arguments and errors as in `FastAttention`; its norms may be wrapped."""
+
+    def __init__(self, block: nn.Module, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
+        known(block if type(block) is Block and type(block.feedforward) is FeedForward else None)
+        self.pre_norm, self.activation = block.pre_norm, block.feedforward.activation
+        self.norm_attention, self.norm_feedforward = block.norm_attention.forward, block.norm_feedforward.forward
+        self.attention = FastAttention(block.attention, cache, real_keys, more)
+        relaid = relaying_pays(len(cache.key), more)
+        self.up = ThinLinear(known(linear_map(block.feedforward.up)), relaid=relaid)
+        self.down = ThinLinear(known(linear_map(block.feedforward.down)), relaid=relaid)
+
+    def __call__(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
+        """As `Block.forward`, for the newest position."""
+        if self.pre_norm:
+            x = self.attention(x, self.norm_attention(x))
+            return self.down.added_to(x, self.bent(self.norm_feedforward(x)))
+        x = self.norm_attention(self.attention(x, x))
+        return self.norm_feedforward(self.down.added_to(x, self.bent(x)))
+
+    def bent(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_ff"]:
+        """The hidden layer of the FFN."""
+        return activate(self.up(x), self.activation, in_place=True)
+
+
+class FastSteps:
+    """A model for one new token a row; see the head of this file. Errors as in `FastAttention`.
+
+    Args:
+        model: a decoder.
+        cache: what it has read so far.
+        more: how many tokens will come.
+    """
+
+    def __init__(self, model: nn.Module, cache: KVCache, more: int):
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        mixed = torch.is_autocast_enabled(cache.layers[0].key.device.type)
+        known(None if hooks or mixed or model.config.attention != "fused" else model)
+        self.model, self.cache = model, cache
+        self.blocks = [
+            FastBlock(block, layer, cache.real_keys, more)
+            for block, layer in zip(model.blocks, cache.layers, strict=True)
+        ]
+        self.head, self.scale = model.lm_head, 1.0
+        if type(model.head) is LMHead:
+            relaid = relaying_pays(len(cache.layers[0].key), more)
+            self.head = ThinLinear((model.embedding.token.weight, None), relaid=relaid)
+            self.scale = model.head.logit_scale
+
+    @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
+    def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
+        """The scores of the word that follows the newest one of each row."""
+        x = self.model.embedding(words, cache=self.cache)[:, 0]
+        self.cache.count(1, None)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.model.norm(x))
+        return logits if self.scale == 1.0 else logits * self.scale
+
+
+FEWEST_STEPS = 4  # measured: with fewer, laying out takes longer than it saves
+
+
+def fast_steps(model: nn.Module, cache: KVCache, more: int) -> FastSteps | None:
+    """The fast form of `more` steps behind this cache; None where the plain one is needed, or as good."""
+    if more < FEWEST_STEPS:
+        return None
+    try:
+        return FastSteps(model, cache, more)
+    except LookupError:
+        return None
