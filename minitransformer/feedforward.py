@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from minitransformer.config import TransformerConfig
 
 
-def activate(x: Float[Tensor, "*shape"], activation: str) -> Float[Tensor, "*shape"]:
-    """Apply "gelu" (x Phi(x), exact), "gelu_tanh" (GPT-2's approximation of it) or "relu" elementwise."""
+def activate(x: Float[Tensor, "*shape"], activation: str, in_place: bool = False) -> Float[Tensor, "*shape"]:
+    """Apply "gelu" (x Phi(x), exact), "gelu_tanh" (GPT-2's approximation of it) or "relu" elementwise.
+
+    With `in_place` x may be overwritten, which "relu" does: its gradient needs the output only.
+    """
     if activation == "relu":
-        return F.relu(x)
+        return F.relu(x, inplace=in_place)
     if activation == "gelu":
         return F.gelu(x)
     if activation == "gelu_tanh":
@@ -41,4 +44,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T d_model"]) -> Float[Tensor, "B T d_model"]:
         """Widen, bend, narrow."""
-        return self.down(activate(self.up(x), self.activation))
+        nobody_else_has_it = type(self.up) is nn.Linear and not self.up._forward_hooks
+        return self.down(activate(self.up(x), self.activation, in_place=nobody_else_has_it))

@@ -28,12 +28,12 @@ from jobs import (
     without_gradient,
 )
 from safetensors.torch import load_file
-from torch import nn
 
 import peft
 from minitransformer import Transformer, TransformerConfig
+from minitransformer.fast_generation import ThinLinear, linear_map, relaying_pays
+from minitransformer.objectives import answer_loss, word_score
 from minitransformer.tasks.dataset import Dataset
-from minitransformer.training import answer_loss
 
 CONFIG = TransformerConfig(**SIZES, max_len=MAX_LEN, activation="relu")
 LORA = peft.LoRA(rank=RANK, alpha=ALPHA)
@@ -64,9 +64,8 @@ def with_method(method: peft.Method | None) -> Transformer:
 
 
 def next_word_loss(model: Transformer, batch: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every next word in nats, without the count of right answers that `next_token_loss` adds."""
-    hidden = model.hidden(batch)[:, :-1].flatten(0, 1)
-    return F.cross_entropy(model.lm_head(hidden), batch[:, 1:].flatten())
+    """Cross-entropy of every next word in nats."""
+    return word_score(model, model.hidden(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).loss
 
 
 def training(method: peft.Method | None) -> Job:
@@ -107,20 +106,25 @@ def generation(rows: int) -> Job:
 
 def products(rows: int, lengths: Sequence[int], last_only: bool = False) -> Job:
     """What no implementation can leave out of passes over so many new tokens each: the product with every weight, and
-    attention. Nothing lies between them: no norm, no activation, no sum, no cache that is written."""
-    model, d_head = base(), SIZES["d_model"] // SIZES["n_heads"]
-    weights = [(layer.weight, layer.bias) for layer in model.modules() if isinstance(layer, nn.Linear)]
-    inputs = {(n, d): torch.randn(rows, n, d) for n in {1, *lengths} for d in (SIZES["d_model"], SIZES["d_ff"])}
-    keys = torch.randn(rows, SIZES["n_heads"], sum(lengths), d_head)
+    attention. Nothing lies between them: no norm, no activation, no sum, no cache that is written. The weights are laid
+    out beforehand as is best for so many rows."""
+    model, n_heads, d_head = base(), SIZES["n_heads"], SIZES["d_model"] // SIZES["n_heads"]
+    lay_out = partial(ThinLinear, relaid=relaying_pays(rows, len(lengths)))
+    parts = [(b.attention, b.feedforward) for b in model.blocks]
+    groups = [g for a, f in parts for g in ((a.query, a.key, a.value), (a.output,), (f.up,), (f.down,))]
+    maps = [lay_out(*map(linear_map, group)) for group in groups]
+    head = lay_out((model.embedding.token.weight, None))
+    inputs = {(n, d): torch.randn(rows * n, d) for n in {1, *lengths} for d in (SIZES["d_model"], SIZES["d_ff"])}
+    keys = torch.randn(rows, n_heads, sum(lengths), d_head)
 
     def run() -> None:
         for new, seen in zip(lengths, accumulate(lengths), strict=True):
             q, k = keys[:, :, seen - new : seen], keys[:, :, :seen]
-            for weight, bias in weights:
-                F.linear(inputs[new, weight.shape[1]], weight, bias)
+            for thin in maps:
+                thin(inputs[new, len(thin.weight)])
             for _ in range(SIZES["n_layers"]):
                 F.scaled_dot_product_attention(q, k, k, is_causal=new > 1)
-            F.linear(inputs[1 if last_only else new, SIZES["d_model"]], model.embedding.token.weight)
+            head(inputs[1 if last_only else new, SIZES["d_model"]])
 
     return without_gradient(run)
 
