@@ -26,7 +26,7 @@ from minitransformer.files import fingerprint
 from minitransformer.generation import evaluation_mode, modes_restored
 from minitransformer.objectives import Objective, Score, answer_logits, answer_loss, label_loss, next_token_loss
 from minitransformer.resume import RunFile, RunState
-from minitransformer.tasks.dataset import Dataset
+from minitransformer.tasks.dataset import Dataset, by_length
 
 __all__ = [
     "History", "Objective", "Score", "answer_logits", "answer_loss", "check_optimizer", "evaluate", "fit", "label_loss",
@@ -261,9 +261,11 @@ def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> f
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Dataset, objective: Objective = answer_loss, batch_size: int = 250
+    model: nn.Module, dataset: Dataset, objective: Objective = answer_loss, batch_size: int = 64
 ) -> dict[str, float]:
     """Mean loss and accuracy over a dataset, with dropout off; every module's mode is restored.
+
+    Rows of like length share a batch, so that little padding is computed.
 
     Several processes take turns with the batches, so all of them must call it; each gets the result of all.
 
@@ -271,10 +273,10 @@ def evaluate(
         ValueError: there is nothing to score.
     """
     loss = correct = count = 0.0
+    order = by_length(dataset)
     with evaluation_mode(model):
         for start in range(rank() * batch_size, len(dataset), n_processes() * batch_size):
-            batch = dataset.rows(torch.arange(start, min(start + batch_size, len(dataset)))).trimmed()
-            score = objective(model, batch)
+            score = objective(model, dataset.rows(order[start : start + batch_size]).trimmed())
             if score.count:  # the mean loss over no answers is NaN
                 loss += score.loss.item() * score.count
                 correct += score.correct
@@ -287,19 +289,18 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, dataset: Dataset, choices: list[int] | None = None, batch_size: int = 250
+    model: nn.Module, dataset: Dataset, choices: list[int] | None = None, batch_size: int = 64
 ) -> Int[Tensor, "N"]:
-    """The answer word of each row: the best of all words, or of `choices` only."""
-    answers = []
+    """The answer word of each row, in the order of the rows: the best of all words, or of `choices` only."""
+    answers = torch.empty_like(dataset.targets)
     with evaluation_mode(model):
-        for start in range(0, len(dataset), batch_size):
-            batch = dataset.rows(torch.arange(start, min(start + batch_size, len(dataset)))).trimmed()
-            logits = answer_logits(model, batch)
+        for rows in by_length(dataset).split(batch_size):
+            logits = answer_logits(model, dataset.rows(rows).trimmed())
             if choices is None:
-                answers.append(logits.argmax(dim=-1))
+                answers[rows] = logits.argmax(dim=-1)
             else:
-                answers.append(torch.tensor(choices)[logits[:, choices].argmax(dim=-1)])
-    return torch.cat(answers)
+                answers[rows] = torch.tensor(choices, device=logits.device)[logits[:, choices].argmax(dim=-1)]
+    return answers
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minitransformer.generation import evaluation_mode
 from minitransformer.heads import SequenceClassifier
 from minitransformer.tasks.batches import batches_of_like_length
-from minitransformer.tasks.dataset import Dataset
+from minitransformer.tasks.dataset import Dataset, by_length
 from minitransformer.tasks.text import TextTask
 from minitransformer.training import History, evaluate, fit, label_loss
 from peft import compare
@@ -28,11 +28,6 @@ from peft.sweep import KEY, MEASURED, Study, identity, measured
 
 BACKBONE = "pretrained"
 COLUMNS = (*KEY, *MEASURED)
-
-
-def by_length(dataset: Dataset) -> Int[Tensor, "N"]:
-    """The numbers of the rows, short ones first: cut into batches in this order, little padding is computed."""
-    return dataset.lengths.argsort(stable=True)
 
 
 class StoredFeatures(nn.Module):
@@ -123,7 +118,7 @@ def steps_in_an_epoch(task: TextTask) -> int:
 
 def score(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """Loss and accuracy on a split."""
-    return evaluate(model, dataset.rows(by_length(dataset)), objective=label_loss, batch_size=64)
+    return evaluate(model, dataset, objective=label_loss)
 
 
 def file_bytes(model: nn.Module) -> int:
