@@ -13,10 +13,12 @@ Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and 
 
 Differs from the plain form (`Block.forward` behind a `KVCache`): in rounding only. It serves blocks whose maps are
 linear: plain ones, and wrappers that say so by `as_linear` or `as_attention`. While it is in use, some of the weights
-are there twice, and a change of the model goes unnoticed.
+are there twice, and a change of the model goes unnoticed. The cache is taken over, and cannot be read on by the model.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,35 +30,42 @@ from minitransformer.block import Block
 from minitransformer.cache import KVCache, LayerCache
 from minitransformer.feedforward import FeedForward, activate
 from minitransformer.heads import LMHead
+from minitransformer.hooks import is_watched
 
 LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
 KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
+FULL_PRECISION = (torch.float32, torch.float64)  # 16 bits would round a small change of a weight away
+
+
+class PlainFormNeededError(Exception):
+    """The model computes something that the fast form does not know."""
 
 
 def linear_map(module: nn.Module) -> LinearMap | None:
     """The weight and the bias by which a module acts at present; None if it does not say, or is no linear map.
 
-    A wrapper says so by a method `as_linear` that returns the same.
+    A wrapper says so by a method `as_linear` that returns the same. Its very class must have it: what a subclass
+    computes, its parent cannot know.
     """
     if type(module) is nn.Linear:
         return module.weight, module.bias
-    return module.as_linear() if hasattr(module, "as_linear") else None
+    return module.as_linear() if "as_linear" in vars(type(module)) else None
 
 
 def plain_attention(module: nn.Module) -> tuple[Attention, KeysAndValues | None] | None:
     """The attention layer in a module, and extra keys and values in front of it; None if it computes anything else.
 
-    A wrapper says so by a method `as_attention` that returns the same.
+    A wrapper says so by a method `as_attention` of its very class that returns the same.
     """
     if type(module) is Attention:
         return module, None
-    return module.as_attention() if hasattr(module, "as_attention") else None
+    return module.as_attention() if "as_attention" in vars(type(module)) else None
 
 
 def known(found):
-    """`found`, unless it is None: then this form cannot stand in for the plain one, and LookupError is raised."""
+    """`found`, unless it is None: then PlainFormNeededError is raised."""
     if found is None:
-        raise LookupError("the plain form is needed")
+        raise PlainFormNeededError
     return found
 
 
@@ -94,31 +103,46 @@ class ThinLinear:
         return out if self.bias is None else out.add_(self.bias)
 
 
+class Parts(NamedTuple):
+    """What a block amounts to."""
+
+    attention: Attention
+    extra: KeysAndValues | None
+    read: tuple[LinearMap, ...]  # query, key, value
+    output: LinearMap
+    up: LinearMap
+    down: LinearMap
+
+
+def parts_of(block: nn.Module) -> Parts:
+    """What the block amounts to; PlainFormNeededError if it is more than linear maps and attention."""
+    plain = type(block) is Block and type(block.feedforward) is FeedForward
+    attention, extra = known(plain_attention(block.attention) if plain else None)
+    ffn = block.feedforward
+    maps = [attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down]
+    query, key, value, *others = [known(linear_map(part)) for part in maps]
+    return Parts(attention, extra, (query, key, value), *others)
+
+
 class FastAttention:
     """Attention from the newest token of each row to all that it may see, which is kept here.
 
     Args:
-        attention: plain, or wrapped in what `plain_attention` knows.
+        parts: of the block.
         cache: the keys and values of all earlier tokens.
         real_keys: which of those are real tokens, [B, S]; None: all of them.
         more: how many tokens will come.
-
-    Raises:
-        LookupError: the layer computes something that this form does not know.
     """
 
-    def __init__(self, attention: nn.Module, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
-        attention, extra = known(plain_attention(attention))
+    def __init__(self, parts: Parts, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
         n_rows, self.n_heads, n_tokens, self.d_head = cache.key.shape
         relaid = relaying_pays(n_rows, more)
-        parts = (attention.query, attention.key, attention.value)
-        self.read = ThinLinear(*(known(linear_map(part)) for part in parts), relaid=relaid)
-        self.output = ThinLinear(known(linear_map(attention.output)), relaid=relaid)
-        n = 0 if extra is None else len(extra[0])
+        self.read, self.output = ThinLinear(*parts.read, relaid=relaid), ThinLinear(parts.output, relaid=relaid)
+        n = 0 if parts.extra is None else len(parts.extra[0])
         self.n_seen = n + n_tokens
         seen = cache.key.new_empty(2, n_rows, self.n_heads, self.n_seen + more, self.d_head)
-        for place, part in enumerate(() if extra is None else extra):
-            seen[place, :, :, :n] = attention.split_heads(part[None])
+        for place, extra in enumerate(() if parts.extra is None else parts.extra):
+            seen[place, :, :, :n] = parts.attention.split_heads(extra[None])
         seen[0, :, :, n : self.n_seen], seen[1, :, :, n : self.n_seen] = cache.key, cache.value
         self.seen = seen.flatten(1, 2)  # [2, B H, n + S + more, d_head]
         self.mask = seen.new_zeros(1, 1, seen.shape[3])  # added to the scores: 0, and -inf at padding
@@ -139,16 +163,14 @@ class FastAttention:
 
 
 class FastBlock:
-    """A block for one new token a row. Arguments and errors as in `FastAttention`; its norms may be wrapped."""
+    """A block for one new token a row; arguments as in `FastAttention`. Its norms may be wrapped."""
 
-    def __init__(self, block: nn.Module, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
-        known(block if type(block) is Block and type(block.feedforward) is FeedForward else None)
+    def __init__(self, block: Block, parts: Parts, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
         self.pre_norm, self.activation = block.pre_norm, block.feedforward.activation
-        self.norm_attention, self.norm_feedforward = block.norm_attention.forward, block.norm_feedforward.forward
-        self.attention = FastAttention(block.attention, cache, real_keys, more)
+        self.norm_attention, self.norm_feedforward = for_rows(block.norm_attention), for_rows(block.norm_feedforward)
+        self.attention = FastAttention(parts, cache, real_keys, more)
         relaid = relaying_pays(len(cache.key), more)
-        self.up = ThinLinear(known(linear_map(block.feedforward.up)), relaid=relaid)
-        self.down = ThinLinear(known(linear_map(block.feedforward.down)), relaid=relaid)
+        self.up, self.down = ThinLinear(parts.up, relaid=relaid), ThinLinear(parts.down, relaid=relaid)
 
     def __call__(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
         """As `Block.forward`, for the newest position."""
@@ -163,38 +185,51 @@ class FastBlock:
         return activate(self.up(x), self.activation, in_place=True)
 
 
+def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The norm for [B, d_model]; a wrapped one may count on [B, T, d_model], and gets it."""
+    return norm.forward if type(norm) in (nn.LayerNorm, nn.Identity) else lambda x: norm(x[:, None])[:, 0]
+
+
 class FastSteps:
-    """A model for one new token a row; see the head of this file. Errors as in `FastAttention`.
+    """A model for one new token a row; see the head of this file.
 
     Args:
         model: a decoder.
-        cache: what it has read so far.
+        cache: what it has read so far; its keys and values are taken out of it.
         more: how many tokens will come.
+
+    Raises:
+        PlainFormNeededError: the model computes something that this form does not know.
     """
 
     def __init__(self, model: nn.Module, cache: KVCache, more: int):
-        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        mixed = torch.is_autocast_enabled(cache.layers[0].key.device.type)
-        known(None if hooks or mixed or model.config.attention != "fused" else model)
+        from minitransformer.transformer import Transformer  # late, since it imports this file
+
+        plain = type(model) is Transformer and model.config.attention == "fused" and not is_watched(*model.modules())
+        filled = plain and len(model.blocks) == len(cache.layers) and all(own.key is not None for own in cache.layers)
+        known(model if filled and not torch.is_autocast_enabled(cache.layers[0].key.device.type) else None)
+        parts = [parts_of(block) for block in model.blocks]  # all are known before anything is laid out
+        n_rows = len(cache.layers[0].key)
         self.model, self.cache = model, cache
         self.blocks = [
-            FastBlock(block, layer, cache.real_keys, more)
-            for block, layer in zip(model.blocks, cache.layers, strict=True)
+            FastBlock(block, own, layer, cache.real_keys, more)
+            for block, own, layer in zip(model.blocks, parts, cache.layers, strict=True)
         ]
-        self.head, self.scale = model.lm_head, 1.0
+        cache.layers.clear()
+        self.norm, self.head, self.scale = for_rows(model.norm), model.lm_head, 1.0
         if type(model.head) is LMHead:
-            relaid = relaying_pays(len(cache.layers[0].key), more)
-            self.head = ThinLinear((model.embedding.token.weight, None), relaid=relaid)
-            self.scale = model.head.logit_scale
+            words = (model.embedding.token.weight, None)
+            self.head, self.scale = ThinLinear(words, relaid=relaying_pays(n_rows, more)), model.head.logit_scale
 
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
     def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
         """The scores of the word that follows the newest one of each row."""
         x = self.model.embedding(words, cache=self.cache)[:, 0]
         self.cache.count(1, None)
+        self.cache.extend(1, None)
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.model.norm(x))
+        logits = self.head(self.norm(x))
         return logits if self.scale == 1.0 else logits * self.scale
 
 
@@ -207,5 +242,5 @@ def fast_steps(model: nn.Module, cache: KVCache, more: int) -> FastSteps | None:
         return None
     try:
         return FastSteps(model, cache, more)
-    except LookupError:
+    except PlainFormNeededError:
         return None

@@ -7,27 +7,29 @@ logits need never be there all at once; the gradients follow from equation 1 by 
 
     dL/dz = (p - onehot(t)) / N          dL/dh = s (p E - E_t) / N          dL/dE = s (p - onehot(t))ᵀ h / N
 
-The plain form keeps four tensors [N, V]: z, log p, their gradients. This form keeps [rows, V] at a time, small enough
-for a processor's cache, and makes the gradients right there, since the only thing that may still come from above is one
-factor for all.
+The plain form makes four tensors [N, V]: z, log p, and a gradient of each. This form makes [rows, V] at a time, small
+enough for a processor's cache, and the gradients right there, since the only thing that may still come from above is
+one factor for all.
 
 Shapes: h [N, d_model], E [V, d_model], t [N].
 
-Differs from the plain form: in rounding only. It refuses to be differentiated twice, which the plain form can be.
+Differs from the plain form: in rounding only. It refuses to be differentiated twice, and `torch.func` does not see
+through it; the plain form can be both.
 """
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-CHUNK = 2**19  # logits at a time: 2 MiB
+CHUNK = 2**20  # logits at a time: 4 MiB
 WORTH_IT = 2**20  # logits in all: with fewer the plain form is as good
 
 
 def pays(hidden: Tensor, embedding: Tensor) -> bool:
-    """Whether the fast form may stand in for the plain one, and costs less: large, and in one full precision."""
+    """Whether the fast form may stand in for the plain one: in one full precision, not sharded; and costs less."""
+    plain = type(embedding) in (Tensor, nn.Parameter) and not torch.is_autocast_enabled(hidden.device.type)
     full = hidden.dtype == embedding.dtype and hidden.dtype in (torch.float32, torch.float64)
-    return full and len(hidden) * len(embedding) >= WORTH_IT and not torch.is_autocast_enabled(hidden.device.type)
+    return plain and full and len(hidden) * len(embedding) >= WORTH_IT
 
 
 def fast_cross_entropy(
@@ -61,14 +63,14 @@ class FastCrossEntropy(torch.autograd.Function):
             z = torch.mm(h, embedding.T, out=z_room[: len(h)])  # [rows, V]
             p = torch.softmax(z, dim=-1, out=p_room[: len(h)])
             own, highest = z.gather(1, target), z.amax(dim=-1, keepdim=True)
-            # log sum exp z = max z - log max p, in which no logarithm of 0 can occur
-            loss += (highest - p.amax(dim=-1, keepdim=True).log() - own).sum()
+            # log sum exp z = max z - log max p, in which no logarithm of 0 can occur; large numbers meet first
+            loss += ((highest - own) - p.amax(dim=-1, keepdim=True).log()).sum()
             correct += n_right(z, target, own == highest)
             p.scatter_add_(1, target, -torch.ones_like(own))  # p - onehot(t)
             if hidden_learns:
                 torch.mm(p, embedding, out=hidden_gradient[rows]).mul_(scale / n)
             if embedding_learns:
-                embedding_gradient.addmm_(p.T, h, alpha=1 / n)
+                torch.addmm(embedding_gradient, p.T, h, alpha=1 / n, out=embedding_gradient)
         ctx.save_for_backward(hidden_gradient, embedding_gradient)
         ctx.mark_non_differentiable(correct)
         return loss / n, correct

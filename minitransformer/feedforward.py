@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.hooks import is_watched
 
 
 def activate(x: Float[Tensor, "*shape"], activation: str, in_place: bool = False) -> Float[Tensor, "*shape"]:
@@ -44,5 +45,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T d_model"]) -> Float[Tensor, "B T d_model"]:
         """Widen, bend, narrow."""
-        nobody_else_has_it = type(self.up) is nn.Linear and not self.up._forward_hooks
-        return self.down(activate(self.up(x), self.activation, in_place=nobody_else_has_it))
+        if type(self.up) is not nn.Linear or is_watched(self.up):
+            return self.down(activate(self.up(x), self.activation))
+        # Nobody else has the hidden layer, so ReLU may overwrite it; with all rows in one axis it is no view either.
+        hidden = activate(self.up(x.flatten(0, -2)), self.activation, in_place=True)
+        return self.down(hidden.view(*x.shape[:-1], -1))

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from minitransformer.fast_loss import fast_cross_entropy, pays
 from minitransformer.heads import LMHead
+from minitransformer.hooks import is_watched
 from minitransformer.tasks.dataset import Dataset
+from minitransformer.transformer import Transformer
 
 
 @dataclass
@@ -58,11 +60,11 @@ def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
 
 def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]) -> Score:
     """Cross-entropy of words, from the hidden states that should say them: in the fast form where it pays."""
-    head = getattr(model, "head", None)
-    if type(head) is LMHead and pays(hidden, model.embedding.token.weight):
-        loss, correct = fast_cross_entropy(hidden, model.embedding.token.weight, targets, head.logit_scale)
-        return Score(loss, int(correct), len(targets))
-    return _score(model.lm_head(hidden), targets)
+    plain = type(model) is Transformer and type(model.head) is LMHead and not is_watched(model.head)
+    if not plain or not pays(hidden, model.embedding.token.weight):
+        return _score(model.lm_head(hidden), targets)
+    loss, correct = fast_cross_entropy(hidden, model.embedding.token.weight, targets, model.head.logit_scale)
+    return Score(loss, int(correct), len(targets))
 
 
 def _score(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> Score:

@@ -113,6 +113,8 @@ class LoRA(LayerwiseMethod):
 class LoRALinear(MergeableLinear):
     """y = base(x) + (alpha / r) B A dropout(x), with explicit A [r, d_in] and B [d_out, r]."""
 
+    as_linear = MergeableLinear.as_linear
+
     def __init__(self, base: nn.Linear, recipe: LoRA, generator: torch.Generator):
         super().__init__(base)
         self.recipe = recipe

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.fast_generation import LinearMap, linear_map
+from minitransformer.fast_generation import FULL_PRECISION, LinearMap, linear_map
 from peft.method import Wrapper
 
 
@@ -55,14 +55,16 @@ class MergeableLinear(Wrapper):
             self.frozen_weight = None
 
     def as_linear(self) -> LinearMap | None:
-        """Weight and bias by which the map acts in evaluation; None if its precision could not hold the change."""
+        """Weight and bias by which the map acts in evaluation; None if a weight could not hold the change."""
         base = linear_map(self.base)
-        if base is None or (self.enabled and self.merged):
+        if base is None or self.enabled == self.merged:  # it acts as `base` does: merged and on, or neither
             return base
+        if type(self.base) is not nn.Linear or base[0].dtype not in FULL_PRECISION:
+            return None
         if not self.enabled:
-            return self.unmerged_weight(), base[1]
-        same_precision = all(tensor.dtype == base[0].dtype for tensor in self.tensors().values())
-        return (self.changed_weight(), base[1]) if same_precision else None
+            return self.frozen_weight, base[1]
+        same = all(tensor.dtype == base[0].dtype for tensor in self.tensors().values())
+        return (self.changed_weight(), base[1]) if same else None
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """What the frozen map gives, changed; unchanged where the method is disabled."""

@@ -25,6 +25,8 @@ from peft.prefix import PrefixAttention, PrefixTuning
 class ReparameterizedPrefixAttention(PrefixAttention):
     """A `PrefixAttention` whose P_k and P_v come from `source` [n, d_model] through an MLP."""
 
+    as_attention = PrefixAttention.as_attention
+
     def __init__(self, base: Attention, recipe: PrefixTuning, generator: torch.Generator):
         d, h = base.d_model, recipe.reparameterize
         start = {

@@ -85,10 +85,12 @@ def test_generation_is_fast_and_finds_the_same_words(monkeypatch, options, real)
     assert len(set(expected[0].tolist())) > 2
 
 
-def test_the_words_can_be_trained_on_afterwards():
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}], ids=str)
+def test_the_words_can_be_trained_on_afterwards(options):
     """The steps run in inference mode, whose tensors autograd refuses: none of them comes out."""
     model = decoder()
-    tokens = model.generate(TOKENS, 3)
+    assert steps(model, more=7)[0] is not None
+    tokens = model.generate(TOKENS, 8, **options)
     assert not tokens.is_inference()
     model(tokens).sum().backward()
 
@@ -97,10 +99,28 @@ def hooked(model):
     model.blocks[0].norm_attention.register_forward_hook(lambda *_: None)
 
 
+def hooked_before(model):
+    model.blocks[1].feedforward.register_forward_pre_hook(lambda *_: None)
+
+
+def hooked_behind(model):
+    model.head.register_full_backward_hook(lambda *_: None)
+
+
 def written_out(model):
     for block in model.blocks:
         block.attention.implementation = "written_out"
     model.config = TransformerConfig(**CONFIG, attention="written_out")
+
+
+class Louder(Transformer):
+    def lm_head(self, hidden):
+        return super().lm_head(hidden).roll(1, dims=-1)
+
+
+class Skipped(nn.Module):
+    def forward(self, x, *_):
+        return x
 
 
 class Doubled(nn.Module):
@@ -125,6 +145,11 @@ def doubled(*path):
 
 UNKNOWN = {
     "a hook": hooked,
+    "a hook in front": hooked_before,
+    "a hook for the gradient": hooked_behind,
+    "a subclass": lambda model: setattr(model, "__class__", Louder),
+    "a block that is left out": lambda model: model.blocks.__setitem__(0, Skipped()),
+    "a block that is gone": lambda model: model.blocks.__delitem__(1),
     "written-out attention": written_out,
     "another attention": doubled("attention"),
     "another feed-forward network": doubled("feedforward"),
@@ -139,7 +164,7 @@ UNKNOWN = {
 def test_what_it_does_not_know_is_left_to_the_plain_form(case):
     model = decoder()
     UNKNOWN[case](model)
-    assert steps(model)[0] is None
+    assert steps(model)[0] is None and len(steps(model)[1].layers) == CONFIG["n_layers"]
     expected = model.generate(TOKENS, 5, use_cache=False)
     assert torch.equal(model.generate(TOKENS, 5), expected)
 
@@ -148,10 +173,39 @@ def test_a_few_words_are_not_worth_a_new_layout():
     assert steps(decoder(), more=3)[0] is None and steps(decoder(), more=4)[0] is not None
 
 
+def test_a_hook_for_all_modules_is_not_bypassed():
+    model = decoder()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert steps(model)[0] is None
+    finally:
+        handle.remove()
+    assert steps(model)[0] is not None
+
+
+def test_the_cache_is_taken_over_and_not_kept_beside():
+    model, cache = decoder(), KVCache(CONFIG["n_layers"])
+    with torch.no_grad():
+        model.hidden(TOKENS, cache=cache)
+        fast = fast_steps(model, cache, 5)
+    assert not cache.layers and cache.n_keys == cache.n_tokens == 4
+    fast(WORDS[0])
+    assert cache.n_keys == cache.n_tokens == 5
+
+
+class RowByRow(Doubled):
+    """A norm that tells rows and positions apart."""
+
+    def forward(self, x):
+        B, _, _ = x.shape
+        return torch.arange(1, B + 1)[:, None, None] * self.base(x)
+
+
 def test_a_norm_that_is_wrapped_is_called():
     model = decoder()
-    model.blocks[0].norm_attention = Doubled(model.blocks[0].norm_attention)
-    model.norm = Doubled(model.norm)
+    model.blocks[0].norm_attention = RowByRow(model.blocks[0].norm_attention)
+    model.blocks[1].norm_feedforward = RowByRow(model.blocks[1].norm_feedforward)
+    model.norm = RowByRow(model.norm)
     fast, cache = steps(model)
     torch.testing.assert_close(fast(WORDS[0]), plainly(model, WORDS[0], cache, None))
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference.random_weights import randomize
+from torch import nn
 
 from minitransformer import Transformer, TransformerConfig, fast_loss
 from minitransformer.fast_loss import fast_cross_entropy, pays
+from minitransformer.heads import LMHead
 from minitransformer.objectives import next_token_loss, word_score
 from minitransformer.tasks import Dataset
 
@@ -106,6 +108,14 @@ def test_words_that_are_all_but_impossible_have_their_finite_loss(size):
     assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
 
 
+def test_the_loss_of_a_sure_and_right_word_keeps_its_digits():
+    """The loss is a small difference of large numbers: the large ones must meet first."""
+    for size in (1e2, 1e4):
+        hidden, embedding = torch.tensor([[1.0]]), torch.tensor([[size], [size - 5]])
+        loss, correct = fast_cross_entropy(hidden, embedding, torch.tensor([0]))
+        assert loss.item() == pytest.approx(np.log1p(np.exp(-5)), rel=1e-4) and correct == 1
+
+
 def test_of_equally_high_words_the_first_counts_as_the_answer():
     hidden, embedding = torch.zeros(3, D), torch.randn(V, D)
     assert fast_cross_entropy(hidden, embedding, torch.tensor([0, 1, 6]))[1] == 1
@@ -113,9 +123,8 @@ def test_of_equally_high_words_the_first_counts_as_the_answer():
 
 def test_a_nan_in_the_hidden_states_is_a_nan_in_the_loss():
     hidden, embedding, targets = tensors(torch.float32)
-    assert fast_cross_entropy(hidden.detach().masked_fill(torch.arange(D) == 1, torch.nan), embedding, targets)[
-        0
-    ].isnan()
+    broken = hidden.detach().masked_fill(torch.arange(D) == 1, torch.nan)
+    assert fast_cross_entropy(broken, embedding, targets)[0].isnan()
 
 
 def test_it_pays_where_there_are_many_logits_in_full_precision():
@@ -154,6 +163,32 @@ def test_a_model_learns_the_same_by_either_form(monkeypatch, changes):
     assert (quickly.correct, quickly.count) == (plainly.correct, plainly.count)
     for one, other in zip([quickly.loss, *got], [plainly.loss, *expected], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+class HalfAsSure(Transformer):
+    def lm_head(self, hidden):
+        return super().lm_head(hidden) / 2
+
+
+@pytest.mark.parametrize("how", ["a subclass", "a hook on the head", "a hook on everything"])
+def test_a_head_that_somebody_changed_takes_the_plain_form(monkeypatch, how):
+    monkeypatch.setattr(fast_loss, "WORTH_IT", 1)
+    model, batch = model_and_batch()
+    expected = F.cross_entropy(model(batch.tokens)[:, 0] / 2, batch.targets)
+    handle = None
+    if how == "a subclass":
+        model.__class__ = HalfAsSure
+    elif how == "a hook on the head":
+        handle = model.head.register_forward_hook(lambda *arguments: arguments[-1] / 2)
+    else:
+        hook = lambda module, _, out: out / 2 if type(module) is LMHead else None  # noqa: E731
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        loss = word_score(model, model.hidden(batch.tokens)[:, 0], batch.targets).loss
+    finally:
+        if handle is not None:
+            handle.remove()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_another_head_takes_the_plain_form(monkeypatch):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from reference.numpy_transformer import ACTIVATIONS
 from reference.random_weights import randomize
+from torch import nn
 
 from minitransformer import TransformerConfig
 from minitransformer.feedforward import FeedForward, activate
@@ -28,6 +29,61 @@ def test_the_network_is_two_linear_maps_round_the_activation(name):
     up_w, up_b, down_w, down_b = (p.detach().numpy() for p in network.parameters())
     expected = ACTIVATIONS[name](x.numpy() @ up_w.T + up_b) @ down_w.T + down_b
     np.testing.assert_allclose(network(x).detach(), expected, atol=1e-12)
+
+
+def relu_network():
+    config = TransformerConfig(vocab_size=5, max_len=9, d_model=6, n_heads=1, d_ff=7, activation="relu")
+    return randomize(FeedForward(config)).double(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+
+def test_overwriting_changes_no_gradient():
+    network, x = relu_network()
+    wanted = [x, *network.parameters()]
+    plain = network.down(torch.relu(network.up(x))).square().sum()
+    for got, expected in zip(
+        torch.autograd.grad(network(x).square().sum(), wanted), torch.autograd.grad(plain, wanted), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("of_all", [False, True], ids=["of the map", "of all modules"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_what_a_hook_keeps_is_not_overwritten(of_all, gradient):
+    network, x = relu_network()
+    kept = []
+    register = nn.modules.module.register_module_forward_hook if of_all else network.up.register_forward_hook
+    handle = register(lambda module, _, out: kept.append(out) if module is network.up else None)
+    try:
+        with torch.set_grad_enabled(gradient):
+            network(x)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(kept[0], network.up(x))
+    assert kept[0].min() < 0
+
+
+def test_a_hook_for_the_gradient_still_gets_it():
+    network, x = relu_network()
+    seen = []
+    network.up.register_full_backward_hook(lambda module, given, received: seen.append(received[0].shape))
+    network(x).sum().backward()
+    assert seen == [(2, 3, 7)]
+
+
+def test_a_wrapper_round_the_map_gets_the_rows_as_they_are():
+    network, x = relu_network()
+
+    class PerRow(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return torch.arange(1, 3)[:, None, None] * self.base(x)
+
+    expected = network.down(torch.relu(torch.arange(1, 3)[:, None, None] * network.up(x)))
+    network.up = PerRow(network.up)
+    torch.testing.assert_close(network(x), expected)
 
 
 def test_an_unknown_activation_is_refused():

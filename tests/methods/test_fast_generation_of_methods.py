@@ -9,6 +9,8 @@ import peft
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.cache import KVCache
 from minitransformer.fast_generation import fast_steps, linear_map
+from peft.lora import LoRALinear
+from peft.prefix import PrefixAttention
 
 CONFIG = {"vocab_size": 23, "max_len": 40, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24}
 TOKENS = torch.tensor([[3, 1, 4, 1], [0, 0, 5, 9], [0, 0, 0, 2]])
@@ -72,12 +74,52 @@ def test_merged_methods_generate_as_before_and_disabled_as_the_base(name):
         assert compare(model)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["attached to it", "made so afterwards"])
 @pytest.mark.parametrize("name", ["lora", "dora", "bitfit", "ia3"])
-def test_a_change_that_half_precision_would_round_away_keeps_the_plain_form(name):
-    model = with_methods(name, torch.bfloat16)
-    assert not compare(model)
+def test_a_change_that_half_precision_would_round_away_keeps_the_plain_form(name, late):
+    model = with_methods(name) if late else with_methods(name, torch.bfloat16)
+    assert not compare(model.bfloat16() if late else model)
     with peft.disabled(model):
-        assert all(map_.dtype == torch.bfloat16 for map_ in linear_map(model.blocks[0].attention.value)[:1])
+        assert linear_map(model.blocks[0].attention.value)[0].dtype == torch.bfloat16
+
+
+class Squashed(LoRALinear):
+    def forward(self, x):
+        return self.base(x) + torch.tanh(self.update(x))
+
+
+class TwiceThePrefix(PrefixAttention):
+    def forward(self, *arguments):
+        return 2 * super().forward(*arguments)
+
+
+@pytest.mark.parametrize("name, kind", [("lora", Squashed), ("prefix kv", TwiceThePrefix)])
+def test_a_subclass_that_computes_otherwise_keeps_the_plain_form(name, kind):
+    model = with_methods(name)
+    for module in list(model.modules()):
+        if isinstance(module, LoRALinear | PrefixAttention):
+            module.__class__ = kind
+    assert not compare(model)
+    assert torch.equal(model.generate(TOKENS, 8), model.generate(TOKENS, 8, use_cache=False))
+
+
+class OtherLoRA(LoRALinear):
+    """Of another kind, so that it may stand at the same place."""
+
+    as_linear = LoRALinear.as_linear
+
+
+def test_two_changes_of_one_weight_keep_the_plain_form():
+    model = with_methods("lora")
+    query = model.blocks[0].attention.query
+    outer = OtherLoRA(query.base, query.recipe, torch.Generator().manual_seed(5)).double()
+    outer.base = query
+    with torch.no_grad():
+        outer.B.normal_()
+    model.blocks[0].attention.query = outer
+    assert linear_map(outer) is None and not compare(model)
+    outer.enabled = False
+    assert linear_map(outer)[0] is not query.base.weight and compare(model)
 
 
 def test_what_wraps_an_unknown_module_is_unknown():
