@@ -1,7 +1,7 @@
 """The next-word loss's fast form: LM head and cross-entropy in one, a few hundred words at a time.
 
-Source: Wijmans et al. 2025, "Cut Your Losses in Large-Vocabulary Language Models", section 3, for the idea that the
-logits need never be there all at once; the gradients follow from equation 1 by the chain rule.
+Source: Wijmans et al. 2025, "Cut Your Losses in Large-Vocabulary Language Models" (its abstract), for the idea that the
+logits need never be there all at once; the gradients follow from the cross-entropy by the chain rule.
 
     z = s E h              L = mean (log sum_v exp z_v - z_t)              p = softmax(z),  t the right word
 
