@@ -24,6 +24,7 @@ from tqdm import tqdm
 from minitransformer.distributed import data_parallel, is_writer, n_processes, rank, total
 from minitransformer.files import fingerprint
 from minitransformer.generation import evaluation_mode, modes_restored
+from minitransformer.memory import keep_freed_memory
 from minitransformer.objectives import Objective, Score, answer_logits, answer_loss, label_loss, next_token_loss
 from minitransformer.resume import RunFile, RunState
 from minitransformer.tasks.dataset import Dataset, by_length
@@ -120,6 +121,7 @@ def fit(
         optimizer = torch.optim.AdamW(trainable.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     check_optimizer(model, optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
+    keep_freed_memory()
     warmup = min(100, steps // 20) if warmup is None else warmup
     run_file = None
     if checkpoint is not None:

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 import peft
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.fast_generation import ThinLinear, linear_map, relaying_pays
+from minitransformer.memory import keep_freed_memory
 from minitransformer.objectives import answer_loss, word_score
 from minitransformer.tasks.dataset import Dataset
 
@@ -161,4 +162,5 @@ JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.i
 }
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as `fit` does
     serve(JOBS, int(sys.argv[1]), "this repository")
