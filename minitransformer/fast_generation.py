@@ -34,7 +34,6 @@ from minitransformer.hooks import is_watched
 
 LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
 KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
-FULL_PRECISION = (torch.float32, torch.float64)  # 16 bits would round a small change of a weight away
 
 
 class PlainFormNeededError(Exception):
@@ -60,6 +59,11 @@ def plain_attention(module: nn.Module) -> tuple[Attention, KeysAndValues | None]
     if type(module) is Attention:
         return module, None
     return module.as_attention() if "as_attention" in vars(type(module)) else None
+
+
+def can_hold(weight: Tensor, *changes: Tensor) -> bool:
+    """Whether these changes can be written into the weight: 16 bits would round a small one away."""
+    return weight.dtype in (torch.float32, torch.float64) and all(change.dtype == weight.dtype for change in changes)
 
 
 def known(found):
@@ -132,11 +136,11 @@ class FastAttention:
         cache: the keys and values of all earlier tokens.
         real_keys: which of those are real tokens, [B, S]; None: all of them.
         more: how many tokens will come.
+        relaid: as in `ThinLinear`.
     """
 
-    def __init__(self, parts: Parts, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
+    def __init__(self, parts: Parts, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int, relaid: bool):
         n_rows, self.n_heads, n_tokens, self.d_head = cache.key.shape
-        relaid = relaying_pays(n_rows, more)
         self.read, self.output = ThinLinear(*parts.read, relaid=relaid), ThinLinear(parts.output, relaid=relaid)
         n = 0 if parts.extra is None else len(parts.extra[0])
         self.n_seen = n + n_tokens
@@ -165,11 +169,18 @@ class FastAttention:
 class FastBlock:
     """A block for one new token a row; arguments as in `FastAttention`. Its norms may be wrapped."""
 
-    def __init__(self, block: Block, parts: Parts, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int):
+    def __init__(
+        self,
+        block: Block,
+        parts: Parts,
+        cache: LayerCache,
+        real_keys: Bool[Tensor, "B S"] | None,
+        more: int,
+        relaid: bool,
+    ):
         self.pre_norm, self.activation = block.pre_norm, block.feedforward.activation
         self.norm_attention, self.norm_feedforward = for_rows(block.norm_attention), for_rows(block.norm_feedforward)
-        self.attention = FastAttention(parts, cache, real_keys, more)
-        relaid = relaying_pays(len(cache.key), more)
+        self.attention = FastAttention(parts, cache, real_keys, more, relaid)
         self.up, self.down = ThinLinear(parts.up, relaid=relaid), ThinLinear(parts.down, relaid=relaid)
 
     def __call__(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
@@ -209,17 +220,17 @@ class FastSteps:
         filled = plain and len(model.blocks) == len(cache.layers) and all(own.key is not None for own in cache.layers)
         known(model if filled and not torch.is_autocast_enabled(cache.layers[0].key.device.type) else None)
         parts = [parts_of(block) for block in model.blocks]  # all are known before anything is laid out
-        n_rows = len(cache.layers[0].key)
+        relaid = relaying_pays(len(cache.layers[0].key), more)
         self.model, self.cache = model, cache
         self.blocks = [
-            FastBlock(block, own, layer, cache.real_keys, more)
+            FastBlock(block, own, layer, cache.real_keys, more, relaid)
             for block, own, layer in zip(model.blocks, parts, cache.layers, strict=True)
         ]
         cache.layers.clear()
         self.norm, self.head, self.scale = for_rows(model.norm), model.lm_head, 1.0
         if type(model.head) is LMHead:
-            words = (model.embedding.token.weight, None)
-            self.head, self.scale = ThinLinear(words, relaid=relaying_pays(n_rows, more)), model.head.logit_scale
+            self.head = ThinLinear((model.embedding.token.weight, None), relaid=relaid)
+            self.scale = model.head.logit_scale
 
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
     def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:

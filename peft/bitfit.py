@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from minitransformer.fast_generation import FULL_PRECISION, LinearMap, linear_map
+from minitransformer.fast_generation import LinearMap, can_hold, linear_map
 from peft.functional import shifted
 from peft.method import LayerwiseMethod, Wrapper, parameter_like
 from peft.sites import in_layers, layer_of, matches
@@ -80,8 +80,7 @@ class ShiftedBias(Wrapper):
         base = linear_map(self.base)
         if not self.enabled or base is None:
             return base
-        fits = base[0].dtype == self.delta_bias.dtype and base[0].dtype in FULL_PRECISION
-        return (base[0], base[1] + self.delta_bias) if fits else None
+        return (base[0], base[1] + self.delta_bias) if can_hold(base[0], self.delta_bias) else None
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Ben Zaken et al. 2022, section 3."""

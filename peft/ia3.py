@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minitransformer.block import Block
 from minitransformer.config import TransformerConfig
-from minitransformer.fast_generation import FULL_PRECISION, LinearMap, linear_map
+from minitransformer.fast_generation import LinearMap, can_hold, linear_map
 from peft.functional import rescaled
 from peft.method import LayerwiseMethod, Wrapper, parameter_like
 from peft.sites import in_layers
@@ -72,7 +72,7 @@ class Rescaled(Wrapper):
         if not self.enabled or base is None:
             return base
         weight, bias = base
-        if weight.dtype != self.scale.dtype or weight.dtype not in FULL_PRECISION:
+        if not can_hold(weight, self.scale):
             return None
         if self.side == "input":
             return weight * self.scale, bias

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.fast_generation import FULL_PRECISION, LinearMap, linear_map
+from minitransformer.fast_generation import LinearMap, can_hold, linear_map
 from peft.method import Wrapper
 
 
@@ -59,12 +59,9 @@ class MergeableLinear(Wrapper):
         base = linear_map(self.base)
         if base is None or self.enabled == self.merged:  # it acts as `base` does: merged and on, or neither
             return base
-        if type(self.base) is not nn.Linear or base[0].dtype not in FULL_PRECISION:
+        if type(self.base) is not nn.Linear or not can_hold(base[0], *self.tensors().values()):
             return None
-        if not self.enabled:
-            return self.frozen_weight, base[1]
-        same = all(tensor.dtype == base[0].dtype for tensor in self.tensors().values())
-        return (self.changed_weight(), base[1]) if same else None
+        return self.changed_weight() if self.enabled else self.frozen_weight, base[1]
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """What the frozen map gives, changed; unchanged where the method is disabled."""
