@@ -72,20 +72,29 @@ class Embedding(nn.Module):
         positions: Int[Tensor, "#B T"],
         segments: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T d_model"]:
-        """What happens to word vectors, wherever they come from: add positions and segments, normalise, drop out."""
+        """What happens to word vectors, wherever they come from: checks, and then `summed`."""
         if values_are_read(positions) and int(positions.max()) >= self.position.num_embeddings:
             raise ValueError(
                 f"the sequence has {int(positions.max()) + 1} positions, but max_len is "
                 f"{self.position.num_embeddings}; shorten the text (or the prompt in front of it), or build the "
                 f"model with a larger max_len"
             )
-        x = vectors + self.position(positions)
-        if self.segment is not None:
-            x = x + (self.segment.weight[0] if segments is None else self._look_up_segments(segments))
-        elif segments is not None:
+        if self.segment is None and segments is not None:
             raise ValueError(
                 "segments were given, but this model has no segment table (config.n_segments is 0); leave them out"
             )
+        return self.summed(vectors, positions, segments)
+
+    def summed(
+        self,
+        vectors: Float[Tensor, "B T d_model"],
+        positions: Int[Tensor, "#B T"],
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T d_model"]:
+        """Positions and segments added, normalised, dropped out. Numbers outside their tables are PyTorch's errors."""
+        x = vectors + self.position(positions)
+        if self.segment is not None:
+            x = x + (self.segment.weight[0] if segments is None else self._look_up_segments(segments))
         if self.norm is not None:
             x = self.norm(x)
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -9,15 +9,15 @@ about both, before the first step:
     residual sum          a part of the product: x + h Wᵀ is one operation
     keys and values       room for all that will come; a prefix lies in it like any other key
 
-Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B H, n + S, d_head].
+Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B, H, n + S, d_head].
 
 Differs from the plain form (`Block.forward` behind a `KVCache`): in rounding only. It serves blocks whose maps are
 linear: plain ones, and wrappers that say so by `as_linear` or `as_attention`. While it is in use, some of the weights
 are there twice, and a change of the model goes unnoticed. The cache is taken over, and cannot be read on by the model.
 """
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,12 +28,16 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention
 from minitransformer.block import Block
 from minitransformer.cache import KVCache, LayerCache
+from minitransformer.embedding import Embedding, positions
 from minitransformer.feedforward import FeedForward, activate
 from minitransformer.heads import LMHead
 from minitransformer.hooks import is_watched
 
 LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
 KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
+
+
+NORM_ARGUMENTS = ("normalized_shape", "weight", "bias", "eps")
 
 
 class PlainFormNeededError(Exception):
@@ -144,25 +148,20 @@ class FastAttention:
         self.read, self.output = ThinLinear(*parts.read, relaid=relaid), ThinLinear(parts.output, relaid=relaid)
         n = 0 if parts.extra is None else len(parts.extra[0])
         self.n_seen = n + n_tokens
-        seen = cache.key.new_empty(2, n_rows, self.n_heads, self.n_seen + more, self.d_head)
+        self.seen = cache.key.new_empty(2, n_rows, self.n_heads, self.n_seen + more, self.d_head)
         for place, extra in enumerate(() if parts.extra is None else parts.extra):
-            seen[place, :, :, :n] = parts.attention.split_heads(extra[None])
-        seen[0, :, :, n : self.n_seen], seen[1, :, :, n : self.n_seen] = cache.key, cache.value
-        self.seen = seen.flatten(1, 2)  # [2, B H, n + S + more, d_head]
-        self.mask = seen.new_zeros(1, 1, seen.shape[3])  # added to the scores: 0, and -inf at padding
-        if real_keys is not None:
-            mask = seen.new_zeros(real_keys.shape).masked_fill(~real_keys, -math.inf)
-            self.mask = F.pad(mask, (n, more)).repeat_interleave(self.n_heads, dim=0)[:, None]
+            self.seen[place, :, :, :n] = parts.attention.split_heads(extra[None])
+        self.seen[0, :, :, n : self.n_seen], self.seen[1, :, :, n : self.n_seen] = cache.key, cache.value
+        self.real = None if real_keys is None else F.pad(real_keys, (n, more), value=True)[:, None, None]
 
     def __call__(self, residual: Float[Tensor, "B d_model"], x: Float[Tensor, "B d_model"]) -> Tensor:
         """residual + what attention makes of x, [B, d_model]; the key and value of x are noted."""
-        qkv = self.read(x).view(-1, 3, self.n_heads, self.d_head).transpose(0, 1).flatten(1, 2)  # [3, B H, d_head]
-        self.seen.select(2, self.n_seen).copy_(qkv.narrow(0, 1, 2))
+        new = self.read(x).view(-1, 3, self.n_heads, 1, self.d_head).transpose(0, 1)  # [3, B, H, 1, d_head]
+        self.seen.narrow(3, self.n_seen, 1).copy_(new[1:])
         self.n_seen += 1
-        keys, values = self.seen.narrow(2, 0, self.n_seen).unbind()  # [B H, n + S, d_head]
-        query, mask = qkv.select(0, 0).unsqueeze(1), self.mask.narrow(2, 0, self.n_seen)
-        scores = torch.baddbmm(mask, query, keys.mT, alpha=1 / math.sqrt(self.d_head))  # [B H, 1, n + S]
-        heads = torch.bmm(scores.softmax(dim=-1), values)  # [B H, 1, d_head]
+        keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
+        real = None if self.real is None else self.real[..., : self.n_seen]
+        heads = F.scaled_dot_product_attention(new[0], keys, values, real)  # [B, H, 1, d_head]
         return self.output.added_to(residual, heads.view(x.shape))
 
 
@@ -198,7 +197,9 @@ class FastBlock:
 
 def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """The norm for [B, d_model]; a wrapped one may count on [B, T, d_model], and gets it."""
-    return norm.forward if type(norm) in (nn.LayerNorm, nn.Identity) else lambda x: norm(x[:, None])[:, 0]
+    if type(norm) is nn.LayerNorm:  # its function alone: through the module it would take half as long again
+        return partial(torch.layer_norm, **{name: getattr(norm, name) for name in NORM_ARGUMENTS})
+    return norm.forward if type(norm) is nn.Identity else lambda x: norm(x[:, None])[:, 0]
 
 
 class FastSteps:
@@ -235,13 +236,19 @@ class FastSteps:
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
     def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
         """The scores of the word that follows the newest one of each row."""
-        x = self.model.embedding(words, cache=self.cache)[:, 0]
+        x = self.embedded(words)[:, 0]
         self.cache.count(1, None)
-        self.cache.extend(1, None)
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
         return logits if self.scale == 1.0 else logits * self.scale
+
+    def embedded(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 d_model"]:
+        """The words' vectors; without checks where the words can only be the vocabulary's own."""
+        embedding = self.model.embedding
+        if type(embedding) is Embedding and type(self.model.head) is LMHead:
+            return embedding.summed(embedding.token(words), positions(words, cache=self.cache))
+        return embedding(words, cache=self.cache)
 
 
 FEWEST_STEPS = 4  # measured: with fewer, laying out takes longer than it saves

@@ -90,7 +90,7 @@ def generate(
                     fast = fast_steps(model, cache, left - 1)
             word = next_word(logits, temperature, top_k, generator)[:, None]
             tokens = torch.cat([tokens, word], dim=1)
-            real = None if real is None else F.pad(real, (0, 1), value=True)
+            real = None if real is None or fast is not None else F.pad(real, (0, 1), value=True)
     return tokens
 
 

@@ -2,8 +2,8 @@
 
 All jobs of both sides took turns, so the ratios are taken turn by turn: what else the machine did in the meantime fell
 on all. The *limit* is what nobody can leave out. Of a training step: the same frozen model's forward pass with a
-backward pass that only goes through activations, which any method must pay. Of a forward pass and of generation: the
-product with every weight, and attention, with nothing between them.
+backward pass that only goes through activations, which any method must pay. Of a forward pass and of generation: norms,
+the product with every weight, and attention, one after another, with nothing between them.
 """
 
 import json

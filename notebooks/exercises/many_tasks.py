@@ -9,9 +9,7 @@ class _Whole(torch.Tensor):
     """Numbers to index with, all at once; a loop over them is refused."""
 
     def _one_by_one(self, *_):
-        raise TypeError(
-            "k is asked for one number at a time; A[k] picks the tensors of all rows at once: no loop"
-        )
+        raise TypeError("k is asked for one number at a time; A[k] picks the tensors of all rows at once: no loop")
 
     __iter__ = tolist = item = __int__ = __index__ = _one_by_one
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from minitransformer.fast_generation import ThinLinear, linear_map, relaying_pays
+from minitransformer.fast_generation import ThinLinear, for_rows, linear_map, relaying_pays
 from minitransformer.memory import keep_freed_memory
 from minitransformer.objectives import answer_loss, word_score
 from minitransformer.tasks.dataset import Dataset
@@ -105,27 +105,30 @@ def generation(rows: int) -> Job:
     return without_gradient(lambda: model.generate(batch, NEW_TOKENS))
 
 
-def products(rows: int, lengths: Sequence[int], last_only: bool = False) -> Job:
-    """What no implementation can leave out of passes over so many new tokens each: the product with every weight, and
-    attention. Nothing lies between them: no norm, no activation, no sum, no cache that is written. The weights are laid
-    out beforehand as is best for so many rows."""
-    model, n_heads, d_head = base(), SIZES["n_heads"], SIZES["d_model"] // SIZES["n_heads"]
+def least(rows: int, lengths: Sequence[int], last_only: bool = False) -> Job:
+    """What no implementation can leave out of passes over so many new tokens each: norms, the product with every
+    weight, and attention, each after the one that it waits for. Nothing lies between them: no embedding, no activation,
+    no sum, no cache that is written. The weights are laid out beforehand as is best for so many rows."""
+    model, n_heads, d_model = base(), SIZES["n_heads"], SIZES["d_model"]
     lay_out = partial(ThinLinear, relaid=relaying_pays(rows, len(lengths)))
     parts = [(b.attention, b.feedforward) for b in model.blocks]
-    groups = [g for a, f in parts for g in ((a.query, a.key, a.value), (a.output,), (f.up,), (f.down,))]
-    maps = [lay_out(*map(linear_map, group)) for group in groups]
-    head = lay_out((model.embedding.token.weight, None))
-    inputs = {(n, d): torch.randn(rows * n, d) for n in {1, *lengths} for d in (SIZES["d_model"], SIZES["d_ff"])}
-    keys = torch.randn(rows, n_heads, sum(lengths), d_head)
+    groups = [((a.query, a.key, a.value), (a.output,), (f.up,), (f.down,)) for a, f in parts]
+    layers = [[lay_out(*map(linear_map, group)) for group in layer] for layer in groups]
+    norm, head = for_rows(model.norm), lay_out((model.embedding.token.weight, None))
+    inputs = {(n, d): torch.randn(rows * n, d) for n in {1, *lengths} for d in (d_model, SIZES["d_ff"])}
+    room = [torch.randn(2, rows, n_heads, sum(lengths), d_model // n_heads) for _ in layers]
 
     def run() -> None:
         for new, seen in zip(lengths, accumulate(lengths), strict=True):
-            q, k = keys[:, :, seen - new : seen], keys[:, :, :seen]
-            for thin in maps:
-                thin(inputs[new, len(thin.weight)])
-            for _ in range(SIZES["n_layers"]):
-                F.scaled_dot_product_attention(q, k, k, is_causal=new > 1)
-            head(inputs[1 if last_only else new, SIZES["d_model"]])
+            x, hidden = inputs[new, d_model], inputs[new, SIZES["d_ff"]]
+            for (read, output, up, down), keys_and_values in zip(layers, room, strict=True):
+                read(norm(x))
+                k, v = keys_and_values[..., :seen, :]
+                F.scaled_dot_product_attention(k[..., seen - new :, :], k, v, is_causal=new > 1)
+                output(x)
+                up(norm(x))
+                down(hidden)
+            head(norm(inputs[1, d_model] if last_only else x))
 
     return without_gradient(run)
 
@@ -147,16 +150,16 @@ def attaching() -> Job:
 JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.items()} | {
     "step: limit": limit,
     "step: LoRA q,v, one answer a row": answer_step,
-    "forward: limit": partial(products, BATCH, [LENGTH]),
+    "forward: limit": partial(least, BATCH, [LENGTH]),
     "forward": forward,
     "forward: LoRA q,v": partial(forward, LORA),
     "forward: LoRA q,v, merged": partial(forward, LORA, merged=True),
     "forward: one LoRA, 64 rows of 16": partial(forward, LORA, rows=64, length=16),
     "forward: 16 LoRAs, 16 rows": partial(many, 16, 128),
     "forward: 64 LoRAs, 64 rows of 16": partial(many, 64, 16),
-    "generate: 16 rows, limit": partial(products, 16, PASSES, last_only=True),
+    "generate: 16 rows, limit": partial(least, 16, PASSES, last_only=True),
     "generate: 16 rows": partial(generation, 16),
-    "generate: 1 row, limit": partial(products, 1, PASSES, last_only=True),
+    "generate: 1 row, limit": partial(least, 1, PASSES, last_only=True),
     "generate: 1 row": partial(generation, 1),
     "attach LoRA q,v": attaching,
 }

@@ -83,6 +83,18 @@ def test_a_step_moves_what_is_trained_and_clears_its_gradient():
     assert weight.grad is None and (weight < 1).all()
 
 
+@pytest.mark.parametrize("seconds, times", [(0.15, 3), (0.5, 1)])
+def test_a_short_job_is_done_until_enough_time_is_over(monkeypatch, seconds, times):
+    now, done = [0.0], []
+    monkeypatch.setattr(jobs.time, "perf_counter", lambda: now[0])
+
+    def job():
+        done.append(True)
+        now[0] += seconds
+
+    assert jobs.timed(job) == pytest.approx(seconds) and len(done) == times
+
+
 def test_a_worker_answers_and_every_job_of_ours_has_a_name(tmp_path):
     weights = tmp_path / "weights.safetensors"
     benchmark.shared_weights(weights)
