@@ -124,8 +124,12 @@ def moved_bytes(name: str) -> dict:
         peft.attach(model, recipe, seed=number)
 
     def count(_, bucket):
+        # All in this thread: a callback in one of gloo's own may want the interpreter when this process is ending.
         seen.append(bucket.buffer().numel() * bucket.buffer().element_size())
-        return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+        torch.distributed.all_reduce(bucket.buffer())
+        reduced = torch.futures.Future()
+        reduced.set_result(bucket.buffer())
+        return reduced
 
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     parallel.register_comm_hook(None, count)
