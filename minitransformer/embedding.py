@@ -91,7 +91,7 @@ class Embedding(nn.Module):
         positions: Int[Tensor, "#B T"],
         segments: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T d_model"]:
-        """Positions and segments added, normalised, dropped out. Numbers outside their tables are PyTorch's errors."""
+        """Positions and segments added, normalised, dropped out. A position outside its table is PyTorch's error."""
         x = vectors + self.position(positions)
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self._look_up_segments(segments))

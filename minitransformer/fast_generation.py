@@ -37,9 +37,6 @@ LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out
 KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
 
 
-NORM_ARGUMENTS = ("normalized_shape", "weight", "bias", "eps")
-
-
 class PlainFormNeededError(Exception):
     """The model computes something that the fast form does not know."""
 
@@ -197,8 +194,9 @@ class FastBlock:
 
 def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """The norm for [B, d_model]; a wrapped one may count on [B, T, d_model], and gets it."""
-    if type(norm) is nn.LayerNorm:  # its function alone: through the module it would take half as long again
-        return partial(torch.layer_norm, **{name: getattr(norm, name) for name in NORM_ARGUMENTS})
+    if type(norm) is nn.LayerNorm:  # its function alone: through the module it takes about twice as long
+        shape = norm.normalized_shape
+        return partial(torch.layer_norm, normalized_shape=shape, weight=norm.weight, bias=norm.bias, eps=norm.eps)
     return norm.forward if type(norm) is nn.Identity else lambda x: norm(x[:, None])[:, 0]
 
 
@@ -238,6 +236,7 @@ class FastSteps:
         """The scores of the word that follows the newest one of each row."""
         x = self.embedded(words)[:, 0]
         self.cache.count(1, None)
+        self.cache.extend(1, None)
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))

@@ -198,7 +198,7 @@ def test_the_cache_is_taken_over_and_not_kept_beside():
         fast = fast_steps(model, cache, 5)
     assert not cache.layers and cache.n_keys == cache.n_tokens == 4
     fast(WORDS[0])
-    assert cache.n_tokens == 5  # the next word's position
+    assert cache.n_keys == cache.n_tokens == 5
 
 
 class RowByRow(Doubled):
