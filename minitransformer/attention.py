@@ -27,6 +27,16 @@ from minitransformer.cache import LayerCache
 from minitransformer.config import TransformerConfig
 
 
+class CausalMask(Tensor):
+    """A mask [1, 1, T, T] that is the triangle "each query sees the keys up to its own", and no other.
+
+    It is read like any tensor, and must not be written to. What is made from it (a part of it, a wider one) is a plain
+    tensor: it may be no triangle any more.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # as `nn.Parameter` does it
+
+
 def attention_weights(
     q: Float[Tensor, "B H T d_head"],
     k: Float[Tensor, "B H S d_head"],
@@ -64,7 +74,12 @@ def fused_attention(
     mask: Bool[Tensor, "#B #H #T S"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H T d_head"]:
-    """The same output from PyTorch's fused kernel, which never stores the [T, S] weights."""
+    """The same output from PyTorch's fused kernel, which never stores the [T, S] weights.
+
+    Of a `CausalMask` it knows the triangle, and leaves out the blocks of scores that nobody may see.
+    """
+    if isinstance(mask, CausalMask):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -196,16 +211,16 @@ def attention_mask(
 
     The queries are the last `n_queries` of the `n_keys` positions. `real_keys` is False at padding. None means that
     nothing is hidden. A padded query still sees itself, so that its softmax has something to normalise: its output is
-    ignored, but a NaN there would reach every gradient.
+    ignored, but a NaN there would reach every gradient. A triangle and nothing else says so: it is a `CausalMask`.
     """
     if real_keys is None and (not causal or n_queries == 1):  # the newest of all may see all
         return None
     may_look = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    own = torch.arange(n_keys - n_queries, n_keys, device=device)  # the key position of each query
     if causal:
         may_look = may_look.tril(diagonal=n_keys - n_queries)
     may_look = may_look[None, None]  # [1, 1, T, S]
-    if real_keys is not None:
-        is_self = torch.arange(n_keys, device=device) == own[:, None]  # [T, S]
-        may_look = may_look & (real_keys[:, None, None, :] | is_self)  # [B, 1, T, S]
-    return may_look
+    if real_keys is None:
+        return may_look.as_subclass(CausalMask) if n_queries == n_keys else may_look
+    keys = torch.arange(n_keys, device=device)
+    is_self = keys == keys[n_keys - n_queries :, None]  # [T, S]
+    return may_look & (real_keys[:, None, None, :] | is_self)  # [B, 1, T, S]

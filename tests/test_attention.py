@@ -9,6 +9,7 @@ from reference.random_weights import randomize
 from minitransformer import TransformerConfig
 from minitransformer.attention import (
     Attention,
+    CausalMask,
     attention_mask,
     attention_weights,
     fused_attention,
@@ -93,6 +94,30 @@ def test_the_queries_of_a_mask_are_the_last_keys():
 
 def test_an_encoder_without_padding_needs_no_mask():
     assert attention_mask(4, None, 4, causal=False) is None
+
+
+def test_only_a_whole_triangle_is_known_as_one():
+    triangle = attention_mask(4, None, 4, causal=True)
+    assert type(triangle) is CausalMask
+    real = torch.ones(1, 4, dtype=torch.bool)
+    others = [attention_mask(2, None, 4, causal=True), attention_mask(4, real, 4, causal=True)]
+    made_from_it = [triangle[:, :, 2:], ~triangle, torch.nn.functional.pad(triangle, (2, 0), value=True)]
+    assert all(type(mask) is torch.Tensor for mask in others + made_from_it)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_triangle_is_left_to_the_kernel_and_changes_no_value(monkeypatch, dropout):
+    kernel, asked = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: asked.append(k) or kernel(*a, **k)
+    )
+    triangle, outs = masks()["causal"], []
+    for mask in (triangle, triangle.as_subclass(torch.Tensor)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            outs.append(fused_attention(*qkv(), mask, dropout))
+    assert asked[0].get("attn_mask") is None and asked[0]["is_causal"] and asked[1]["attn_mask"] is not None
+    torch.testing.assert_close(*outs, atol=1e-12, rtol=0)
 
 
 def attention_and_input(**changes):
