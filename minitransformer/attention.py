@@ -220,7 +220,8 @@ def attention_mask(
         may_look = may_look.tril(diagonal=n_keys - n_queries)
     may_look = may_look[None, None]  # [1, 1, T, S]
     if real_keys is None:
-        return may_look.as_subclass(CausalMask) if n_queries == n_keys else may_look
+        triangle = n_queries == n_keys and not torch.compiler.is_compiling()  # torch.export knows no class of ours
+        return may_look.as_subclass(CausalMask) if triangle else may_look
     keys = torch.arange(n_keys, device=device)
     is_self = keys == keys[n_keys - n_queries :, None]  # [T, S]
     return may_look & (real_keys[:, None, None, :] | is_self)  # [B, 1, T, S]

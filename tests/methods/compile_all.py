@@ -1,4 +1,4 @@
-"""Compile a model under every set of methods and compare with the same model as it is; run by a test, without checks.
+"""Compile a model under every set of methods, export one, compare with the same model; run by a test, without checks.
 
 torch.compile traces the code, and the run-time shape checks of the tests are nothing that it could trace. The backend
 "aot_eager" traces forward and backward like the default one, and needs no C++ compiler.
@@ -20,8 +20,16 @@ from minitransformer import Transformer, TransformerConfig  # noqa: E402
 CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
 
 
+def compare_exported(model: torch.nn.Module, *inputs: torch.Tensor) -> None:
+    """The graph that torch.export makes gives what the model gives."""
+    exported = torch.export.export(model, inputs).module()
+    torch.testing.assert_close(exported(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+
+
 def main() -> None:
     tokens, mask = batch()
+    for inputs in ((tokens,), (tokens, mask)):
+        compare_exported(peft.attach(Transformer(CONFIG, seed=0).eval(), peft.LoRA(rank=2)), *inputs)
     for name in sys.argv[1:] or SETS:
         model = Transformer(CONFIG, seed=0).eval()
         for number, recipe in enumerate(SETS[name]):
@@ -35,6 +43,7 @@ def main() -> None:
         torch.testing.assert_close(compiled(tokens, mask)[mask], plain[mask], rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(torch.autograd.grad(loss_of(compiled), trained), gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
         with peft.disabled(model):  # the flag is seen, not baked in
             torch.testing.assert_close(
                 compiled(tokens, mask)[mask], Transformer(CONFIG, seed=0)(tokens, mask)[mask], rtol=1e-5, atol=1e-5
