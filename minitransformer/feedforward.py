@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from minitransformer.hooks import is_watched
+from minitransformer.fast.watched import is_watched
 
 
 def activate(x: Float[Tensor, "*shape"], activation: str, in_place: bool = False) -> Float[Tensor, "*shape"]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
-from minitransformer.fast_generation import fast_steps
+from minitransformer.fast.generation import fast_steps
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 Read in this order: functional (all the arithmetic), method, lora, prefix, prompt, adapter, bitfit, ia3, attach.
 """
 
-from peft.adapter import BottleneckAdapter
 from peft.attach import (
     attach,
     attached,
@@ -15,20 +14,21 @@ from peft.attach import (
     trainable_parameters,
 )
 from peft.audit import AuditError, gradient_audit
-from peft.bitfit import BitFit
 from peft.checkpoint import describe, load, save
-from peft.combine import combine
 from peft.counting import expected_parameters, parameter_table
-from peft.dora import DoRA
-from peft.ia3 import IA3
-from peft.lora import ALL_LINEARS, LoRA
-from peft.lora_plus import lora_plus_groups
-from peft.merge import merge, merged_copy, unmerge
+from peft.many_tasks.task_bank import TaskBank
+from peft.merging.combine import combine
+from peft.merging.merge import merge, merged_copy, unmerge
+from peft.merging.soup import soup
 from peft.method import Method, Wrapper
-from peft.prefix import PrefixTuning
-from peft.prompt import PromptTuning
-from peft.soup import soup
-from peft.task_bank import TaskBank
+from peft.methods.adapter import BottleneckAdapter
+from peft.methods.bitfit import BitFit
+from peft.methods.dora import DoRA
+from peft.methods.ia3 import IA3
+from peft.methods.lora import ALL_LINEARS, LoRA
+from peft.methods.lora_plus import lora_plus_groups
+from peft.methods.prefix import PrefixTuning
+from peft.methods.prompt import PromptTuning
 
 __all__ = [
     "ALL_LINEARS",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.method import Method, Wrapper
-from peft.reparameterization import ReparameterizedPrefixAttention
+from peft.methods.reparameterization import ReparameterizedPrefixAttention
 from peft.sites import (
     all_wrappers,
     exchange,

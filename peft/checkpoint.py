@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitransformer.files import fingerprint, write_whole
 from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
-from peft.merge import is_merged, merge
+from peft.merging.merge import is_merged, merge
 from peft.method import Method
 from peft.sites import in_order, merged_wrappers, site_name
 

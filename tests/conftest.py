@@ -51,6 +51,18 @@ def tiny(request):
 
 
 @pytest.fixture
+def decoder():
+    """A small causal pre-norm model with random weights."""
+    from minitransformer import Transformer, TransformerConfig
+
+    def build(seed: int = 0, **changes):
+        sizes = {"vocab_size": 23, "max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24}
+        return Transformer(TransformerConfig(**(sizes | changes)), seed).eval()
+
+    return build
+
+
+@pytest.fixture
 def unchecked():
     """Run without the shape checks, as a user does: what our own error messages say then."""
     import jaxtyping

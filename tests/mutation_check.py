@@ -1,7 +1,7 @@
 """Are the tests of `peft` sharp? Break one thing at a time in it and see whether they notice.
 
     python tests/mutation_check.py                                    every equation: peft/functional.py, some minutes
-    python tests/mutation_check.py peft/lora.py peft/merge.py         other files
+    python tests/mutation_check.py peft/methods/lora.py peft/merging/merge.py         other files
     python tests/mutation_check.py --sample 20 --seed 0 peft/*.py     twenty mutants of each, drawn at random
 
 Not part of the test run. Each mutant is one change of one place: another operator, a constant moved, a condition turned

@@ -10,7 +10,7 @@ import torch
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from peft.report import END, START
+from peft.experiments.report import END, START
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

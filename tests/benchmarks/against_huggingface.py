@@ -4,7 +4,7 @@
     python tests/benchmarks/against_huggingface.py --theirs elsewhere/bin/python
 
 Theirs needs an environment of its own, since both libraries are imported as `peft`. Two processes are held ready and
-take turns, each turn through all jobs: what else the machine does falls on all alike. `peft/speed.py` makes the table.
+take turns, each turn through all jobs: what else the machine does falls on all alike. `speed.py` makes the table.
 Not part of the tests: it takes some minutes of a quiet machine. With `--out notebooks/results/benchmark.json` it makes
 the README's.
 """
@@ -97,7 +97,7 @@ def main() -> None:
     from jobs import BATCH, LENGTH, NEW_TOKENS
     from ours import JOBS
 
-    from peft import speed
+    from peft.experiments import speed
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--theirs", required=True, help="the Python of an environment with torch, transformers, peft")

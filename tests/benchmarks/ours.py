@@ -31,10 +31,10 @@ from safetensors.torch import load_file
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from minitransformer.fast_generation import ThinLinear, for_rows, linear_map, relaying_pays
-from minitransformer.memory import keep_freed_memory
-from minitransformer.objectives import answer_loss, word_score
+from minitransformer.fast.generation import ThinLinear, for_rows, linear_map, relaying_pays
+from minitransformer.fast.memory import keep_freed_memory
 from minitransformer.tasks.dataset import Dataset
+from minitransformer.training.objectives import answer_loss, word_score
 
 CONFIG = TransformerConfig(**SIZES, max_len=MAX_LEN, activation="relu")
 LORA = peft.LoRA(rank=RANK, alpha=ALPHA)

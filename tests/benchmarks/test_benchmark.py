@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE))
 import against_huggingface as benchmark  # noqa: E402
 import jobs  # noqa: E402
 
-from peft import speed  # noqa: E402
+from peft.experiments import speed  # noqa: E402
 
 
 class Pretended:

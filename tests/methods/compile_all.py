@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "methods")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from method_cases import SETS, batch, loss_of, train_a_little  # noqa: E402
+from reference.method_cases import SETS, batch, loss_of, train_a_little  # noqa: E402
 
 import peft  # noqa: E402
 from minitransformer import Transformer, TransformerConfig  # noqa: E402

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import RECIPES, train_a_little
 from reference import numpy_peft
+from reference.method_cases import RECIPES, train_a_little
 
 import peft
 from peft import BottleneckAdapter

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from method_cases import RECIPES, SETS, assert_same, batch, fingerprint, loss_of, outputs, train_a_little
+from reference.method_cases import RECIPES, SETS, assert_same, batch, fingerprint, loss_of, outputs, train_a_little
 from torch import nn
 
 import peft

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_cases import RECIPES, assert_same, fingerprint, loss_of, outputs
+from reference.method_cases import RECIPES, assert_same, fingerprint, loss_of, outputs
 
 import peft
 from peft import AuditError

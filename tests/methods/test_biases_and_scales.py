@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_cases import RECIPES, batch, loss_of, outputs, train_a_little
+from reference.method_cases import RECIPES, batch, loss_of, outputs, train_a_little
 
 import peft
 from minitransformer.heads import SequenceClassifier

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from method_cases import RECIPES, SETS, train_a_little
+from reference.method_cases import RECIPES, SETS, train_a_little
 
 import peft
 from minitransformer import Transformer, TransformerConfig

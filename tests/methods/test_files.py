@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from method_cases import RECIPES, SETS, assert_same, fingerprint, outputs, train_a_little
+from reference.method_cases import RECIPES, SETS, assert_same, fingerprint, outputs, train_a_little
 from safetensors.torch import load_file, save_file
 
 import peft

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_cases import RECIPES, SETS, batch, loss_of, outputs, train_a_little
+from reference.method_cases import RECIPES, SETS, batch, loss_of, outputs, train_a_little
 
 import peft
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_cases import RECIPES, SETS, UNCHANGED_AT_THE_START, batch, loss_of, outputs, train_a_little
+from reference.method_cases import RECIPES, SETS, UNCHANGED_AT_THE_START, batch, loss_of, outputs, train_a_little
 
 import peft
 from minitransformer import Transformer, TransformerConfig

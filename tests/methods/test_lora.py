@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from method_cases import RECIPES, loss_of, outputs, train_a_little
 from reference import numpy_peft
+from reference.method_cases import RECIPES, loss_of, outputs, train_a_little
 from torch import nn
 
 import peft
 from peft import ALL_LINEARS, LoRA
-from peft.lora import LoRALinear
+from peft.methods.lora import LoRALinear
 
 
 def linear(d_in=2, d_out=3):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from method_cases import RECIPES, batch, loss_of, outputs, train_a_little
 from reference import numpy_peft
+from reference.method_cases import RECIPES, batch, loss_of, outputs, train_a_little
 
 import peft
 from minitransformer.heads import SequenceClassifier

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from method_cases import RECIPES, batch, outputs, train_a_little
 from reference import numpy_peft
+from reference.method_cases import RECIPES, batch, outputs, train_a_little
 
 import peft
 from minitransformer.attention import attention_mask

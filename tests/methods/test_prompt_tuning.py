@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_cases import RECIPES, batch, outputs
+from reference.method_cases import RECIPES, batch, outputs
 
 import peft
 from peft import PromptTuning

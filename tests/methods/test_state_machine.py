@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from method_cases import batch, loss_of, outputs
+from reference.method_cases import batch, loss_of, outputs
 from reference.random_weights import randomize
 
 import peft

@@ -14,7 +14,7 @@ import torch
 from exhibit import caught, loss_of, small_model
 
 import peft
-from peft.reparameterization import ReparameterizedPrefixAttention
+from peft.methods.reparameterization import ReparameterizedPrefixAttention
 
 
 class KeptPrefix(ReparameterizedPrefixAttention):

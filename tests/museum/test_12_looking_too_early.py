@@ -16,7 +16,7 @@ from exhibit import batch, caught, loss_of, small_model
 import peft
 
 
-class CutOff(peft.lora.LoRALinear):
+class CutOff(peft.methods.lora.LoRALinear):
     """A LoRA whose A really never learns: its graph is cut."""
 
     def forward(self, x):

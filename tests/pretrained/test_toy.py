@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from minitransformer.pretrained import toy_backbone, toy_record, toy_vocabulary
-from minitransformer.pretrained.pretrain import (
+from minitransformer.pretrained.toy import BACKBONE
+from minitransformer.tasks import probe_scores, sentiment_splits
+from minitransformer.tasks.toy.probes import PROBES, probe_rows
+from minitransformer.tasks.toy.world import LABELS
+from minitransformer.training.pretrain import (
     CURRICULUM,
     Recipe,
     Stage,
@@ -17,10 +21,6 @@ from minitransformer.pretrained.pretrain import (
     pretrain,
     write,
 )
-from minitransformer.pretrained.toy import BACKBONE
-from minitransformer.tasks import probe_scores, sentiment_splits
-from minitransformer.tasks.probes import PROBES, probe_rows
-from minitransformer.tasks.world import LABELS
 from minitransformer.transformer import Transformer
 
 SMALL = Recipe(steps=8, n_rows=2, length=32, warmup=2, probe_every=8, probe_rows=4, threads=1)
@@ -151,7 +151,7 @@ def test_the_rate_warms_up_and_decays():
 
 
 def test_a_written_backbone_is_read_back(tmp_path, small, monkeypatch):
-    monkeypatch.setattr("minitransformer.pretrained.pretrain.PROBE_ROWS", 4)
+    monkeypatch.setattr("minitransformer.training.pretrain.PROBE_ROWS", 4)
     model, history = small
     file = tmp_path / "small.safetensors"
     write(model, history, SMALL, file)

@@ -44,7 +44,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def task(real_text):
     """Rotten Tomatoes, the splits of seed 0."""
-    from minitransformer.tasks.rotten_tomatoes import rotten_tomatoes_splits
+    from minitransformer.tasks.real.rotten_tomatoes import rotten_tomatoes_splits
 
     return rotten_tomatoes_splits()
 
@@ -53,7 +53,7 @@ def task(real_text):
 def reuters():
     """Reuters R8, the splits of seed 0."""
     need(*MINILM, *REUTERS)
-    from minitransformer.tasks.reuters import reuters_splits
+    from minitransformer.tasks.real.reuters import reuters_splits
 
     return reuters_splits()
 
@@ -62,6 +62,6 @@ def reuters():
 def quiz():
     """The quiz, the splits of seed 0."""
     need(*MINILM, *QUIZ)
-    from minitransformer.tasks.quiz import quiz_splits
+    from minitransformer.tasks.real.quiz import quiz_splits
 
     return quiz_splits()

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from minitransformer.tasks.batches import batches_of_like_length
 from minitransformer.tasks.dataset import Dataset
+from minitransformer.tasks.real.batches import batches_of_like_length
 
 N = 70
 

@@ -6,11 +6,12 @@ import torch
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.dual_encoder import DualEncoder
 from minitransformer.heads import SequenceClassifier
-from minitransformer.tasks.text import TextSplit, TextTask
-from peft import compare_real_text as real_text
-from peft import expected_parameters, parameter_table, real_tasks, sweep, trainable_parameters
-from peft.results import read_rows
-from peft.sweep import chosen_learning_rate, summaries
+from minitransformer.tasks.real.text import TextSplit, TextTask
+from peft import expected_parameters, parameter_table, trainable_parameters
+from peft.experiments import compare_real_text as real_text
+from peft.experiments import real_tasks, sweep
+from peft.experiments.results import read_rows
+from peft.experiments.sweep import chosen_learning_rate, summaries
 
 CLASSES = ("rotten", "fresh")
 CONFIG = TransformerConfig(vocab_size=20, max_len=24, d_model=24, n_heads=2, n_layers=2, d_ff=24, causal=False)

@@ -3,7 +3,7 @@ from random import Random
 import pytest
 import torch
 
-from minitransformer.tasks.quiz import PLACES, Clue, choices_of, clues, quiz_splits, split_shows, wrong_answers
+from minitransformer.tasks.real.quiz import PLACES, Clue, choices_of, clues, quiz_splits, split_shows, wrong_answers
 
 
 def splits_of(task):

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from minitransformer.tasks.reuters import CLASSES, reuters_splits, stories
+from minitransformer.tasks.real.reuters import CLASSES, reuters_splits, stories
 
 
 def texts_of(task):

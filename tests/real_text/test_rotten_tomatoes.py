@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from minitransformer.tasks.rotten_tomatoes import CLASSES, rotten_tomatoes_splits, snippets, split_films
+from minitransformer.tasks.real.rotten_tomatoes import CLASSES, rotten_tomatoes_splits, snippets, split_films
 
 FILMS = [f"film {i}" for i in range(156)]
 

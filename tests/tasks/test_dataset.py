@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from minitransformer.tasks.dataset import Dataset, Example, pad_rows, split_of
-from minitransformer.tasks.world import world_vocabulary
+from minitransformer.tasks.toy.world import world_vocabulary
 
 
 def small_split():

@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from minitransformer.tasks.pretraining import DOCUMENTS, pretraining_rows
-from minitransformer.tasks.world import (
+from minitransformer.tasks.toy.pretraining import DOCUMENTS, pretraining_rows
+from minitransformer.tasks.toy.world import (
     ARRIVALS,
     BAD,
     COLOURS,

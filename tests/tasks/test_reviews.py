@@ -2,8 +2,8 @@ from random import Random
 
 import pytest
 
-from minitransformer.tasks.reviews import KINDS, review
-from minitransformer.tasks.world import BAD, GOOD
+from minitransformer.tasks.toy.reviews import KINDS, review
+from minitransformer.tasks.toy.world import BAD, GOOD
 
 
 def polarity_of(clause):

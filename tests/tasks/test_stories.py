@@ -4,9 +4,9 @@ from random import Random
 
 import pytest
 
-from minitransformer.tasks import recaps as recaps_module
-from minitransformer.tasks.stories import Arrival, Move, Paint, story_steps, tell
-from minitransformer.tasks.world import World
+from minitransformer.tasks.toy import recaps as recaps_module
+from minitransformer.tasks.toy.stories import Arrival, Move, Paint, story_steps, tell
+from minitransformer.tasks.toy.world import World
 
 
 def played(*steps):

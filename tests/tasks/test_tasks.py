@@ -11,9 +11,9 @@ from minitransformer.tasks import (
     sentiment_splits,
     world_vocabulary,
 )
-from minitransformer.tasks.bag_of_words import bag_of_words
-from minitransformer.tasks.qa import QUESTION_SHARES
-from minitransformer.tasks.world import ARRIVALS, LABELS, MOVES, NAMES, OBJECTS
+from minitransformer.tasks.toy.bag_of_words import bag_of_words
+from minitransformer.tasks.toy.qa import QUESTION_SHARES
+from minitransformer.tasks.toy.world import ARRIVALS, LABELS, MOVES, NAMES, OBJECTS
 
 
 @pytest.fixture(scope="module")

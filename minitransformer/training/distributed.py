@@ -1,0 +1,114 @@
+"""Many processes, one run: each computes its share of every batch, and PyTorch averages the gradients.
+
+    torchrun --nproc-per-node 2 -m peft compare --task sentiment --out results
+
+Every process holds the whole model and draws the same batches; of each it takes every n-th row. The gradients meet in
+an all-reduce (`DistributedDataParallel`), so all take the same step, and n processes with a share of the batch end
+where one process with all of it ends, up to rounding. What travels is one number for each *trained* one: this is why
+parameter-efficient methods spread over many machines so easily.
+
+Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", section 3.
+
+Without an initialised `torch.distributed` every function here is what it must be for a single process.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training.objectives import Objective, Score
+
+
+def n_processes() -> int:
+    """How many processes share this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if n_processes() > 1 else 0
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes files and shows progress."""
+    return rank() == 0
+
+
+@contextmanager
+def launched_together(backend: str | None = None) -> Iterator[None]:
+    """Inside, the processes that `torchrun` started are connected; one that was started alone stays alone.
+
+    Args:
+        backend: of `torch.distributed`; by default "nccl" where there is CUDA, else "gloo".
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(batch: Dataset) -> Dataset:
+    """The rows of a batch that are for this process: every n-th, so that the shares are of one length or nearly.
+
+    Raises:
+        ValueError: there are fewer rows than processes.
+    """
+    n = n_processes()
+    if n == 1:
+        return batch
+    if len(batch) < n:
+        raise ValueError(f"a batch of {len(batch)} rows cannot be shared by {n} processes; give it at least {n} rows")
+    return batch.rows(slice(rank(), None, n)).trimmed()
+
+
+def total(*values: float, device: torch.device | None = None) -> list[float]:
+    """The sums of these numbers over all processes; every process must call it."""
+    if n_processes() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+class Learner(nn.Module):
+    """A model with its objective, as one module: what `DistributedDataParallel` can watch from input to loss."""
+
+    def __init__(self, model: nn.Module, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Dataset) -> tuple[Tensor, int, int]:
+        """The mean loss, how many answers are right, and how many there are."""
+        score = self.objective(self.model, batch)
+        return score.loss, score.correct, score.count
+
+
+def data_parallel(model: nn.Module, objective: Objective) -> Objective:
+    """The objective for the share of each process, whose gradients are averaged over all; itself for a single one.
+
+    A share may ask for fewer words than another, so each mean counts by its number of answers: the loss has the *value*
+    of the mean over the whole batch, and the *gradient* of this process's part of it.
+    """
+    if n_processes() == 1:
+        return objective
+    parallel = DistributedDataParallel(Learner(model, objective), find_unused_parameters=True)
+
+    def of_the_share(_: nn.Module, batch: Dataset) -> Score:
+        loss, correct, count = parallel(share(batch))
+        summed, all_correct, all_count = total(loss.item() * count, correct, count, device=loss.device)
+        part = loss * (count * n_processes() / all_count)
+        value = torch.as_tensor(summed / all_count, dtype=loss.dtype, device=loss.device)
+        return Score(part + (value - part).detach(), int(all_correct), int(all_count))
+
+    return of_the_share

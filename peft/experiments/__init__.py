@@ -1,0 +1,1 @@
+"""The laboratory: comparisons, tables, pictures, costs. Never needed to understand a method."""

@@ -1,0 +1,1 @@
+"""One batch, many methods: each row under a method of its own."""

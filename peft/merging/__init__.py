@@ -1,0 +1,1 @@
+"""Updates as weights: written into a weight, added up, averaged."""

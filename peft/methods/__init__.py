@@ -1,0 +1,1 @@
+"""One file a method: its equation, its recipe, its wrapper."""

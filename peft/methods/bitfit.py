@@ -1,0 +1,88 @@
+"""BitFit: train the biases, and nothing else.
+
+Source: Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models", section 3.
+
+    y = W x + b + Δb            Δb = 0 at the start
+
+Every bias of a block gets an explicit change Δb [d_out] in a wrapper of its own, so that the frozen bias stays where it
+is: `disabled` and `detach` give it back bit for bit. The same holds for LayerNorm, y = norm(x) g + b + Δb.
+
+Trained: per block 6 d_model + d_ff numbers, and d_model for a norm outside of the blocks.
+
+Differs from the paper: the key map's bias is left out. Adding c to every key adds q·c to all scores of a query, which
+the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. Biases of
+heads are left out too; a fresh head is trained whole (`train_also`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.config import TransformerConfig
+from minitransformer.fast.generation import LinearMap, can_hold, linear_map
+from peft.functional import shifted
+from peft.method import LayerwiseMethod, Wrapper, parameter_like
+from peft.sites import in_layers, layer_of, matches
+
+
+@dataclass(frozen=True)
+class BitFit(LayerwiseMethod):
+    """Recipe: a trained change for every bias.
+
+    Args:
+        layers: the numbers of the blocks to enter; None means all, and the norms outside of the blocks as well.
+    """
+
+    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
+        """Every linear map and LayerNorm with a bias, in blocks, and the norms outside of them."""
+        places = [name for name, module in modules.items() if _has_bias(module) and _belongs(name, module)]
+        if not places:
+            raise ValueError("the model has no block with a bias, so there is nothing for BitFit to train")
+        return in_layers(places, self.layers)
+
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
+        """A `ShiftedBias` round the map or norm."""
+        return ShiftedBias(module)
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks."""
+        outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
+        return self.n_blocks(config) * (6 * config.d_model + config.d_ff) + outside * config.d_model
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None
+
+
+def _belongs(name: str, module: nn.Module) -> bool:
+    if layer_of(name) is None:
+        return isinstance(module, nn.LayerNorm) and "head" not in name.split(".")
+    return not matches("attention.key", name)
+
+
+class ShiftedBias(Wrapper):
+    """A linear map or a norm with an explicit `delta_bias` [d_out] on top of its frozen bias."""
+
+    order = 2
+
+    def __init__(self, base: nn.Linear | nn.LayerNorm):
+        super().__init__(base)
+        self.delta_bias = parameter_like(torch.zeros_like(base.bias), base)
+
+    def extra_repr(self) -> str:
+        return f"delta_bias={list(self.delta_bias.shape)}"
+
+    def as_linear(self) -> LinearMap | None:
+        """W and b + Δb, if it is a linear map whose precision can hold the change."""
+        base = linear_map(self.base)
+        if not self.enabled or base is None:
+            return base
+        return (base[0], base[1] + self.delta_bias) if can_hold(base[0], self.delta_bias) else None
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Ben Zaken et al. 2022, section 3."""
+        y = self.base(x)
+        return shifted(y.to(self.delta_bias.dtype), self.delta_bias).to(y.dtype) if self.enabled else y

@@ -1,0 +1,73 @@
+"""DoRA: LoRA for the direction of each row of a weight, and a trained length for it.
+
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5.
+
+    W = m (W0 + ΔW) / ||W0 + ΔW||                    ΔW = (alpha / r) B A,  row by row
+
+Shapes: m [d_out], at the start the lengths of the rows of W0; A [r, d_in] and B [d_out, r] as in LoRA. Trained: LoRA's
+numbers, and d_out for each linear map.
+
+Differs from the paper: it speaks of the columns of W, with `y = x W`; in `[out, in]` they are rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.config import TransformerConfig
+from peft.functional import dora_weight, row_norms
+from peft.method import parameter_like
+from peft.methods.linear import MergeableLinear
+from peft.methods.lora import LoRA, LoRALinear
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Recipe: what `LoRA` changes, with a trained length for each row on top. The options are those of `LoRA`.
+
+    Raises:
+        ValueError: as `LoRA`; on attaching, a frozen weight with a row of zeros.
+    """
+
+    def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "DoRALinear":
+        """A `DoRALinear` round the map."""
+        self.check_rank(name, module)
+        if bool((row_norms(module.weight.detach()) == 0).any()):
+            raise ValueError(f"{name} has a row of zeros, which has no direction; DoRA cannot start there, LoRA can")
+        return DoRALinear(module, self, generator)
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """LoRA's, and d_out for each linear map."""
+        return super().expected_parameters(config) + sum(d_out for _, d_out in self.targeted_shapes(config))
+
+
+class DoRALinear(LoRALinear):
+    """y = m / ||W0 + ΔW|| (W0 x + (alpha / r) B A dropout(x)) + b, with explicit A, B and m = `magnitude` [d_out]."""
+
+    as_linear = MergeableLinear.as_linear
+
+    def __init__(self, base: nn.Linear, recipe: DoRA, generator: torch.Generator):
+        super().__init__(base, recipe, generator)
+        self.magnitude = parameter_like(row_norms(base.weight.detach().to(self.A.dtype)), base)
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """What the frozen map gives, changed: LoRA's fast form knows no lengths."""
+        return MergeableLinear.forward(self, x)
+
+    def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """m (W0 + ΔW) / ||W0 + ΔW||."""
+        tensors = (self.unmerged_weight().to(self.A.dtype), self.A, self.B, self.magnitude)
+        return dora_weight(*tensors, self.norms(), self.recipe.scale)
+
+    @torch.no_grad()  # Liu et al. 2024, section 4.3: the lengths are taken as constants
+    def norms(self) -> Float[Tensor, " d_out"]:
+        """The lengths of the rows of W0 + ΔW."""
+        return row_norms(super().changed_weight())
+
+    def changed(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """The same as with `changed_weight`, but as a change of y, so that it is exactly y while m / ||W|| = 1."""
+        factor = self.magnitude / self.norms()  # [d_out]
+        product = y.to(factor.dtype) if self.base.bias is None else y.to(factor.dtype) - self.base.bias
+        return y + ((factor - 1) * product + factor * self.update(x)).to(y.dtype)

@@ -1,0 +1,90 @@
+"""IA3: three vectors per block that inhibit and amplify inner activations.
+
+Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+section 3.3.
+
+    Attention(Q, l_k ⊙ K, l_v ⊙ V)              W_down (l_ff ⊙ act(W_up x))            l = 1 at the start
+
+Shapes: l_k, l_v [d_model], l_ff [d_ff]. Trained: 2 d_model + d_ff numbers per block, about as many as a LoRA of rank 1
+on a single map.
+
+Differs from the paper: nothing. (Keys and values are scaled with their bias, as there.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.block import Block
+from minitransformer.config import TransformerConfig
+from minitransformer.fast.generation import LinearMap, can_hold, linear_map
+from peft.functional import rescaled
+from peft.method import LayerwiseMethod, Wrapper, parameter_like
+from peft.sites import in_layers
+
+# What is wrapped in each block, and on which side of it the vector lies.
+PLACES = {"attention.key": "output", "attention.value": "output", "feedforward.down": "input"}
+
+
+@dataclass(frozen=True)
+class IA3(LayerwiseMethod):
+    """Recipe: a scale for the keys, the values and the hidden layer of the FFN.
+
+    Args:
+        layers: the numbers of the blocks to enter; None means all.
+    """
+
+    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
+        """The key map, the value map and the FFN's second map of every block."""
+        blocks = [name for name, module in modules.items() if isinstance(module, Block)]
+        if not blocks:
+            raise ValueError("the model has no minitransformer Block, so IA3 has nowhere to enter")
+        return in_layers([f"{block}.{place}" for block in blocks for place in PLACES], self.layers)
+
+    def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> Wrapper:
+        """A `Rescaled` round the map."""
+        return Rescaled(module, PLACES[".".join(name.split(".")[-2:])])
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """blocks * (2 d_model + d_ff)."""
+        return self.n_blocks(config) * (2 * config.d_model + config.d_ff)
+
+
+class Rescaled(Wrapper):
+    """A linear map with an explicit vector `scale` on its output [d_out] or on its input [d_in]."""
+
+    order = 1
+
+    def __init__(self, base: nn.Linear, side: str):
+        super().__init__(base)
+        self.side = side
+        d = base.out_features if side == "output" else base.in_features
+        self.scale = parameter_like(torch.ones(d), base)
+
+    def extra_repr(self) -> str:
+        return f"scale={list(self.scale.shape)} on its {self.side}"
+
+    def as_linear(self) -> LinearMap | None:
+        """W with scaled rows (and b) or columns, if its precision can hold the change."""
+        base = linear_map(self.base)
+        if not self.enabled or base is None:
+            return base
+        weight, bias = base
+        if not can_hold(weight, self.scale):
+            return None
+        if self.side == "input":
+            return weight * self.scale, bias
+        return weight * self.scale[:, None], None if bias is None else bias * self.scale
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Liu et al. 2022, section 3.3."""
+        if not self.enabled:
+            return self.base(x)
+        if self.side == "input":
+            return self.base(self._rescale(x))
+        return self._rescale(self.base(x))
+
+    def _rescale(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        return rescaled(h.to(self.scale.dtype), self.scale).to(h.dtype)

@@ -1,0 +1,159 @@
+"""Prefix tuning: n learned keys and values that every query of a layer may look at.
+
+Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.1 and 4.2; the
+concatenated form of He et al. 2022, equation 5.
+
+    at="kv"       Attention(q, [P_k ; K], [P_v ; V])               P_k, P_v [n, d_model] in every layer
+    at="hidden"   P_k = P W_kᵀ + b_k,  P_v = P W_vᵀ + b_v          P [n, d_model] in front of every layer's input
+
+*A prefix is a learned KV cache*: it is what the layer would remember of n words that were never written. It takes no
+part in the positions of the text, and asks no query of its own.
+
+Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model numbers per layer
+for "kv", n d_model for "hidden".
+
+With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
+"LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
+a plain prefix never is: even zero keys take their share of the softmax.
+
+Differs from the paper: "hidden" joins what W_k and W_v read (in a pre-norm block, after the norm); otherwise nothing.
+The paper's MLP is in `peft/methods/reparameterization.py`, the start from real words in `peft/methods/real_words.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.attention import Attention
+from minitransformer.config import TransformerConfig
+from minitransformer.fast.generation import KeysAndValues
+from minitransformer.generation import evaluation_mode
+from peft.functional import gated_prefix
+from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like
+from peft.methods.real_words import attention_input_of_words
+from peft.sites import in_layers
+
+
+@dataclass(frozen=True)
+class PrefixTuning(LayerwiseMethod):
+    """Recipe: a prefix of `length` positions in every layer's attention.
+
+    Args:
+        length: n, the number of prefix positions.
+        at: "kv" learns keys and values themselves; "hidden" learns inputs, from which the frozen W_k and W_v make them.
+        init: "activations" starts from the keys and values (or inputs) that `length` real words have in each layer;
+            "normal" from N(0, init_std²).
+        init_std: standard deviation of "normal".
+        init_tokens: the words of "activations", `length` word numbers; None draws them from the vocabulary.
+        reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
+            brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
+        gated: put a gate in front of the prefix that starts at zero, one for each head.
+        layers: the numbers of the blocks to enter; None means all.
+
+    Raises:
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` that do not fit or count.
+    """
+
+    length: int = 8
+    at: str = "kv"
+    init: str = "activations"
+    init_std: float | int = 1.0
+    init_tokens: tuple[int, ...] | None = None
+    reparameterize: int | None = None
+    gated: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.at not in ("kv", "hidden"):
+            raise ValueError(f'at={self.at!r} is unknown; choose "kv" or "hidden"')
+        if self.init not in ("activations", "normal"):
+            raise ValueError(f'init={self.init!r} is unknown; choose "activations" or "normal"')
+        if self.init_tokens is not None:
+            object.__setattr__(self, "init_tokens", tuple(self.init_tokens))  # a list would not equal what a file gives
+            if self.init != "activations" or self.reparameterize is not None:
+                raise ValueError('init_tokens would be ignored: they go with init="activations" and no MLP')
+            if len(self.init_tokens) != self.length:
+                raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std is a standard deviation, 0 or more, got {self.init_std}")
+        if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
+            raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
+
+    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
+        """Every attention layer."""
+        names = [name for name, module in modules.items() if isinstance(module, Attention)]
+        if not names:
+            raise ValueError("the model has no minitransformer Attention, so a prefix has nowhere to enter")
+        return in_layers(names, self.layers)
+
+    def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
+        """A `PrefixAttention` round the layer."""
+        if self.reparameterize is not None:
+            from peft.methods.reparameterization import ReparameterizedPrefixAttention
+
+            return ReparameterizedPrefixAttention(module, self, generator)
+        if self.init == "normal":
+            shape = (self.length, module.d_model)
+            names = ("key", "value") if self.at == "kv" else ("hidden",)
+            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in names})
+        hidden = attention_input_of_words(model, module, self.init_tokens, self.length, generator)
+        if self.at == "hidden":
+            return PrefixAttention(module, self, {"hidden": hidden})
+        with torch.no_grad(), evaluation_mode(module):  # a LoRA on the key map may have dropout
+            return PrefixAttention(module, self, {"key": module.key(hidden), "value": module.value(hidden)})
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
+        n, d, h = self.length, config.d_model, self.reparameterize
+        per_block = n * d * (2 if self.at == "kv" else 1)
+        if h is not None:
+            per_block = n * d + (h * d + h) + 2 * (d * h + d)
+        return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
+
+
+class PrefixAttention(Wrapper):
+    """Attention with `key` and `value` [n, d_model] in front, or `hidden` [n, d_model] that makes them; `gate` [H]."""
+
+    def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
+        super().__init__(base)
+        self.recipe = recipe
+        for name, values in start.items():
+            self.register_parameter(name, parameter_like(values, base))
+        if recipe.gated and "gate" not in start:
+            self.gate = parameter_like(torch.zeros(base.n_heads), base)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
+
+    def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
+        """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
+        if self.recipe.at == "kv":
+            return self.key, self.value
+        hidden = self.hidden.to(next(self.base.parameters()).dtype)
+        return self.base.key(hidden), self.base.value(hidden)
+
+    def as_attention(self) -> tuple[Attention, KeysAndValues | None] | None:
+        """The frozen layer and P_k, P_v; None for what is more than keys and values in front."""
+        if type(self.base) is not Attention or (self.enabled and self.recipe.gated):
+            return None
+        return self.base, self.prefix() if self.enabled else None
+
+    def forward(
+        self, x: Float[Tensor, "B T d_model"], mask=None, cache=None, weights=None, asked=None
+    ) -> Float[Tensor, "B Q d_model"]:
+        """Attention over [P_k ; K] and [P_v ; V]; the other arguments are those of `Attention.forward`."""
+        if not self.enabled:
+            return self.base(x, mask, cache, weights, asked)
+        key, value = self.prefix()
+        if not self.recipe.gated:
+            return self.base(x, mask, cache, weights, asked, extra_key=key, extra_value=value)
+        q, mask = self.base.queries(x, mask, asked)  # [B, H, T, d_head]
+        heads = (self.base.split_heads(part[None].to(self.gate.dtype)) for part in (key, value))  # [1, H, n, d_head]
+        prefix_k, prefix_v = (part.expand(len(x), -1, -1, -1) for part in heads)
+        own = self.base.attend(q, x, mask, cache, weights)
+        out = gated_prefix(own.to(self.gate.dtype), q.to(self.gate.dtype), prefix_k, prefix_v, self.gate)
+        return self.base.join_heads(out.to(own.dtype))

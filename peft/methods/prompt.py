@@ -1,0 +1,129 @@
+"""Prompt tuning: n learned vectors in front of the text, at the input only.
+
+Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2.
+
+    x = [P ; E(tokens)]                                  P [n, d_model], E(tokens) [B, T, d_model]
+
+The prompt passes through every layer like words do: it takes the positions 0 to n - 1, the text starts at n, and both
+together must fit into max_len. Outputs are those of the text.
+
+Trained: n d_model numbers in all, a prefix's share of one half layer. The paper's finding is that this is enough for
+models of ten billion parameters, and not for small ones.
+
+Differs from the paper: T5's relative positions are learned absolute ones here, so the text's positions move.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from minitransformer.cache import KVCache
+from minitransformer.config import TransformerConfig
+from minitransformer.embedding import Embedding, positions
+from peft.functional import prepend
+from peft.method import Method, Wrapper, normal, parameter_like
+from peft.methods.real_words import words_to_start_from
+
+
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    """Recipe: a soft prompt of `length` vectors.
+
+    Args:
+        length: n, the number of vectors.
+        init: "tokens" starts from the embeddings of real words (the paper's "sampled vocabulary"); "normal" from
+            N(0, init_std²).
+        init_std: standard deviation of "normal".
+        init_tokens: the words of "tokens", `length` word numbers; None draws them from the vocabulary.
+
+    Raises:
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, or `init_tokens` of another length or
+            where they would be ignored.
+    """
+
+    length: int = 8
+    init: str = "tokens"
+    init_std: float | int = 1.0
+    init_tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.init not in ("tokens", "normal"):
+            raise ValueError(f'init={self.init!r} is unknown; choose "tokens" or "normal"')
+        if self.init_tokens is not None:
+            object.__setattr__(self, "init_tokens", tuple(self.init_tokens))  # a list would not equal what a file gives
+            if self.init != "tokens":
+                raise ValueError('init_tokens would be ignored: they go with init="tokens"')
+            if len(self.init_tokens) != self.length:
+                raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std is a standard deviation, 0 or more, got {self.init_std}")
+
+    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
+        """The embedding."""
+        names = [name for name, module in modules.items() if isinstance(module, Embedding)]
+        if not names:
+            raise ValueError("the model has no minitransformer Embedding, so a prompt has nowhere to enter")
+        return names
+
+    def wrap(self, name: str, module: Embedding, model: nn.Module, generator: torch.Generator) -> Wrapper:
+        """A `PromptEmbedding` round the embedding."""
+        n_words, d_model = module.token.weight.shape
+        if self.length >= module.position.num_embeddings:
+            raise ValueError(
+                f"a prompt of {self.length} vectors leaves no room for text: max_len is "
+                f"{module.position.num_embeddings}; choose a shorter prompt"
+            )
+        if self.init == "normal":
+            return PromptEmbedding(module, normal((self.length, d_model), self.init_std, generator))
+        words = words_to_start_from(self.init_tokens, self.length, n_words, generator)
+        with torch.no_grad():
+            return PromptEmbedding(module, module.look_up(words.to(module.token.weight.device)[None])[0])
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """n d_model."""
+        return self.length * config.d_model
+
+
+class PromptEmbedding(Wrapper):
+    """An embedding that puts `prompt` [n, d_model] in front of the words of every row."""
+
+    def __init__(self, base: Embedding, prompt: Float[Tensor, "n d_model"]):
+        super().__init__(base)
+        self.prompt = parameter_like(prompt, base)
+
+    def extra_repr(self) -> str:
+        return f"prompt={list(self.prompt.shape)}"
+
+    @property
+    def token(self) -> nn.Embedding:
+        """The table of word vectors, which the tied LM head reads."""
+        return self.base.token
+
+    @property
+    def room(self) -> int:
+        """How many tokens a text may have behind the prompt."""
+        return self.base.room - self.prompt.shape[0] * self.enabled
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        real: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B nT d_model"]:
+        """[P ; E(tokens)] with positions; behind a cache that holds the prompt already, E(tokens) alone."""
+        if not self.enabled:
+            return self.base(tokens, real, segments, cache)
+        n = self.prompt.shape[0]
+        vectors, place = self.base.look_up(tokens), positions(tokens, real, cache) + n
+        if cache is None or cache.is_empty:
+            vectors = prepend(self.prompt, vectors)
+            front = torch.arange(n, device=place.device).expand(len(place), -1)
+            place = torch.cat([front, place], dim=1)
+            segments = None if segments is None else F.pad(segments, (n, 0))
+        return self.base.compose(vectors, place, segments)

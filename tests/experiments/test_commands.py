@@ -1,0 +1,106 @@
+"""`python -m peft compare` and its fellows, as they are typed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peft.experiments import compare
+from peft.experiments.cli import main, selected
+from peft.experiments.results import read_rows
+
+NAMES = ["full fine-tuning", "LoRA q,v r=4", "LoRA q,v r=4, B only", "prefix k,v n=16", "Houlsby adapter m=8"]
+SENTIMENT = ("compare", "--task", "sentiment")
+
+
+@pytest.fixture
+def few_steps(task, monkeypatch):
+    """Every entry has two steps and one rate."""
+    short = {
+        name: replace(entry, steps={"sentiment": 2}, learning_rates=entry.learning_rates[:1])
+        for name, entry in compare.ENTRIES.items()
+    }
+    monkeypatch.setattr(compare, "ENTRIES", short)
+    monkeypatch.setattr(compare, "TASKS", {"sentiment": lambda: task})
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["lora"], NAMES[1:3]),
+        (["prefix,adapter"], NAMES[3:]),
+        (["LoRA q,v r=4"], NAMES[1:2]),  # a whole name, with a comma in it, is that method and no other
+        (["adapter", "full"], [NAMES[0], NAMES[4]]),
+        (["LoRA q,v r=4, B only", "prefix"], NAMES[2:4]),
+    ],
+)
+def test_methods_are_named_in_whole_or_in_part(words, expected):
+    assert selected(words, NAMES) == expected
+
+
+def test_an_unknown_method_is_refused_with_those_that_exist(capsys):
+    with pytest.raises(ValueError, match="no method is called 'magic' or has it in its name; there are: full"):
+        selected(["lora,magic"], NAMES)
+    with pytest.raises(SystemExit):
+        main([*SENTIMENT, "--methods", "magic", "--out", "nowhere"])
+    assert "no method is called 'magic'" in capsys.readouterr().err
+
+
+def test_the_comparison_says_its_cost_and_leaves_a_table_a_file_and_a_figure(few_steps, tmp_path, capsys):
+    command = [*SENTIMENT, "--methods", "full,adapter m=8", "--seeds", "2", "--out", str(tmp_path)]
+    main(command)
+    said = capsys.readouterr().out
+    assert said.startswith("12 runs to do, 24 training steps: about 0 minutes")
+    assert "| Houlsby adapter m=8 | 17,472 |" in said and "(2 seeds)" in said
+    rows = read_rows(tmp_path / "sentiment.csv", compare.COLUMNS)
+    assert len(rows) == 12 and {row["seed"] for row in rows if row["stage"] == "final"} == {"1", "2"}
+    assert (tmp_path / "sentiment.png").read_bytes()[:4] == b"\x89PNG"
+    main(command)
+    assert capsys.readouterr().out.startswith("nothing to do")
+    assert len(read_rows(tmp_path / "sentiment.csv", compare.COLUMNS)) == 12
+
+
+def test_the_random_backbone_has_rows_of_its_own(few_steps, tmp_path, capsys):
+    main([*SENTIMENT, "--random-backbone", "--seeds", "1", "--out", str(tmp_path)])
+    rows = read_rows(tmp_path / "sentiment.csv", compare.COLUMNS)
+    assert {row["backbone"] for row in rows} == {"random"}
+    assert {row["method"] for row in rows} == set(compare.RANDOM_BACKBONE)
+    assert (tmp_path / "sentiment_random.png").exists()
+
+
+def test_few_examples_have_a_file_of_their_own(few_steps, task, tmp_path, capsys, monkeypatch):
+    seen, train = [], compare.fit
+    monkeypatch.setattr(compare, "fit", lambda model, data, **rest: seen.append(data) or train(model, data, **rest))
+    main([*SENTIMENT, "--methods", "lora+,full", "--seeds", "2", "--examples", "5", "--out", str(tmp_path)])
+    rows = read_rows(tmp_path / "sentiment_5.csv", compare.COLUMNS)
+    assert {row["task"] for row in rows} == {"sentiment_5"} and (tmp_path / "sentiment_5.png").exists()
+    assert not (tmp_path / "sentiment.csv").exists()
+    assert [len(data) for data in seen] == [5] * 6  # two methods, each one choice and two final runs
+    assert torch.equal(seen[2].tokens, seen[3].tokens)  # the same seed draws the same rows for both methods
+    assert not torch.equal(seen[2].tokens, seen[4].tokens)
+
+
+@pytest.mark.parametrize("examples", [0, 10**6])
+def test_too_few_or_too_many_examples_are_refused(task, examples):
+    with pytest.raises(ValueError, match=rf"examples={examples}: choose between 1 and the {len(task.train)}"):
+        compare.fewer(task.train, examples, seed=0)
+
+
+def test_options_of_the_toy_tasks_are_refused_for_real_text(tmp_path, capsys):
+    for option in (["--examples", "16"], ["--random-backbone"]):
+        with pytest.raises(SystemExit):
+            main(["compare", "--task", "quiz", *option, "--out", str(tmp_path)])
+        assert "are for the toy tasks, not for quiz" in capsys.readouterr().err
+
+
+def test_no_seed_and_no_command(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*SENTIMENT, "--seeds", "0", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0 and "python -m peft doctor" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="'dance' is unknown"):
+        main(["dance"])

@@ -1,0 +1,66 @@
+"""One asked position a row: state and gradients are those when every position is computed, for every method."""
+
+import pytest
+import torch
+from reference.method_cases import SETS, batch, train_a_little
+
+import peft
+from minitransformer.cache import KVCache
+
+
+def asked_positions(mask):
+    """The last real token of each row."""
+    return (mask * torch.arange(mask.shape[1])).argmax(dim=1)
+
+
+def hidden_and_gradients(model, tokens, mask, whole):
+    asked = asked_positions(torch.ones_like(tokens) if mask is None else mask)
+    if whole:
+        hidden = model.hidden(tokens, mask)[torch.arange(len(tokens)), asked]
+    else:
+        (hidden,) = model.hidden(tokens, mask, asked=asked).unbind(dim=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return hidden, torch.autograd.grad(hidden.square().sum(), trained, allow_unused=True)
+
+
+def check(model, tokens, mask):
+    (expected, theirs), (got, ours) = (hidden_and_gradients(model, tokens, mask, whole) for whole in (True, False))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("padded", [True, False])
+def test_every_method_gives_the_same_at_the_asked_position(decoder, name, padded):
+    model = decoder().double()
+    for number, recipe in enumerate(SETS[name]):
+        peft.attach(model, recipe, seed=number)
+    tokens, mask = batch()
+    check(train_a_little(model), tokens, mask if padded else None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm": "post"}, {"causal": False}, {"gradient_checkpointing": True}, {"n_layers": 1}]
+)
+def test_every_shape_of_model_gives_the_same(decoder, changes):
+    check(decoder(**changes).double().train(), *batch())
+
+
+@pytest.mark.parametrize("implementation", ["fused", "written_out"])
+def test_weights_for_a_picture_have_one_query(decoder, implementation):
+    model, (tokens, mask), weights = decoder(attention=implementation), batch(), []
+    model.hidden(tokens, mask, weights=weights, asked=asked_positions(mask))
+    assert [part.shape[2] for part in weights] == [tokens.shape[1], 1]
+
+
+def test_behind_a_cache_too(decoder):
+    model, (tokens, _) = decoder().double(), batch()
+    cache = KVCache(2)
+    with torch.no_grad():
+        model.hidden(tokens[:, :3], cache=cache)
+        asked = torch.full((len(tokens),), tokens.shape[1] - 4)
+        got = model.hidden(tokens[:, 3:], cache=cache, asked=asked)
+        torch.testing.assert_close(got[:, 0], model.hidden(tokens)[:, -1])

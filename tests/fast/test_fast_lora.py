@@ -1,0 +1,175 @@
+"""LoRA's fast form against the plain one and the NumPy twin, value and gradient; and where it must not be used."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import numpy_peft
+from torch import nn
+
+import peft
+from peft import LoRA
+from peft.fast.lora import fast_lora, pays
+from peft.functional import lora_update
+from peft.methods.lora import LoRALinear
+
+D_IN, D_OUT, R, SCALE = 5, 7, 3, 1.5
+
+
+def tensors(*rows, dtype=torch.float64):
+    """x, W0, b, A, B; only W0 and b are frozen."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((*rows, D_IN), (D_OUT, D_IN), (D_OUT,), (R, D_IN), (D_OUT, R))
+    drawn = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    return [t.requires_grad_(i in (0, 3, 4)) for i, t in enumerate(drawn)]
+
+
+def plain(x, weight, bias, A, B):
+    return F.linear(x, weight, bias) + lora_update(x, A, B, SCALE)
+
+
+@pytest.mark.parametrize("rows", [(1,), (4,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_it_equals_the_plain_form_in_value_and_gradient(rows, biased):
+    x, weight, bias, A, B = tensors(*rows)
+    bias = bias if biased else None
+    g = torch.randn(*rows, D_OUT, dtype=torch.float64)
+    results = []
+    for form in (plain(x, weight, bias, A, B), fast_lora(x, weight, bias, A, B, SCALE)):
+        results.append((form, *torch.autograd.grad(form, (x, A, B), g)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_it_equals_the_numpy_twin_in_value_and_gradient():
+    x, weight, bias, A, B = tensors(2, 4)
+    g = torch.randn(2, 4, D_OUT, dtype=torch.float64)
+    out = fast_lora(x, weight, bias, A, B, SCALE)
+    gradients = torch.autograd.grad(out, (x, A, B), g)
+    xn, Wn, bn, An, Bn, gn = (t.detach().numpy() for t in (x, weight, bias, A, B, g))
+    np.testing.assert_allclose(out.detach().numpy(), xn @ Wn.T + bn + numpy_peft.lora_update(xn, An, Bn, SCALE))
+    dx, dA, dB = numpy_peft.lora_update_backward(gn, xn, An, Bn, SCALE)
+    for got, expected in zip(gradients, (dx + gn @ Wn, dA, dB), strict=True):
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_first_and_second_derivatives_by_finite_differences():
+    x, weight, bias, A, B = tensors(2, 2)
+    function = lambda x, A, B: fast_lora(x, weight, bias, A, B, SCALE)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, A, B))
+    assert torch.autograd.gradgradcheck(function, (x, A, B))
+
+
+@pytest.mark.parametrize("learning", [(0,), (3,), (4,), (0, 3), (3, 4)])
+def test_only_what_asks_for_a_gradient_gets_one(learning):
+    given = [t.detach().requires_grad_(i in learning) for i, t in enumerate(tensors(4))]
+    fast_lora(*given, SCALE).square().sum().backward()
+    assert [i for i, t in enumerate(given) if t.grad is not None] == list(learning)
+
+
+@pytest.mark.parametrize("learning, kept", [((0, 3, 4), True), ((0,), False)])
+def test_the_tokens_are_kept_only_for_factors_that_learn(learning, kept):
+    """And neither W nor anything else as large as the weight is kept, except W0, which is there anyway."""
+    given = [t.detach().requires_grad_(i in learning) for i, t in enumerate(tensors(40))]
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.data_ptr()) or t, lambda t: t):
+        fast_lora(*given, SCALE)
+    own = {t.data_ptr() for i, t in enumerate(given) if i != 2 and (i != 0 or kept)}
+    assert set(seen) == own
+
+
+def test_no_gradient_as_large_as_the_weight_is_formed():
+    """By hand the backward pass multiplies thin matrices; autograd's, given W0 + s B A, would make dW first."""
+    x, weight, bias, A, B = tensors(40)
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mm.default:
+                made.append(tuple(out.shape))
+            return out
+
+    made = []
+    out = fast_lora(x, weight, bias, A, B, SCALE).sum()
+    with Sizes():
+        out.backward()
+    assert sorted(made) == sorted([(40, D_IN), (40, R), (R, D_IN), (40, R), (D_OUT, R)])
+    made.clear()
+    out = F.linear(x, weight + SCALE * (B @ A), bias).sum()
+    with Sizes():
+        out.backward()
+    assert (D_OUT, D_IN) in made or (D_IN, D_OUT) in made
+
+
+def layer(recipe=None, dtype=torch.float32, **linear):
+    torch.manual_seed(0)
+    base = nn.Linear(D_IN, D_OUT, **linear).to(dtype).requires_grad_(False)
+    lora = LoRALinear(base, recipe or LoRA(rank=2), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        lora.B.normal_()
+    return lora
+
+
+def test_it_pays_from_the_rows_on_at_which_the_thin_products_cost_more():
+    """5 * 7 / (5 + 7) = 2.9 rows."""
+    assert [pays(layer(), torch.ones(n, D_IN)) for n in (0, 1, 2, 3, 4)] == [False, False, False, True, True]
+    assert pays(layer(bias=False), torch.ones(2, 2, D_IN)) and not pays(layer(), torch.ones(1, 2, D_IN))
+
+
+def changed(change):
+    lora = layer()
+    change(lora)
+    return lora
+
+
+X = torch.ones(9, D_IN)
+PLAIN = {
+    "disabled": changed(lambda lora: setattr(lora, "enabled", False)),
+    "merged": changed(lambda lora: lora.write(lora.changed_weight())),
+    "dropout in training": layer(LoRA(rank=2, dropout=0.5)).train(),
+    "the weight is trained": changed(lambda lora: lora.base.weight.requires_grad_(True)),
+    "the bias is trained": changed(lambda lora: lora.base.bias.requires_grad_(True)),
+    "half precision below": layer(dtype=torch.bfloat16),
+    "something round the map": changed(lambda lora: setattr(lora, "base", nn.Sequential(lora.base))),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_the_plain_form_is_used_where_the_fast_one_would_be_wrong(case):
+    assert not pays(PLAIN[case], X.to(next(PLAIN[case].base.parameters()).dtype))
+
+
+def test_dropout_is_off_in_evaluation_so_the_fast_form_is_used():
+    assert pays(layer(LoRA(rank=2, dropout=0.5)).eval(), X)
+
+
+def test_the_plain_form_is_used_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not pays(layer(), X)
+        assert layer()(X).dtype == torch.bfloat16
+
+
+def test_a_layer_gives_the_same_by_either_form():
+    lora = layer()
+    with torch.no_grad():
+        rows = torch.randn(9, D_IN)
+        torch.testing.assert_close(lora(rows), torch.cat([lora(row[None]) for row in rows]))
+
+
+def test_dora_does_not_take_the_fast_form_of_lora():
+    torch.manual_seed(0)
+    base = nn.Linear(D_IN, D_OUT).requires_grad_(False)
+    dora = peft.DoRA(rank=2).wrap("map", base, base, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dora.B.normal_()
+        dora.magnitude.mul_(2.0)
+    torch.testing.assert_close(dora(X), F.linear(X, dora.changed_weight(), base.bias))
+
+
+def test_it_vectorises_over_adapters():
+    """torch.func sees through it: many adapters at once, each as alone."""
+    x, weight, bias, A, B = (t.detach() for t in tensors(4))
+    many_A, many_B = torch.stack([A, 2 * A]), torch.stack([B, -B])
+    together = torch.func.vmap(lambda A, B: fast_lora(x, weight, bias, A, B, SCALE))(many_A, many_B)
+    for i in range(2):
+        torch.testing.assert_close(together[i], fast_lora(x, weight, bias, many_A[i], many_B[i], SCALE))

@@ -1,0 +1,92 @@
+"""Soups: the mean of updates and of modules trained whole, exactly; and what cannot be mixed."""
+
+import pytest
+import torch
+from reference.method_cases import batch, outputs, train_a_little
+
+import peft
+from minitransformer import Transformer, TransformerConfig
+from minitransformer.heads import SequenceClassifier
+from peft import BottleneckAdapter, LoRA
+
+CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
+
+
+def classifier(recipe=None, seed=0, also=("head",)):
+    """A model whose LoRA and head are anything but at their start."""
+    model = SequenceClassifier(Transformer(CONFIG, seed=7), n_classes=3, seed=seed).eval()
+    if recipe is None:
+        return model
+    peft.attach(model, recipe, seed=seed, train_also=also)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in peft.trainable_parameters(model).values():
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+RECIPES = (LoRA(rank=2), LoRA(rank=3, alpha=7.0, targets=("up", "value")))
+
+
+@pytest.mark.parametrize("recipes", [RECIPES[:1] * 3, RECIPES], ids=["one recipe", "two recipes"])
+def test_it_is_the_model_with_the_mean_of_all_weights(recipes):
+    """Merged into plain weights, averaged tensor by tensor, and never a LoRA in it: the oracle."""
+    models = [classifier(recipe, seed) for seed, recipe in enumerate(recipes, start=1)]
+    mixed = peft.soup(models, classifier())
+    plain = classifier()
+    copies = [peft.merged_copy(model).state_dict() for model in models]
+    plain.load_state_dict({name: torch.stack([own[name] for own in copies]).mean(dim=0) for name in copies[0]})
+    tokens, mask = batch()
+    torch.testing.assert_close(mixed(tokens, mask), plain(tokens, mask), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mixed(tokens, mask), models[0](tokens, mask), atol=1e-2)
+
+
+def test_a_soup_of_one_is_that_one_and_a_soup_of_equals_is_each():
+    model = classifier(LoRA(rank=2), seed=1)
+    expected = model(*batch())
+    for models in ([model], [model] * 4):
+        torch.testing.assert_close(peft.soup(models, classifier())(*batch()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_attached_saved_and_taken_out_like_any_lora(tmp_path):
+    base = classifier()
+    weight = base.transformer.blocks[0].attention.query
+    mixed = peft.soup([classifier(LoRA(rank=2), seed) for seed in (1, 2)], base)
+    assert mixed is base and peft.attached(mixed)[0].method.rank == 4
+    trained = set(peft.trainable_parameters(mixed))
+    assert {"head.weight", "head.bias", "transformer.blocks.0.attention.query.A"} <= trained
+    peft.save(mixed, tmp_path / "soup.safetensors")
+    again = peft.load(classifier(), tmp_path / "soup.safetensors")
+    assert torch.equal(again(*batch()), mixed(*batch()))
+    assert peft.detach(mixed).transformer.blocks[0].attention.query is weight
+
+
+def test_the_models_it_is_made_of_stay_as_they_were(decoder):
+    models = [train_a_little(peft.attach(decoder(), LoRA(rank=2), seed=seed)) for seed in (1, 2)]
+    before = [outputs(model) for model in models]
+    peft.soup(models, decoder())
+    assert all(torch.equal(outputs(model), old) for model, old in zip(models, before, strict=True))
+
+
+BAD = {
+    "none": (list, "at least one model"),
+    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "one of these has nothing"),
+    "another method": (lambda: [classifier(BottleneckAdapter())], "one of these has BottleneckAdapter"),
+    "DoRA": (lambda: [classifier(peft.DoRA(rank=2))], "single plain LoRA"),
+    "other modules beside": (
+        lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), also=())],
+        "different modules",
+    ),
+    "too many for the width": (lambda: [classifier(LoRA(rank=8), seed) for seed in range(3)], "rank 24 exceeds"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_mixed_is_refused_and_the_base_stays_as_it_was(case):
+    make, message = BAD[case]
+    base = classifier()
+    before = {name: p.clone() for name, p in base.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        peft.soup(make(), base)
+    assert not peft.attached(base)
+    assert all(torch.equal(p, before[name]) for name, p in base.state_dict().items())
