@@ -10,11 +10,10 @@ Shapes: [B, T, d_model] -> [B, T, d_model].
 """
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention, picked
-from minitransformer.cache import LayerCache
+from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
 from minitransformer.feedforward import FeedForward
 
@@ -35,21 +34,12 @@ class Block(nn.Module):
         return "pre-norm" if self.pre_norm else "post-norm"
 
     def forward(
-        self,
-        x: Float[Tensor, "B T d_model"],
-        mask: Bool[Tensor, "#B 1 T S"] | None = None,
-        cache: LayerCache | None = None,
-        weights: list | None = None,
-        asked: Int[Tensor, "B"] | None = None,
-    ) -> Float[Tensor, "B Q d_model"]:
-        """Arguments as in `Attention.forward`: with `asked`, one position of each row comes out, [B, 1, d_model]."""
-        rest = (mask, cache, weights) if asked is None else (mask, cache, weights, asked)
-        kept = x if asked is None else picked(x, asked)
+        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
+    ) -> Float[Tensor, "B T d_model"]:
+        """Arguments as in `Attention.forward`."""
+        p = self.dropout if self.training else 0.0
         if self.pre_norm:
-            x = kept + self._drop(self.attention(self.norm_attention(x), *rest))
-            return x + self._drop(self.feedforward(self.norm_feedforward(x)))
-        x = self.norm_attention(kept + self._drop(self.attention(x, *rest)))
-        return self.norm_feedforward(x + self._drop(self.feedforward(x)))
-
-    def _drop(self, x: Float[Tensor, "B Q d_model"]) -> Float[Tensor, "B Q d_model"]:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+            x = x + F.dropout(self.attention(self.norm_attention(x), mask, context), p)
+            return x + F.dropout(self.feedforward(self.norm_feedforward(x)), p)
+        x = self.norm_attention(x + F.dropout(self.attention(x, mask, context), p))
+        return self.norm_feedforward(x + F.dropout(self.feedforward(x), p))

@@ -6,61 +6,31 @@ token then costs one query instead of a pass over the whole text.
 Shapes: per layer, key and value [B, H, S, d_head]; which of the S positions hold real tokens, [B, S].
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minitransformer.attention import Context, Mask
 
-class Growing:
-    """A tensor [B, H, S, d_head] that grows along S.
 
-    Room is made for twice as many positions at a time: each one is then copied a few times in all, and not at every
-    step. Under autograd, which must see every version, the pieces are joined instead.
-    """
+class LayerCache(Context):
+    """The keys and values that one attention layer has computed so far: a context for the tokens that come next."""
 
     def __init__(self):
-        self.room: Float[Tensor, "B H more d_head"] | None = None
-        self.used = 0
-
-    def append(self, new: Float[Tensor, "B H T d_head"]) -> None:
-        """Put T positions behind those already there."""
-        before, self.used = self.used, self.used + new.shape[2]
-        if self.room is None:
-            self.room = new
-        elif new.requires_grad or self.room.requires_grad:
-            self.room = torch.cat([self.room[:, :, :before], new], dim=2)
-        else:
-            if self.used > self.room.shape[2]:
-                larger = new.new_empty(*new.shape[:2], 2 * self.used, new.shape[3])
-                larger[:, :, :before] = self.room[:, :, :before]
-                self.room = larger
-            self.room[:, :, before : self.used] = new
-
-    def seen(self) -> Float[Tensor, "B H S d_head"] | None:
-        """All S positions, without the spare room; None before the first."""
-        return None if self.room is None else self.room[:, :, : self.used]
-
-
-class LayerCache:
-    """The keys and values that one attention layer has computed so far."""
-
-    def __init__(self):
-        self.keys, self.values = Growing(), Growing()
-
-    @property
-    def key(self) -> Float[Tensor, "B H S d_head"] | None:
-        """The keys so far."""
-        return self.keys.seen()
-
-    @property
-    def value(self) -> Float[Tensor, "B H S d_head"] | None:
-        """The values so far."""
-        return self.values.seen()
+        self.key: Float[Tensor, "B H S d_head"] | None = None
+        self.value: Float[Tensor, "B H S d_head"] | None = None
 
     def append(self, key: Float[Tensor, "B H T d_head"], value: Float[Tensor, "B H T d_head"]) -> None:
         """Put the newest T keys and values behind those already there."""
-        self.keys.append(key)
-        self.values.append(value)
+        self.key = key if self.key is None else torch.cat([self.key, key], dim=2)
+        self.value = value if self.value is None else torch.cat([self.value, value], dim=2)
+
+    def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Attention over all tokens so far, the newest included; their keys and values are kept."""
+        self.append(k, v)
+        return attention(q, self.key, self.value, mask)
 
 
 class KVCache:

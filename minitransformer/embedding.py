@@ -49,41 +49,14 @@ class Embedding(nn.Module):
             ValueError: a token outside the vocabulary, a position beyond max_len, segments outside their table
                 or without one.
         """
-        return self.compose(self.look_up(tokens), positions(tokens, real, cache), segments)
+        place = positions(tokens, real, cache)
+        check(self, tokens, place, segments)
+        return self.summed(self.token(tokens), place, segments)
 
     @property
     def room(self) -> int:
         """How many tokens a text may have."""
         return self.position.num_embeddings
-
-    def look_up(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
-        """The word vectors alone."""
-        n_words = self.token.num_embeddings
-        if values_are_read(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
-            raise ValueError(
-                f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_words} "
-                f"words (0 to {n_words - 1}); encode the text with the vocabulary the model was trained with"
-            )
-        return self.token(tokens)
-
-    def compose(
-        self,
-        vectors: Float[Tensor, "B T d_model"],
-        positions: Int[Tensor, "#B T"],
-        segments: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T d_model"]:
-        """What happens to word vectors, wherever they come from: checks, and then `summed`."""
-        if values_are_read(positions) and int(positions.max()) >= self.position.num_embeddings:
-            raise ValueError(
-                f"the sequence has {int(positions.max()) + 1} positions, but max_len is "
-                f"{self.position.num_embeddings}; shorten the text (or the prompt in front of it), or build the "
-                f"model with a larger max_len"
-            )
-        if self.segment is None and segments is not None:
-            raise ValueError(
-                "segments were given, but this model has no segment table (config.n_segments is 0); leave them out"
-            )
-        return self.summed(vectors, positions, segments)
 
     def summed(
         self,
@@ -91,35 +64,13 @@ class Embedding(nn.Module):
         positions: Int[Tensor, "#B T"],
         segments: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T d_model"]:
-        """Positions and segments added, normalised, dropped out. A position outside its table is PyTorch's error."""
+        """Word vectors, wherever they come from, with positions and segments added, normalised, dropped out."""
         x = vectors + self.position(positions)
         if self.segment is not None:
-            x = x + (self.segment.weight[0] if segments is None else self._look_up_segments(segments))
+            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         if self.norm is not None:
             x = self.norm(x)
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
-
-    def _look_up_segments(self, segments: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
-        n = self.segment.num_embeddings
-        if values_are_read(segments) and not 0 <= int(segments.min()) <= int(segments.max()) < n:
-            raise ValueError(
-                f"segments range from {int(segments.min())} to {int(segments.max())}, but the model has {n} "
-                f"(0 to {n - 1}); number the segments from 0"
-            )
-        return self.segment(segments)
-
-
-def values_are_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: there are some, and no compiler is tracing (its graph would be cut)."""
-    return tensor.numel() > 0 and not torch.compiler.is_compiling()
-
-
-def without_padding(
-    tokens: Int[Tensor, "*rows T"], padding_mask: Bool[Tensor, "*rows T"]
-) -> tuple[Int[Tensor, "*rows W"], Bool[Tensor, "*rows W"]]:
-    """The same texts without the columns on the right that are padding in all of them."""
-    width = int(padding_mask.flatten(0, -2).any(dim=0).nonzero().max()) + 1
-    return tokens[..., :width], padding_mask[..., :width]
+        return F.dropout(x, self.dropout, self.training)
 
 
 def positions(
@@ -134,3 +85,44 @@ def positions(
     if real is None:
         return before + torch.arange(tokens.shape[1], device=tokens.device)[None]
     return (before + real.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def without_padding(
+    tokens: Int[Tensor, "*rows T"], padding_mask: Bool[Tensor, "*rows T"]
+) -> tuple[Int[Tensor, "*rows W"], Bool[Tensor, "*rows W"]]:
+    """The same texts without the columns on the right that are padding in all of them."""
+    width = int(padding_mask.flatten(0, -2).any(dim=0).nonzero().max()) + 1
+    return tokens[..., :width], padding_mask[..., :width]
+
+
+def values_are_read(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: there are some, and no compiler is tracing (its graph would be cut)."""
+    return tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def check(embedding: Embedding, tokens: Tensor, positions: Tensor, segments: Tensor | None = None) -> None:
+    """Raise ValueError, with the cure, for numbers that one of the tables does not have."""
+    if embedding.segment is None and segments is not None:
+        raise ValueError(
+            "segments were given, but this model has no segment table (config.n_segments is 0); leave them out"
+        )
+    if not values_are_read(tokens):
+        return
+    n_words = embedding.token.num_embeddings
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
+        raise ValueError(
+            f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_words} "
+            f"words (0 to {n_words - 1}); encode the text with the vocabulary the model was trained with"
+        )
+    if int(positions.max()) >= embedding.position.num_embeddings:
+        raise ValueError(
+            f"the sequence has {int(positions.max()) + 1} positions, but max_len is "
+            f"{embedding.position.num_embeddings}; shorten the text (or the prompt in front of it), or build the "
+            f"model with a larger max_len"
+        )
+    n = embedding.segment.num_embeddings if segments is not None else 0
+    if segments is not None and not 0 <= int(segments.min()) <= int(segments.max()) < n:
+        raise ValueError(
+            f"segments range from {int(segments.min())} to {int(segments.max())}, but the model has {n} "
+            f"(0 to {n - 1}); number the segments from 0"
+        )

@@ -14,16 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from minitransformer.fast.watched import is_watched
 
 
-def activate(x: Float[Tensor, "*shape"], activation: str, in_place: bool = False) -> Float[Tensor, "*shape"]:
-    """Apply "gelu" (x Phi(x), exact), "gelu_tanh" (GPT-2's approximation of it) or "relu" elementwise.
-
-    With `in_place` x may be overwritten, which "relu" does: its gradient needs the output only.
-    """
+def activate(x: Float[Tensor, "*shape"], activation: str) -> Float[Tensor, "*shape"]:
+    """Apply "gelu" (x Phi(x), exact), "gelu_tanh" (GPT-2's approximation of it) or "relu" elementwise."""
     if activation == "relu":
-        return F.relu(x, inplace=in_place)
+        return F.relu(x)
     if activation == "gelu":
         return F.gelu(x)
     if activation == "gelu_tanh":
@@ -44,9 +40,5 @@ class FeedForward(nn.Module):
         return f"activation={self.activation}"
 
     def forward(self, x: Float[Tensor, "B T d_model"]) -> Float[Tensor, "B T d_model"]:
-        """Widen, bend, narrow."""
-        if type(self.up) is not nn.Linear or is_watched(self.up):
-            return self.down(activate(self.up(x), self.activation))
-        # Nobody else has the hidden layer, so ReLU may overwrite it; with all rows in one axis it is no view either.
-        hidden = activate(self.up(x.flatten(0, -2)), self.activation, in_place=True)
-        return self.down(hidden.view(*x.shape[:-1], -1))
+        """W_down act(W_up x + b_up) + b_down."""
+        return self.down(activate(self.up(x), self.activation))

@@ -6,8 +6,6 @@ token per row; without, the whole text. Both give the same words.
 Shapes: tokens [B, T] -> [B, T + max_new_tokens].
 """
 
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -15,24 +13,7 @@ from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
 from minitransformer.fast.generation import fast_steps
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module):
-    """Dropout off inside; afterwards every module is in the mode it was in, also after an exception."""
-    with modes_restored(model):
-        yield model.eval()
-
-
-@contextmanager
-def modes_restored(model: nn.Module):
-    """Afterwards every module is in the mode (training or evaluation) it was in, also after an exception."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+from minitransformer.modes import evaluation_mode
 
 
 def next_word(

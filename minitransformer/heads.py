@@ -1,8 +1,8 @@
 """Heads: from hidden states to scores.
 
-    LMHead            logits = s E h                               tied to the token embedding, as GPT-2
-    MaskedLMHead      logits = E norm(act(W h + b)) + c            BERT's, also tied
-    ClassificationHead  scores = W dropout(h_first or h_mean) + b  a fresh head on top of a pretrained encoder
+    LMHead              logits = s E h                             tied to the token embedding, as GPT-2
+    MaskedLMHead        logits = E norm(act(W h + b)) + c          BERT's, also tied
+    SequenceClassifier  scores = W dropout(h_first or h_mean) + b  a Transformer with a fresh head on top
 
 Sources: Press & Wolf 2017 (tied embeddings); Devlin et al. 2019, section 3.1 and appendix A.2 (masked language model);
 the pooled classification input is BERT's first token or, as sentence encoders do, the mean over real tokens.
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import picked
 from minitransformer.config import TransformerConfig
 from minitransformer.feedforward import activate
 
@@ -103,3 +102,8 @@ def first_real(
         return hidden[:, 0]
     first = padding_mask.to(torch.int64).argmax(dim=1)  # [B]
     return picked(hidden, first)[:, 0]
+
+
+def picked(x: Float[Tensor, "B T d"], position: Int[Tensor, "B"]) -> Float[Tensor, "B 1 d"]:
+    """One position of each row."""
+    return x[torch.arange(len(x), device=x.device), position][:, None]

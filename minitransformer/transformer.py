@@ -6,20 +6,27 @@ Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2
     logits = lm_head(h)                                    [B, T, V]
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitransformer.attention import attention_mask
+from minitransformer.attention import attention_mask, recorded
 from minitransformer.block import Block
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, values_are_read
-from minitransformer.generation import evaluation_mode, generate
+from minitransformer.fast.last_position import at_position
+from minitransformer.fast.loss import fast_cross_entropy, pays
+from minitransformer.fast.watched import is_watched
+from minitransformer.generation import generate
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
+from minitransformer.modes import evaluation_mode
 
 
 class Transformer(nn.Module):
@@ -62,7 +69,6 @@ class Transformer(nn.Module):
         padding_mask: Bool[Tensor, "B T"] | None = None,
         segments: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
-        weights: list | None = None,
         asked: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B Q d_model"]:
         """The hidden states after the last norm.
@@ -72,7 +78,6 @@ class Transformer(nn.Module):
             padding_mask: True = a real token. Padding may stand on either side; it changes no real token's output.
             segments: BERT's token types.
             cache: a `KVCache`, which is read and extended (decoders only).
-            weights: a list that receives each layer's attention weights [B, H, T, S].
             asked: one position for each row, if no other is needed: the last block computes only these, which saves
                 most of its work, and [B, 1, d_model] comes out.
 
@@ -80,7 +85,7 @@ class Transformer(nn.Module):
             ValueError: a row without a real token, a sequence longer than max_len, a token outside the vocabulary,
                 a padding_mask that does not fit the tokens, a cache for an encoder.
         """
-        self._check(tokens, padding_mask, cache)
+        check(self, tokens, padding_mask, cache)
         x = self.embedding(tokens, padding_mask, segments, cache)  # [B, n + T, d_model]
         n = x.shape[1] - tokens.shape[1]  # vectors that an embedding may put in front of the words: always real
         real_keys, n_keys = padding_mask, x.shape[1]  # None: all are real
@@ -91,18 +96,15 @@ class Transformer(nn.Module):
             real_keys = cache.extend(n_keys, real_keys)
             n_keys = cache.n_keys
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
-        # A block that runs twice would also extend the cache and the list of weights twice.
-        once = cache is not None or weights is not None or not torch.is_grad_enabled()
-        recompute = self.config.gradient_checkpointing and not once
-        for i, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layers[i]
-            last = () if asked is None or i + 1 < len(self.blocks) else (asked + n,)
-            if recompute:
-                # The non-reentrant form: the other one gives no gradient where the block's input needs none, which is
-                # so for the first block of every frozen model.
-                x = checkpoint(block, x, mask, layer_cache, weights, *last, use_reentrant=False)
-            else:
-                x = block(x, mask, layer_cache, weights, *last)
+        steps: list[Callable] = list(self.blocks)
+        if asked is not None:
+            steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)
+        # Recomputed, a block would extend the cache twice. The non-reentrant form: the other gives no gradient where
+        # the block's input needs none, which is so for the first block of every frozen model.
+        recompute = self.config.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        for i, step in enumerate(steps):
+            context = None if cache is None else cache.layers[i]
+            x = checkpoint(step, x, mask, context, use_reentrant=False) if recompute else step(x, mask, context)
         return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
@@ -115,39 +117,69 @@ class Transformer(nn.Module):
             raise ValueError('this model has no language-model head (config.lm_head is "none"); use model.hidden(...)')
         return self.head(hidden, self.embedding.token.weight)
 
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        padding_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean cross-entropy, in nats, of the word that `targets` wants at each position; -100 wants none.
+
+        The same as with the logits of `forward`, which are never there all at once. Errors as in `hidden`.
+        """
+        wanted = targets != -100
+        return self.word_loss(self.hidden(tokens, padding_mask)[wanted], targets[wanted])[0]
+
+    def word_loss(
+        self, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        """Mean cross-entropy of the words `targets` from the hidden states that should say them, and how many score
+        highest; in the fast form where it may stand in, and pays."""
+        plain_head = self.is_plain and type(self.head) is LMHead
+        if plain_head and not is_watched(self.head) and pays(hidden, self.embedding.token.weight):
+            return fast_cross_entropy(hidden, self.embedding.token.weight, targets, self.head.logit_scale)
+        logits = self.lm_head(hidden)
+        return F.cross_entropy(logits, targets), (logits.argmax(dim=-1) == targets).sum()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model is of this very class, so that a fast form can know what it computes."""
+        return type(self) is Transformer
+
     @torch.no_grad()
     def attention_weights(
         self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
     ) -> list[Float[Tensor, "B H T S"]]:
         """Each layer's attention weights, for pictures (dropout off): row t says where query t looks."""
-        weights: list[Tensor] = []
-        with evaluation_mode(self):
-            self.hidden(tokens, padding_mask, weights=weights)
+        with evaluation_mode(self), recorded(self) as weights:
+            self.hidden(tokens, padding_mask)
         return weights
 
     def generate(self, tokens: Int[Tensor, "B T"], max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
         """Continue each row by `max_new_tokens` words; see `minitransformer.generation.generate` for the options."""
         return generate(self, tokens, max_new_tokens, **options)
 
-    def _check(self, tokens: Tensor, padding_mask: Tensor | None, cache: KVCache | None) -> None:
-        if tokens.numel() == 0:
-            raise ValueError(f"tokens is empty, shape {tuple(tokens.shape)}; give at least one row of one token")
-        if tokens.dim() != 2:
-            raise ValueError(
-                f"tokens must be [B, T], got shape {tuple(tokens.shape)}; tokens[None] makes a batch of one row"
-            )
-        if padding_mask is not None and (padding_mask.shape != tokens.shape or padding_mask.dtype != torch.bool):
-            raise ValueError(
-                f"padding_mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got "
-                f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
-            )
-        # Behind a cache a row may well receive padding only: its real tokens came earlier.
-        looked_at = padding_mask is not None and cache is None and values_are_read(padding_mask)
-        if looked_at and not bool(padding_mask.any(dim=1).all()):
-            empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"padding_mask hides every token of row {empty[0]} ({len(empty)} such rows); True marks a real token: "
-                f"drop the empty rows, or invert the mask if it marks padding"
-            )
-        if cache is not None and not self.config.causal:
-            raise ValueError("an encoder has no KV cache: earlier tokens would have to see later ones")
+
+def check(model: Transformer, tokens: Tensor, padding_mask: Tensor | None, cache: KVCache | None) -> None:
+    """Raise ValueError, with the cure, for what a model cannot read."""
+    if tokens.numel() == 0:
+        raise ValueError(f"tokens is empty, shape {tuple(tokens.shape)}; give at least one row of one token")
+    if tokens.dim() != 2:
+        raise ValueError(
+            f"tokens must be [B, T], got shape {tuple(tokens.shape)}; tokens[None] makes a batch of one row"
+        )
+    if padding_mask is not None and (padding_mask.shape != tokens.shape or padding_mask.dtype != torch.bool):
+        raise ValueError(
+            f"padding_mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got "
+            f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
+        )
+    # Behind a cache a row may well receive padding only: its real tokens came earlier.
+    looked_at = padding_mask is not None and cache is None and values_are_read(padding_mask)
+    if looked_at and not bool(padding_mask.any(dim=1).all()):
+        empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"padding_mask hides every token of row {empty[0]} ({len(empty)} such rows); True marks a real token: "
+            f"drop the empty rows, or invert the mask if it marks padding"
+        )
+    if cache is not None and not model.config.causal:
+        raise ValueError("an encoder has no KV cache: earlier tokens would have to see later ones")

@@ -7,26 +7,13 @@ puts the very same modules back and restores which tensors were trainable. What 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from peft.method import Method, Wrapper
-from peft.methods.reparameterization import ReparameterizedPrefixAttention
-from peft.sites import (
-    all_wrappers,
-    exchange,
-    find,
-    merged_wrappers,
-    named_sites,
-    restore_trainability,
-    site_name,
-    trainability,
-    unwrap,
-    wrap,
-    wrappers_at,
-)
+from peft.sites import all_wrappers, find, merged_wrappers, named_sites, named_tensors, sites_of, unwrap, wrap
 
 
 @dataclass(frozen=True)
@@ -62,34 +49,36 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     """
     if not isinstance(method, Method):
         raise ValueError(f"{method!r} is not a recipe; give one such as LoRA(rank=4) or PrefixTuning(length=8)")
-    modules = named_sites(model)
+    sites = sites_of(model)
+    modules = {name: site.module for name, site in sites.items() if name}
     names = method.sites(modules)
     also = find(train_also, modules, "module") if train_also else []
     generator = torch.Generator().manual_seed(seed)
-    wrappers = {name: method.wrap(name, modules[name], model, generator) for name in names}
-    _refuse_a_second_one(model, wrappers)
+    wrappers = method.wrappers({name: modules[name] for name in names}, model, generator)
+    for name, wrapper in wrappers.items():
+        _refuse_a_second_one(name, sites[name].wrappers, wrapper)
     if not attached(model):
         model.trainable_before = trainability(model)
         model.attached = []
         model.requires_grad_(False)
     for name, wrapper in wrappers.items():
-        wrapper.train(modules[name].training)
-        wrap(model, name, wrapper)
+        wrapper.training = modules[name].training
+        wrap(sites[name], wrapper)
     for name in also:
         modules[name].requires_grad_(True)
     model.attached.append(Attached(method, seed, tuple(train_also)))
     return model
 
 
-def _refuse_a_second_one(model: nn.Module, wrappers: dict[str, Wrapper]) -> None:
-    for name, wrapper in wrappers.items():
-        for present in wrappers_at(model, name):
-            same_kind = isinstance(present, type(wrapper)) or isinstance(wrapper, type(present))
-            if same_kind or set(present.tensors()) & set(wrapper.tensors()):
-                raise ValueError(
-                    f"{name} carries a {type(present).__name__} already, and another {type(wrapper).__name__} cannot "
-                    f"stand beside it; detach(model) first, or choose other targets"
-                )
+def trainability(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    """Which tensors require a gradient."""
+    return [(p, p.requires_grad) for p in model.parameters()]
+
+
+def restore_trainability(before: list[tuple[nn.Parameter, bool]]) -> None:
+    """Make every tensor trainable or not, as it was."""
+    for parameter, requires_grad in before:
+        parameter.requires_grad_(requires_grad)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -101,11 +90,12 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: nothing is attached.
     """
     _require_attached(model)
-    for name, wrappers in all_wrappers(model).items():
-        for wrapper in wrappers:
-            wrapper.release()
-        unwrap(model, name)
-    restore_trainability(model, model.trainable_before)
+    for site in sites_of(model).values():
+        if site.wrappers:
+            for wrapper in site.wrappers:
+                wrapper.release()
+            unwrap(site)
+    restore_trainability(model.trainable_before)
     del model.attached, model.trainable_before
     return model
 
@@ -131,49 +121,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             wrapper.enabled = enabled
 
 
-def fold(model: nn.Module) -> nn.Module:
-    """Replace each prefix that comes from an MLP by the P_k and P_v that the MLP makes; the outputs stay the same.
-
-    Li & Liang 2021, section 4.3: the network is dropped once training is over.
-
-    Raises:
-        ValueError: the model has no reparameterised prefix, or it is disabled at present.
-    """
-    records = attached(model)
-    old = [record for record in records if getattr(record.method, "reparameterize", None)]
-    if not old:
-        raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
-    if not all(wrapper.enabled for at_site in all_wrappers(model).values() for wrapper in at_site):
-        raise ValueError("the methods are disabled at present; fold after leaving disabled(model)")
-    before = old[0].method
-    recipe = replace(before, reparameterize=None)
-    for name, wrappers in all_wrappers(model).items():
-        for wrapper in wrappers:
-            if isinstance(wrapper, ReparameterizedPrefixAttention):
-                exchange(model, name, wrapper, wrapper.folded(recipe))
-    model.attached = [
-        Attached(recipe, record.seed, record.train_also) if record is old[0] else record for record in records
-    ]
-    return model
-
-
 def declared(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every tensor that belongs to the attached methods, by name: those of wrappers and of `train_also` modules."""
-    tensors = {}
-    for site, wrappers in all_wrappers(model).items():
-        for wrapper in wrappers:
-            tensors.update({f"{site}.{name}": tensor for name, tensor in wrapper.tensors().items()})
+    """Every tensor of the attached methods, once, by name: those of wrappers, and of modules named in `train_also`."""
+    own = {id(p) for wrappers in all_wrappers(model).values() for w in wrappers for p in w.tensors().values()}
     modules = named_sites(model)
     for record in attached(model):
-        for site in find(record.train_also, modules, "module") if record.train_also else []:
-            for name, tensor in modules[site].named_parameters():
-                tensors[f"{site}.{site_name(name)}"] = tensor
-    return tensors
+        for name in find(record.train_also, modules, "module") if record.train_also else []:
+            own |= {id(p) for p in modules[name].parameters()}
+    return {name: tensor for name, tensor in named_tensors(model).items() if id(tensor) in own}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every tensor that requires a gradient, by name; without a method attached, those of full fine-tuning."""
-    return {site_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named_tensors(model).items() if p.requires_grad}
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -218,3 +178,19 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _require_attached(model: nn.Module) -> None:
     if not attached(model):
         raise ValueError("no method is attached to this model; attach(model, LoRA(...)) or load(model, path) first")
+
+
+def _refuse_a_second_one(name: str, present: list[Wrapper], new: Wrapper) -> None:
+    for wrapper in present:
+        kind, other = type(wrapper).__name__, type(new).__name__
+        same_kind = isinstance(wrapper, type(new)) or isinstance(new, type(wrapper))
+        if same_kind or set(wrapper.tensors()) & set(new.tensors()):
+            raise ValueError(
+                f"{name} carries a {kind} already, and another {other} cannot stand beside it; detach(model) first, "
+                f"or choose other targets"
+            )
+        if wrapper.order == new.order:
+            raise ValueError(
+                f"{name} carries a {kind}, and what it computes with a {other} would depend on which came first: both "
+                f"have order {new.order}; give one of the classes another `order`, or choose other targets"
+            )

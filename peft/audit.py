@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.attach import attached, declared
-from peft.sites import all_wrappers, layer_of, site_name
+from peft.sites import all_wrappers, block_names, layer_of, named_sites, named_tensors
 
 
 class AuditError(AssertionError):
@@ -70,7 +70,7 @@ def gradient_audit(
     """
     if steps < 3:
         raise ValueError(f"steps={steps}: three are needed, since the gradient of A is exactly 0 while B is 0")
-    parameters = dict(model.named_parameters())
+    parameters = named_tensors(model)
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError("the model has nothing to train: no tensor requires a gradient. Attach a method first")
     before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -78,8 +78,9 @@ def gradient_audit(
     try:
         norms = _trial(model, parameters, loss_fn, steps, learning_rate)
         moved = {name: (p - before[name]).abs().max().item() for name, p in parameters.items()}
+        blocks = block_names(named_sites(model))
         rows = tuple(
-            AuditRow(site_name(name), layer_of(name), p.requires_grad, norms[name], moved[name])
+            AuditRow(name, layer_of(name, blocks), p.requires_grad, norms[name], moved[name])
             for name, p in parameters.items()
         )
     finally:
@@ -90,7 +91,7 @@ def gradient_audit(
             for name, b in model.named_buffers():
                 b.copy_(buffers[name])
     table = AuditTable(rows)
-    _judge(table, {id(p): site_name(name) for name, p in parameters.items()}, model)
+    _judge(table, model)
     return table
 
 
@@ -122,8 +123,8 @@ def _backward(loss: Tensor) -> None:
         ) from error
 
 
-def _judge(table: AuditTable, names: dict[int, str], model: nn.Module) -> None:
-    belonging = {names[id(p)] for p in declared(model).values()}
+def _judge(table: AuditTable, model: nn.Module) -> None:
+    belonging = declared(model).keys()
     on_purpose = {
         f"{site}.{name}"
         for site, wrappers in all_wrappers(model).items()

@@ -20,7 +20,7 @@ from minitransformer.files import fingerprint, write_whole
 from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
 from peft.merging.merge import is_merged, merge
 from peft.method import Method
-from peft.sites import in_order, merged_wrappers, site_name
+from peft.sites import in_order, merged_wrappers, named_tensors
 
 FORMAT = "peft-from-scratch 1"
 KEY = "peft"  # one metadata key only: safetensors writes several in no fixed order
@@ -166,7 +166,7 @@ def _entries(path: str | Path, record: dict) -> list[Attached]:
 def base_hash(model: nn.Module) -> str:
     """SHA-256 of every tensor that no method declares: names, types, shapes and bytes. Merging does not change it."""
     belonging = {id(tensor) for tensor in declared(model).values()}
-    base = {site_name(n): p for n, p in model.named_parameters() if id(p) not in belonging}
+    base = {name: p for name, p in named_tensors(model).items() if id(p) not in belonging}
     base |= {f"{site}.weight": wrapper.frozen_weight for site, wrapper in merged_wrappers(model).items()}
     return fingerprint(base)
 

@@ -11,7 +11,7 @@ from torch import nn
 from minitransformer.config import TransformerConfig
 from peft.attach import declared
 from peft.method import Method
-from peft.sites import merged_wrappers, site_name
+from peft.sites import merged_wrappers, named_tensors
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def parameter_table(model: nn.Module) -> ParameterTable:
     """Every tensor of the model: name, shape, how many numbers, trained or frozen."""
     belonging = {id(tensor) for tensor in declared(model).values()}
     rows = tuple(
-        Row(site_name(name), tuple(p.shape), p.numel(), p.requires_grad, id(p) in belonging)
-        for name, p in model.named_parameters()
+        Row(name, tuple(p.shape), p.numel(), p.requires_grad, id(p) in belonging)
+        for name, p in named_tensors(model).items()
     )
     return ParameterTable(rows, tuple(f"{site}.weight" for site in merged_wrappers(model)))
 

@@ -1,12 +1,14 @@
 """The arithmetic of every method, as pure functions of explicit tensors.
 
 No module, no state, no frozen flag: what a method *computes* is here, what it *is made of* is in its own file. The
-wrappers call these functions, and the tests hold each against a NumPy twin, value and gradient.
+wrappers call these functions (but for `gated_attention`, which is another way to write `prefix_attention` and is for
+reading), and the tests hold each against a NumPy twin, value and gradient.
 
 Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
 
     lora_update        (alpha / r) B A x                                   Hu et al. 2022, section 4.1
     row_norms          ||W||, the length of each row                       what DoRA divides by
+    vera_update        b ⊙ B (d ⊙ A x)                                     Kopiczko et al. 2024, equation 2
     dora_weight        m (W0 + ΔW) / ||W0 + ΔW||, row by row               Liu et al. 2024 (DoRA), equation 5
     prefix_attention   softmax(q [P_k ; K]ᵀ / sqrt(d_head)) [P_v ; V]      Li & Liang 2021, section 4; He et al. 2022
     gated_attention    (1 - lambda) Attn(K, V) + lambda Attn(P_k, P_v)     He et al. 2022, equation 7
@@ -19,13 +21,14 @@ Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix lengt
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minitransformer.attention import attention_weights
+from minitransformer.attention import Mask, attention_weights, fused_attention, written_out
 from minitransformer.feedforward import activate
 
 
@@ -47,6 +50,24 @@ def lora_weight(
 ) -> Float[Tensor, "d_out d_in"]:
     """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
     return scale * (B @ A)
+
+
+def vera_update(
+    x: Float[Tensor, "*rows d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    d: Float[Tensor, " r"],
+    b: Float[Tensor, " d_out"],
+) -> Float[Tensor, "*rows d_out"]:
+    """b ⊙ B (d ⊙ A x): what VeRA adds to a linear map's output. Kopiczko et al. 2024, equation 2."""
+    return b * F.linear(d * F.linear(x, A), B)
+
+
+def vera_weight(
+    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], d: Float[Tensor, " r"], b: Float[Tensor, " d_out"]
+) -> Float[Tensor, "d_out d_in"]:
+    """ΔW = diag(b) B diag(d) A: the same update as a change of the weight."""
+    return b[:, None] * ((B * d) @ A)
 
 
 def row_norms(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
@@ -76,17 +97,21 @@ def prefix_attention(
     v: Float[Tensor, "B H S d_head"],
     prefix_k: Float[Tensor, "B H n d_head"],
     prefix_v: Float[Tensor, "B H n d_head"],
-    mask: Bool[Tensor, "#B #H #T S"] | None = None,
+    mask: Mask = None,
+    attention: Callable[..., Tensor] = fused_attention,
+    visible: Bool[Tensor, "B n"] | None = None,
 ) -> Float[Tensor, "B H T d_head"]:
     """Attention over [P_k ; K] and [P_v ; V]: every query may also look at the n prefix positions.
 
     Li & Liang 2021, section 4.2, in the form of He et al. 2022, equation 5. `mask` is about K alone: no query is
-    kept from the prefix. `PrefixAttention` hands P_k and P_v to the model's own attention, which does just this.
+    kept from the prefix, unless a row lacks a position (`visible` is False).
     """
+    n = prefix_k.shape[2]
     if mask is not None:
-        mask = F.pad(mask, (prefix_k.shape[2], 0), value=True)
-    weights = attention_weights(q, torch.cat([prefix_k, k], dim=2), mask)  # [B, H, T, n + S]
-    return weights @ torch.cat([prefix_v, v], dim=2)
+        mask = F.pad(written_out(mask, k), (n, 0), value=True)  # [B, 1, T, n + S]
+    if visible is not None:
+        mask = F.pad(visible, (0, k.shape[2]), value=True)[:, None, None] & (True if mask is None else mask)
+    return attention(q, torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2), mask)
 
 
 def gated_attention(
@@ -95,7 +120,7 @@ def gated_attention(
     v: Float[Tensor, "B H S d_head"],
     prefix_k: Float[Tensor, "B H n d_head"],
     prefix_v: Float[Tensor, "B H n d_head"],
-    mask: Bool[Tensor, "#B #H #T S"] | None = None,
+    mask: Mask = None,
 ) -> tuple[Float[Tensor, "B H T d_head"], Float[Tensor, "B H T 1"]]:
     """The same output as `prefix_attention`, written as a mixture, and its gate lambda.
 
@@ -106,7 +131,7 @@ def gated_attention(
     scale = 1 / math.sqrt(q.shape[-1])
     scores = q @ k.transpose(-2, -1) * scale  # [B, H, T, S]
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~written_out(mask, k), -math.inf)
     prefix_scores = q @ prefix_k.transpose(-2, -1) * scale  # [B, H, T, n]
     mass, prefix_mass = scores.logsumexp(-1, keepdim=True), prefix_scores.logsumexp(-1, keepdim=True)
     gate = torch.sigmoid(prefix_mass - mass)  # [B, H, T, 1]

@@ -14,7 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from minitransformer.attention import Attention
 from minitransformer.config import TransformerConfig
+
+LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
+KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
 
 
 class Wrapper(nn.Module):
@@ -23,15 +27,24 @@ class Wrapper(nn.Module):
     With `enabled` off it computes what `base` computes, bit for bit. Where several wrappers share a place, `order` says
     how far out each lies, whatever the order they came in: 0 for those that change what the frozen module itself
     computes (a weight, its keys and values), more for those that work on its input or output.
+
+    The last three methods are answers to those who would compute the same in another way. A class that has a `forward`
+    of its own gives its own answers, or none: what it computes, its parent cannot know.
     """
 
-    order: ClassVar[int] = 0
-    merged: ClassVar[bool] = False  # whether its update is written into the frozen weight at present
+    order: ClassVar[int] = 1
+    merged: bool = False  # whether its update is written into the frozen weight at present
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         self.enabled = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            for answer in {"as_linear", "as_attention", "keys_and_values"} - vars(cls).keys():
+                setattr(cls, answer, vars(Wrapper)[answer])
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The method's tensors, by name, without those of the wrapped module."""
@@ -44,16 +57,54 @@ class Wrapper(nn.Module):
     def release(self) -> None:
         """Undo whatever the wrapper did to `base` itself; called before it is taken out."""
 
+    def as_linear(self) -> LinearMap | None:
+        """The weight and bias by which it acts at present, if it is a linear map with these and nothing more."""
+        return None
+
+    def as_attention(self) -> tuple[Attention, KeysAndValues | None] | None:
+        """The layer inside and the keys and values it puts in front, if it is attention with these and nothing more."""
+        return None
+
+    def keys_and_values(self, x: Tensor) -> KeysAndValues | None:
+        """As of the attention layer inside, [B, H, S, d_head] each, if that is given the wrapper's own input."""
+        return None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The frozen module inside all wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
+
+
+def linear_map(module: nn.Module) -> LinearMap | None:
+    """The weight and the bias by which a module acts at present; None if it does not say, or is no linear map."""
+    if isinstance(module, Wrapper):
+        return module.as_linear()
+    return (module.weight, module.bias) if type(module) is nn.Linear else None
+
+
+def can_hold(weight: Tensor, *changes: Tensor) -> bool:
+    """Whether these changes can be written into the weight: 16 bits would round a small one away."""
+    return weight.dtype in (torch.float32, torch.float64) and all(change.dtype == weight.dtype for change in changes)
+
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A recipe: everything needed to attach a method again, as plain values."""
+    """A recipe: everything needed to attach a method again, as plain values.
+
+    Raises:
+        ValueError: on defining a class, if another one has its name: a file would not know which of them it means.
+    """
 
     registry: ClassVar[dict[str, type["Method"]]] = {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        Method.registry[cls.__name__] = cls
+        known = Method.registry.setdefault(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"there is a method {cls.__name__} already, in {known.__module__}; choose another name")
+        Method.registry[cls.__name__] = cls  # a notebook's cell that ran again
 
     @abstractmethod
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
@@ -67,13 +118,24 @@ class Method(ABC):
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """The wrapper for one site: `module` is what it wraps, `generator` draws its random numbers."""
 
+    def wrappers(
+        self, modules: dict[str, nn.Module], model: nn.Module, generator: torch.Generator
+    ) -> dict[str, Wrapper]:
+        """The wrapper for each site, by name. A method whose wrappers share a tensor makes it here, once.
+
+        A shared tensor is one `nn.Parameter` that each of them holds: it stays one when the model is copied, moved or
+        cast, is counted once, and is written to a file once.
+        """
+        return {name: self.wrap(name, module, model, generator) for name, module in modules.items()}
+
     @abstractmethod
     def expected_parameters(self, config: TransformerConfig) -> int:
         """How many numbers the method trains in a Transformer of that shape, in closed form."""
 
     def __str__(self) -> str:
         """The recipe as it could be typed: without the options that have their default value."""
-        given = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        own_first = sorted(fields(self), key=lambda f: f.kw_only)
+        given = [f for f in own_first if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
     def as_dict(self) -> dict:

@@ -44,27 +44,21 @@ class PlainFormNeededError(Exception):
 def linear_map(module: nn.Module) -> LinearMap | None:
     """The weight and the bias by which a module acts at present; None if it does not say, or is no linear map.
 
-    A wrapper says so by a method `as_linear` that returns the same. Its very class must have it: what a subclass
-    computes, its parent cannot know.
+    A wrapper says so by a method `as_linear` that returns the same.
     """
     if type(module) is nn.Linear:
         return module.weight, module.bias
-    return module.as_linear() if "as_linear" in vars(type(module)) else None
+    return module.as_linear() if hasattr(module, "as_linear") else None
 
 
 def plain_attention(module: nn.Module) -> tuple[Attention, KeysAndValues | None] | None:
     """The attention layer in a module, and extra keys and values in front of it; None if it computes anything else.
 
-    A wrapper says so by a method `as_attention` of its very class that returns the same.
+    A wrapper says so by a method `as_attention` that returns the same.
     """
     if type(module) is Attention:
         return module, None
-    return module.as_attention() if "as_attention" in vars(type(module)) else None
-
-
-def can_hold(weight: Tensor, *changes: Tensor) -> bool:
-    """Whether these changes can be written into the weight: 16 bits would round a small one away."""
-    return weight.dtype in (torch.float32, torch.float64) and all(change.dtype == weight.dtype for change in changes)
+    return module.as_attention() if hasattr(module, "as_attention") else None
 
 
 def known(found):
@@ -189,7 +183,7 @@ class FastBlock:
 
     def bent(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_ff"]:
         """The hidden layer of the FFN."""
-        return activate(self.up(x), self.activation, in_place=True)
+        return activate(self.up(x), self.activation)
 
 
 def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -213,9 +207,8 @@ class FastSteps:
     """
 
     def __init__(self, model: nn.Module, cache: KVCache, more: int):
-        from minitransformer.transformer import Transformer  # late, since it imports this file
-
-        plain = type(model) is Transformer and model.config.attention == "fused" and not is_watched(*model.modules())
+        fused = getattr(model, "is_plain", False) and model.config.attention == "fused"
+        plain = fused and not is_watched(*model.modules())
         filled = plain and len(model.blocks) == len(cache.layers) and all(own.key is not None for own in cache.layers)
         known(model if filled and not torch.is_autocast_enabled(cache.layers[0].key.device.type) else None)
         parts = [parts_of(block) for block in model.blocks]  # all are known before anything is laid out

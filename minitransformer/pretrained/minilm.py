@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from minitransformer.dual_encoder import DualEncoder
-from minitransformer.generation import evaluation_mode
+from minitransformer.modes import evaluation_mode
 from minitransformer.pretrained.bert import from_bert
 from minitransformer.pretrained.installed import installed_file
 from minitransformer.transformer import Transformer

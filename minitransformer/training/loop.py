@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minitransformer.fast.memory import keep_freed_memory
 from minitransformer.files import fingerprint
-from minitransformer.generation import evaluation_mode, modes_restored
+from minitransformer.modes import evaluation_mode, modes_restored
 from minitransformer.tasks.dataset import Dataset, by_length
 from minitransformer.training.distributed import data_parallel, is_writer, n_processes, rank, total
 from minitransformer.training.objectives import (

@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.fast.loss import fast_cross_entropy, pays
-from minitransformer.fast.watched import is_watched
-from minitransformer.heads import LMHead
 from minitransformer.tasks.dataset import Dataset
-from minitransformer.transformer import Transformer
 
 
 @dataclass
@@ -59,11 +55,8 @@ def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
 
 
 def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]) -> Score:
-    """Cross-entropy of words, from the hidden states that should say them: in the fast form where it pays."""
-    plain = type(model) is Transformer and type(model.head) is LMHead and not is_watched(model.head)
-    if not plain or not pays(hidden, model.embedding.token.weight):
-        return _score(model.lm_head(hidden), targets)
-    loss, correct = fast_cross_entropy(hidden, model.embedding.token.weight, targets, model.head.logit_scale)
+    """Cross-entropy of words, from the hidden states that should say them."""
+    loss, correct = model.word_loss(hidden, targets)
     return Score(loss, int(correct), len(targets))
 
 

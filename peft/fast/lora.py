@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft.methods.linear import MergeableLinear
+from minitransformer.fast.watched import is_watched
+from peft.method import Wrapper
 
 
 def fast_lora(
@@ -40,21 +41,17 @@ def fast_lora(
     return FastLoRA.apply(x, frozen_weight, bias, A, B, float(scale))
 
 
-def pays(layer: MergeableLinear, x: Tensor) -> bool:
-    """Whether the fast form may stand in for a LoRA layer's plain one here, and costs less.
+def may_stand_in(layer: Wrapper, x: Tensor) -> bool:
+    """Whether the fast form may stand in for a LoRA layer's plain one here, so that nobody could tell.
 
-    It may round a plain, frozen linear map of the factors' own precision, where no dropout falls on x. It costs less
-    where the thin products over all N tokens, N r (d_in + d_out), are more than the one that makes ΔW, r d_in d_out:
-    not for the single token of a generation step.
+    It may round a plain, frozen linear map of the factors' own precision that nobody watches, where no dropout falls
+    on x.
     """
-    if layer.merged or not layer.enabled or (layer.training and layer.recipe.dropout > 0):
-        return False
     base = layer.base
-    frozen = type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters())
-    if not frozen or not x.dtype == base.weight.dtype == layer.A.dtype or torch.is_autocast_enabled(x.device.type):
+    plain = type(base) is nn.Linear and not (layer.training and layer.recipe.dropout) and not is_watched(base)
+    if not plain or any([p.requires_grad for p in base.parameters()]):
         return False
-    d_out, d_in = base.weight.shape
-    return x.numel() // d_in * (d_in + d_out) >= d_in * d_out
+    return x.dtype == base.weight.dtype == layer.A.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 class FastLoRA(torch.autograd.Function):

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention
+from minitransformer.attention import Attention, Context, Mask
 from minitransformer.feedforward import activate
-from peft.method import Wrapper
-from peft.sites import unwrapped
+from peft.method import KeysAndValues, Wrapper, unwrapped
+from peft.methods.prefix import PrefixContext
 
 
 class Rows:
@@ -30,6 +30,8 @@ class MixedWrapper(Wrapper):
         n_tasks: how many tasks the bank has.
         rows: shared by all wrappers of the bank.
     """
+
+    order = 0
 
     def __init__(self, base: nn.Module, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
         super().__init__(base)
@@ -110,18 +112,24 @@ class MixedPrefix(MixedWrapper):
         there = torch.arange(int(lengths.max())) < lengths[:, None]  # [K, n]
         self.register_buffer("there", there, persistent=False)
 
-    def forward(self, x: Float[Tensor, "B T d_model"], *rest, **outer) -> Float[Tensor, "B Q d_model"]:
-        """The other arguments are those of `Attention.forward`; what an outer prefix hands on stands in front."""
+    def forward(
+        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
+    ) -> Float[Tensor, "B T d_model"]:
+        """The frozen layer, with each row's own prefix as its context."""
         place, has_one = self.chosen(x)
+        frozen = unwrapped(self.base)
         if hasattr(self, "hidden"):
-            frozen, hidden = unwrapped(self.base), self.hidden[place]  # only of tasks that are in the batch
+            hidden = self.hidden[place]  # only of tasks that are in the batch
             key, value = (unwrapped(part)(hidden) for part in (frozen.key, frozen.value))  # [B, n, d_model]
         else:
             key, value = self.key[place], self.value[place]
+        heads = (frozen.split_heads(part) for part in (key, value))
         visible = self.there[place] & has_one[:, None]  # [B, n]
-        extra = {"extra_key": key, "extra_value": value, "extra_visible": visible}
-        extra = {name: torch.cat([outer[name], tensor], 1) if outer else tensor for name, tensor in extra.items()}
-        return self.base(x, *rest, **extra)
+        return self.base(x, mask, PrefixContext(*heads, context, visible=visible))
+
+    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
+        """The frozen layer's."""
+        return self.base.keys_and_values(x)
 
 
 class MixedAdapter(MixedWrapper):
@@ -149,3 +157,7 @@ class MixedAdapter(MixedWrapper):
             return self.base(x + self.added(x))
         h = self.base(x, *rest)
         return h + self.added(h if self.joined == "after" else x)
+
+    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
+        """Of an attention layer that the bottlenecks stand behind."""
+        return self.base.keys_and_values(x) if self.joined == "after" else None

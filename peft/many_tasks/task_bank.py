@@ -27,15 +27,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.transformer import Transformer
-from peft.attach import attach, attached, detach, load_state_dict
+from peft.attach import attach, attached, detach, load_state_dict, restore_trainability, trainability
 from peft.checkpoint import load
 from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, MixedWrapper, Rows
 from peft.method import Method
 from peft.methods.adapter import Adapter
 from peft.methods.lora import LoRA, LoRALinear
 from peft.methods.prefix import PrefixAttention
-from peft.methods.reparameterization import ReparameterizedPrefixAttention
-from peft.sites import all_wrappers, merged_wrappers, restore_trainability, trainability, unwrap, wrap
+from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap, wrap
 
 Bundle = Sequence[tuple[Method, Mapping[str, Tensor]]]  # recipes, each with its `state_dict`
 Source = str | Path | nn.Module | Bundle
@@ -66,14 +65,16 @@ class TaskBank(nn.Module):
         self.model, self.names, self.rows = model, tuple(sources), Rows()
         self.trainable_before = trainability(model)
         model.requires_grad_(False)
-        for site, mixed in self._mixed(collected):
+        sites = sites_of(model)
+        for name, mixed in self._mixed(collected, {name: site.module for name, site in sites.items()}):
             for tensor in mixed.tensors().values():
                 tensor.requires_grad_(trainable)
-            wrap(model, site, mixed)
+            wrap(sites[name], mixed)
 
-    def _mixed(self, collected: dict[str, Entered]) -> Iterator[tuple[str, MixedWrapper]]:
+    def _mixed(
+        self, collected: dict[str, Entered], modules: dict[str, nn.Module]
+    ) -> Iterator[tuple[str, MixedWrapper]]:
         """One wrapper for each place and kind, with the tensors of all tasks that enter there."""
-        modules = dict(self.model.named_modules())
         places: dict[tuple, dict[int, nn.Module]] = {}
         for number, name in enumerate(self.names):
             for place, wrapper in collected[name]:
@@ -136,9 +137,10 @@ class TaskBank(nn.Module):
 
     def detach(self) -> Transformer:
         """Take everything out again: the model with the very same modules as before."""
-        for site in all_wrappers(self.model):
-            unwrap(self.model, site)
-        restore_trainability(self.model, self.trainable_before)
+        for site in sites_of(self.model).values():
+            if site.wrappers:
+                unwrap(site)
+        restore_trainability(self.trainable_before)
         return self.model
 
     @staticmethod
@@ -178,8 +180,7 @@ def _kind(wrapper: nn.Module) -> tuple:
     """What serves such a wrapper in a mixed batch, and what all that share one have to have in common."""
     if isinstance(wrapper, LoRALinear) and type(wrapper.recipe) is LoRA:
         return (MixedLoRA,)
-    plain = isinstance(wrapper, PrefixAttention) and not isinstance(wrapper, ReparameterizedPrefixAttention)
-    if plain and not wrapper.recipe.gated:
+    if isinstance(wrapper, PrefixAttention) and not (wrapper.recipe.gated or wrapper.recipe.reparameterize):
         return (MixedPrefix, wrapper.recipe.at)
     if isinstance(wrapper, Adapter):
         return (MixedAdapter, wrapper.joined, wrapper.recipe.activation)

@@ -1,4 +1,4 @@
-"""Merging: LoRA's update (or DoRA's) written into the weight, so that inference costs what the base costs.
+"""Merging: an update that a weight can hold (LoRA's, DoRA's, VeRA's) is written into it, and costs nothing more.
 
 Source: Hu et al. 2022, section 4.1, "No Additional Inference Latency".
 
@@ -14,16 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft.attach import restore_trainability
 from peft.methods.linear import MergeableLinear
-from peft.sites import all_wrappers, merged_wrappers, restore_trainability, unwrap
+from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Write every LoRA update into the weight it belongs to, in place; returns the model.
+    """Write every update that a weight can hold into the weight it belongs to, in place; returns the model.
 
     Raises:
-        ValueError: no LoRA is attached, it is merged already, or a factor holds a NaN or an infinity. No weight has
-            changed then.
+        ValueError: nothing is attached that a weight can hold, it is merged already, or a tensor holds a NaN or an
+            infinity. No weight has changed then.
     """
     loras = _loras(model)
     if any(lora.merged for lora in loras.values()):
@@ -68,22 +69,23 @@ def merged_copy(model: nn.Module) -> nn.Module:
     The model itself stays as it is. Modules named in `train_also` come along as they are.
 
     Raises:
-        ValueError: no LoRA is attached, something else is attached that no weight can hold, or a factor holds a NaN or
+        ValueError: nothing is attached that a weight can hold, or something that none can; or a tensor holds a NaN or
             an infinity.
     """
-    loras = _loras(model)
+    _loras(model)
     others = [w for at_site in all_wrappers(model).values() for w in at_site if not isinstance(w, MergeableLinear)]
     if others:
         raise ValueError(
-            f"a {type(others[0]).__name__} is attached as well, which is no change of a weight: only LoRA and DoRA can "
-            f"be merged; detach(model), then attach or load LoRA alone"
+            f"a {type(others[0]).__name__} is attached as well, which no weight can hold; detach(model), then attach "
+            f"or load alone what can be merged"
         )
     twin = copy.deepcopy(model)
     if not is_merged(twin):
         merge(twin)
-    for name in loras:
-        unwrap(twin, name)
-    restore_trainability(twin, twin.trainable_before)
+    for site in sites_of(twin).values():
+        if site.wrappers:
+            unwrap(site)
+    restore_trainability(twin.trainable_before)
     del twin.attached, twin.trainable_before
     return twin
 
@@ -96,5 +98,5 @@ def _loras(model: nn.Module) -> dict[str, MergeableLinear]:
         if isinstance(wrapper, MergeableLinear)
     }
     if not loras:
-        raise ValueError("no LoRA is attached to this model, and only LoRA can be merged into a weight")
+        raise ValueError("nothing is attached that a weight can hold, such as LoRA, so there is nothing to merge")
     return loras

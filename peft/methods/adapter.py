@@ -24,11 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.block import Block
 from minitransformer.config import ACTIVATIONS, TransformerConfig
 from peft.functional import bottleneck
-from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like
-from peft.sites import in_layers, unwrapped
+from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, normal, parameter_like, unwrapped
+from peft.sites import block_names, in_layers
 
 # What each placement wraps in a block, and how the wrapper joins it: behind it, beside it, or in front of it.
 PLACEMENTS = {
@@ -71,11 +70,11 @@ class BottleneckAdapter(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The sublayers (or the FFN's second linear map) of every block."""
-        blocks = [name for name, module in modules.items() if isinstance(module, Block)]
+        blocks = block_names(modules)
         if not blocks:
             raise ValueError("the model has no minitransformer Block, so an adapter has nowhere to enter")
         places = [f"{block}.{sublayer}" for block in blocks for sublayer in PLACEMENTS[self.placement][0]]
-        return in_layers(places, self.layers)
+        return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """An `Adapter` joined to the sublayer."""
@@ -124,3 +123,7 @@ class Adapter(Wrapper):
             return self.base(x + self.added(x))
         h = self.base(x, *rest)
         return h + self.added(h if self.joined == "after" else x)
+
+    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
+        """Of an attention layer that the bottleneck stands behind."""
+        return self.base.keys_and_values(x) if self.joined == "after" else None

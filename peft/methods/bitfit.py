@@ -22,10 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from minitransformer.fast.generation import LinearMap, can_hold, linear_map
 from peft.functional import shifted
-from peft.method import LayerwiseMethod, Wrapper, parameter_like
-from peft.sites import in_layers, layer_of, matches
+from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like
+from peft.sites import block_names, in_layers, layer_of
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,15 @@ class BitFit(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every linear map and LayerNorm with a bias, in blocks, and the norms outside of them."""
-        places = [name for name, module in modules.items() if _has_bias(module) and _belongs(name, module)]
+        blocks = block_names(modules)
+        places = [
+            name
+            for name, module in modules.items()
+            if _has_bias(module) and (_in_block(name) if layer_of(name, blocks) is not None else _outside(name, module))
+        ]
         if not places:
             raise ValueError("the model has no block with a bias, so there is nothing for BitFit to train")
-        return in_layers(places, self.layers)
+        return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `ShiftedBias` round the map or norm."""
@@ -57,10 +61,12 @@ def _has_bias(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None
 
 
-def _belongs(name: str, module: nn.Module) -> bool:
-    if layer_of(name) is None:
-        return isinstance(module, nn.LayerNorm) and "head" not in name.split(".")
-    return not matches("attention.key", name)
+def _in_block(name: str) -> bool:
+    return not name.endswith(".attention.key")
+
+
+def _outside(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) and "head" not in name.split(".")
 
 
 class ShiftedBias(Wrapper):

@@ -13,13 +13,13 @@ Differs from the paper: it speaks of the columns of W, with `y = x W`; in `[out,
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from peft.functional import dora_weight, row_norms
+from peft.functional import dora_weight, lora_update, lora_weight, row_norms
 from peft.method import parameter_like
-from peft.methods.linear import MergeableLinear
 from peft.methods.lora import LoRA, LoRALinear
 
 
@@ -46,28 +46,28 @@ class DoRA(LoRA):
 class DoRALinear(LoRALinear):
     """y = m / ||W0 + ΔW|| (W0 x + (alpha / r) B A dropout(x)) + b, with explicit A, B and m = `magnitude` [d_out]."""
 
-    as_linear = MergeableLinear.as_linear
-
     def __init__(self, base: nn.Linear, recipe: DoRA, generator: torch.Generator):
         super().__init__(base, recipe, generator)
         self.magnitude = parameter_like(row_norms(base.weight.detach().to(self.A.dtype)), base)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """What the frozen map gives, changed: LoRA's fast form knows no lengths."""
-        return MergeableLinear.forward(self, x)
+        """m / ||W0 + ΔW|| (W0 + ΔW) x + b. Liu et al. 2024, equation 5."""
+        if self.merged or not self.enabled:
+            return self.unchanged(x)
+        y = self.base(x)
+        dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
+        update = lora_update(dropped, self.A, self.B, self.scale)  # ΔW x
+        factor = self.magnitude / self.norms()  # [d_out]
+        product = y.to(factor.dtype) if self.base.bias is None else y.to(factor.dtype) - self.base.bias  # W0 x
+        # factor * (product + update) + b, written as a change of y: exactly y at the start, where factor is 1.
+        return y + ((factor - 1) * product + factor * update).to(y.dtype)
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """m (W0 + ΔW) / ||W0 + ΔW||."""
-        tensors = (self.unmerged_weight().to(self.A.dtype), self.A, self.B, self.magnitude)
-        return dora_weight(*tensors, self.norms(), self.recipe.scale)
+        frozen = self.unmerged_weight().to(self.A.dtype)
+        return dora_weight(frozen, self.A, self.B, self.magnitude, self.norms(), self.scale)
 
     @torch.no_grad()  # Liu et al. 2024, section 4.3: the lengths are taken as constants
     def norms(self) -> Float[Tensor, " d_out"]:
         """The lengths of the rows of W0 + ΔW."""
-        return row_norms(super().changed_weight())
-
-    def changed(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """The same as with `changed_weight`, but as a change of y, so that it is exactly y while m / ||W|| = 1."""
-        factor = self.magnitude / self.norms()  # [d_out]
-        product = y.to(factor.dtype) if self.base.bias is None else y.to(factor.dtype) - self.base.bias
-        return y + ((factor - 1) * product + factor * self.update(x)).to(y.dtype)
+        return row_norms(self.unmerged_weight().to(self.A.dtype) + lora_weight(self.A, self.B, self.scale))

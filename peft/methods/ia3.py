@@ -17,12 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.block import Block
 from minitransformer.config import TransformerConfig
-from minitransformer.fast.generation import LinearMap, can_hold, linear_map
 from peft.functional import rescaled
-from peft.method import LayerwiseMethod, Wrapper, parameter_like
-from peft.sites import in_layers
+from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like
+from peft.sites import block_names, in_layers
 
 # What is wrapped in each block, and on which side of it the vector lies.
 PLACES = {"attention.key": "output", "attention.value": "output", "feedforward.down": "input"}
@@ -38,10 +36,10 @@ class IA3(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The key map, the value map and the FFN's second map of every block."""
-        blocks = [name for name, module in modules.items() if isinstance(module, Block)]
+        blocks = block_names(modules)
         if not blocks:
             raise ValueError("the model has no minitransformer Block, so IA3 has nowhere to enter")
-        return in_layers([f"{block}.{place}" for block in blocks for place in PLACES], self.layers)
+        return in_layers([f"{block}.{place}" for block in blocks for place in PLACES], modules, self.layers)
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `Rescaled` round the map."""

@@ -25,17 +25,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from peft.fast.lora import fast_lora, pays
+from peft.fast.lora import fast_lora, may_stand_in
 from peft.functional import lora_update, lora_weight
-from peft.method import LayerwiseMethod, parameter_like, uniform
-from peft.methods.linear import MergeableLinear
-from peft.sites import find, in_layers, linear_shapes
+from peft.method import parameter_like, uniform
+from peft.methods.linear import LinearMethod, MergeableLinear
 
 ALL_LINEARS = ("query", "key", "value", "output", "up", "down")
 
 
 @dataclass(frozen=True)
-class LoRA(LayerwiseMethod):
+class LoRA(LinearMethod):
     """Recipe: low-rank updates of the linear maps that `targets` names.
 
     Args:
@@ -43,14 +42,13 @@ class LoRA(LayerwiseMethod):
         alpha: numerator of the scale alpha / r, which is meant to spare a new learning rate for each rank (section
             4.1); only roughly so, since with Adam the first update still falls as 1 / sqrt(r).
         dropout: probability with which each input number of the update is dropped, in training only.
-        targets: names of linear maps, by whole parts: "query", "feedforward.up", "blocks.0.attention.query".
         train: which factors are trained. One of them starts at zero, so that the update does, and faces random numbers.
             ("A", "B"): A random, B = 0, as in the paper. ("B",): A random and frozen, B = 0 (LoRA-FA, Zhang et al.
             2023): r fixed directions to read. ("A",): A = 0, B random and frozen: r fixed directions to write (Zhu et
             al. 2024 compare the two).
         rank_stabilized: divide alpha by sqrt(r), not by r, with which a high rank learns ever more slowly
             (Kalajdzievski 2023, section 3.2).
-        layers: the numbers of the blocks to enter; None means all.
+        targets, layers: as in `LinearMethod`.
 
     Raises:
         ValueError: a rank below 1, an alpha of 0, a dropout outside [0, 1), a `train` without a factor or with another.
@@ -59,16 +57,14 @@ class LoRA(LayerwiseMethod):
     rank: int = 8
     alpha: float | int = 16.0
     dropout: float | int = 0.0
-    targets: tuple[str, ...] = ("query", "value")
     train: tuple[str, ...] = ("A", "B")
     rank_stabilized: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("targets", "train"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError('targets and train are tuples of names, such as ("query", "value") and ("B",)')
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list would not equal what a file gives back
+        if isinstance(self.train, str):
+            raise ValueError(f'train is a tuple of names, such as ("A", "B") or ("B",), not {self.train!r}')
+        object.__setattr__(self, "train", tuple(self.train))  # a list would not equal what a file gives back
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not 0.0 <= self.dropout < 1.0:
@@ -82,11 +78,6 @@ class LoRA(LayerwiseMethod):
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r) if rank-stabilised."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-
-    def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """The linear maps that the targets name."""
-        linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-        return find(self.targets, in_layers(linears, self.layers), "linear map")
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "LoRALinear":
         """A `LoRALinear` round the map."""
@@ -104,20 +95,13 @@ class LoRA(LayerwiseMethod):
         A, B = "A" in self.train, "B" in self.train
         return self.rank * sum(A * d_in + B * d_out for d_in, d_out in self.targeted_shapes(config))
 
-    def targeted_shapes(self, config: TransformerConfig) -> list[tuple[int, int]]:
-        """(d_in, d_out) of each linear map that the targets name."""
-        shapes = linear_shapes(config)
-        return [shapes[name] for name in find(self.targets, in_layers(shapes, self.layers), "linear map")]
-
 
 class LoRALinear(MergeableLinear):
     """y = base(x) + (alpha / r) B A dropout(x), with explicit A [r, d_in] and B [d_out, r]."""
 
-    as_linear = MergeableLinear.as_linear
-
     def __init__(self, base: nn.Linear, recipe: LoRA, generator: torch.Generator):
         super().__init__(base)
-        self.recipe = recipe
+        self.recipe, self.scale = recipe, recipe.scale
         d_in, d_out, r = base.in_features, base.out_features, recipe.rank
         A, B = torch.zeros(r, d_in), torch.zeros(d_out, r)
         if "B" in recipe.train:
@@ -126,30 +110,26 @@ class LoRALinear(MergeableLinear):
             B = uniform((d_out, r), 1 / math.sqrt(r), generator)
         self.A = parameter_like(A, base, requires_grad="A" in recipe.train)
         self.B = parameter_like(B, base, requires_grad="B" in recipe.train)
+        self.many = d_in * d_in * d_out / (d_in + d_out)  # numbers in x from which on B A costs less than two products
 
     def extra_repr(self) -> str:
         A, B, merged = list(self.A.shape), list(self.B.shape), ", merged" * self.merged
-        return f"A={A}, B={B}, scale={self.recipe.scale:g}, train={'+'.join(self.recipe.train)}{merged}"
+        return f"A={A}, B={B}, scale={self.scale:g}, train={'+'.join(self.recipe.train)}{merged}"
 
     def frozen_tensors(self) -> set[str]:
         """The factor that `train` does not name, if any."""
         return {"A", "B"} - set(self.recipe.train)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """W0 x + b + (alpha / r) B A dropout(x): in the fast form where it pays, else term by term."""
-        if not pays(self, x):
-            return super().forward(x)
-        return fast_lora(x, self.base.weight, self.base.bias, self.A, self.B, self.recipe.scale)
+        """W0 x + b + (alpha / r) B A dropout(x). Hu et al. 2022, equation 3."""
+        if self.merged or not self.enabled:
+            return self.unchanged(x)
+        if type(self) is LoRALinear and x.numel() >= self.many and may_stand_in(self, x):
+            return fast_lora(x, self.base.weight, self.base.bias, self.A, self.B, self.scale)
+        dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
+        y = self.base(x)
+        return y + lora_update(dropped, self.A, self.B, self.scale).to(y.dtype)
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W0 + ΔW, in the precision of the factors."""
-        return self.unmerged_weight().to(self.A.dtype) + lora_weight(self.A, self.B, self.recipe.scale)
-
-    def changed(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """y + (alpha / r) B A dropout(x), where y = W0 x + b. Hu et al. 2022, equation 3."""
-        return y + self.update(x).to(y.dtype)
-
-    def update(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """(alpha / r) B A dropout(x), in the precision of the factors."""
-        dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
-        return lora_update(dropped, self.A, self.B, self.recipe.scale)
+        return self.unmerged_weight().to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)

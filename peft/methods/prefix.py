@@ -20,19 +20,21 @@ Differs from the paper: "hidden" joins what W_k and W_v read (in a pre-norm bloc
 The paper's MLP is in `peft/methods/reparameterization.py`, the start from real words in `peft/methods/real_words.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention
+from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
-from minitransformer.fast.generation import KeysAndValues
-from minitransformer.generation import evaluation_mode
-from peft.functional import gated_prefix
-from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like
+from minitransformer.modes import evaluation_mode
+from peft.functional import gated_prefix, prefix_attention
+from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, normal, parameter_like, unwrapped
 from peft.methods.real_words import attention_input_of_words
+from peft.methods.reparameterization import made_by_mlp, mlp_start
 from peft.sites import in_layers
 
 
@@ -88,14 +90,12 @@ class PrefixTuning(LayerwiseMethod):
         names = [name for name, module in modules.items() if isinstance(module, Attention)]
         if not names:
             raise ValueError("the model has no minitransformer Attention, so a prefix has nowhere to enter")
-        return in_layers(names, self.layers)
+        return in_layers(names, modules, self.layers)
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
         if self.reparameterize is not None:
-            from peft.methods.reparameterization import ReparameterizedPrefixAttention
-
-            return ReparameterizedPrefixAttention(module, self, generator)
+            return PrefixAttention(module, self, mlp_start(module.d_model, self.length, self.reparameterize, generator))
         if self.init == "normal":
             shape = (self.length, module.d_model)
             names = ("key", "value") if self.at == "kv" else ("hidden",)
@@ -116,7 +116,10 @@ class PrefixTuning(LayerwiseMethod):
 
 
 class PrefixAttention(Wrapper):
-    """Attention with `key` and `value` [n, d_model] in front, or `hidden` [n, d_model] that makes them; `gate` [H]."""
+    """Attention with `key` and `value` [n, d_model] in front, or what makes them: `hidden` [n, d_model], or an MLP's
+    tensors; and `gate` [H]."""
+
+    order = 0
 
     def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
         super().__init__(base)
@@ -131,10 +134,23 @@ class PrefixAttention(Wrapper):
 
     def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
         """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
+        if self.recipe.reparameterize is not None:
+            return made_by_mlp(self.tensors())
         if self.recipe.at == "kv":
             return self.key, self.value
-        hidden = self.hidden.to(next(self.base.parameters()).dtype)
-        return self.base.key(hidden), self.base.value(hidden)
+        frozen = unwrapped(self.base)
+        hidden = self.hidden.to(next(frozen.parameters()).dtype)
+        return frozen.key(hidden), frozen.value(hidden)
+
+    def forward(
+        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
+    ) -> Float[Tensor, "B T d_model"]:
+        """Attention over [P_k ; K] and [P_v ; V]: the frozen layer, with the prefix as its context."""
+        if not self.enabled:
+            return self.base(x, mask, context)
+        split = unwrapped(self.base).split_heads
+        key, value = (split(part[None]) for part in self.prefix())  # [1, H, n, d_head]
+        return self.base(x, mask, PrefixContext(key, value, context, gate=self.gate if self.recipe.gated else None))
 
     def as_attention(self) -> tuple[Attention, KeysAndValues | None] | None:
         """The frozen layer and P_k, P_v; None for what is more than keys and values in front."""
@@ -142,18 +158,41 @@ class PrefixAttention(Wrapper):
             return None
         return self.base, self.prefix() if self.enabled else None
 
-    def forward(
-        self, x: Float[Tensor, "B T d_model"], mask=None, cache=None, weights=None, asked=None
-    ) -> Float[Tensor, "B Q d_model"]:
-        """Attention over [P_k ; K] and [P_v ; V]; the other arguments are those of `Attention.forward`."""
-        if not self.enabled:
-            return self.base(x, mask, cache, weights, asked)
-        key, value = self.prefix()
-        if not self.recipe.gated:
-            return self.base(x, mask, cache, weights, asked, extra_key=key, extra_value=value)
-        q, mask = self.base.queries(x, mask, asked)  # [B, H, T, d_head]
-        heads = (self.base.split_heads(part[None].to(self.gate.dtype)) for part in (key, value))  # [1, H, n, d_head]
-        prefix_k, prefix_v = (part.expand(len(x), -1, -1, -1) for part in heads)
-        own = self.base.attend(q, x, mask, cache, weights)
-        out = gated_prefix(own.to(self.gate.dtype), q.to(self.gate.dtype), prefix_k, prefix_v, self.gate)
-        return self.base.join_heads(out.to(own.dtype))
+    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
+        """The frozen layer's."""
+        return self.base.keys_and_values(x)
+
+
+class PrefixContext(Context):
+    """P_k and P_v [1 or B, H, n, d_head] in front of all that a layer sees anyway: its input, and what `behind` brings.
+
+    Args:
+        key, value: P_k and P_v, in heads.
+        behind: another context, such as a KV cache.
+        gate: one for each head, [H]: the prefix then has a softmax of its own.
+        visible: False where a row lacks a position, [B, n].
+    """
+
+    def __init__(
+        self,
+        key: Float[Tensor, "#B H n d_head"],
+        value: Float[Tensor, "#B H n d_head"],
+        behind: Context | None = None,
+        gate: Float[Tensor, " H"] | None = None,
+        visible: Bool[Tensor, "B n"] | None = None,
+    ):
+        self.key, self.value, self.behind, self.gate, self.visible = key, value, behind, gate, visible
+
+    def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """As `Context.attend`: the tokens behind first, the prefix in front of them."""
+        with_prefix = partial(self.with_prefix, attention)
+        return with_prefix(q, k, v, mask) if self.behind is None else self.behind.attend(with_prefix, q, k, v, mask)
+
+    def with_prefix(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Attention over the prefix and all keys; gated, in the precision of the gate."""
+        if self.gate is None:
+            key, value = (part.to(k.dtype).expand(len(q), -1, -1, -1) for part in (self.key, self.value))
+            return prefix_attention(q, k, v, key, value, mask, attention, self.visible)
+        own, dtype = attention(q, k, v, mask), self.gate.dtype
+        key, value = (part.to(dtype).expand(len(q), -1, -1, -1) for part in (self.key, self.value))
+        return gated_prefix(own.to(dtype), q.to(dtype), key, value, self.gate).to(own.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
-from minitransformer.embedding import Embedding, positions
+from minitransformer.embedding import Embedding, check, positions
 from peft.functional import prepend
 from peft.method import Method, Wrapper, normal, parameter_like
 from peft.methods.real_words import words_to_start_from
@@ -80,9 +80,9 @@ class PromptTuning(Method):
             )
         if self.init == "normal":
             return PromptEmbedding(module, normal((self.length, d_model), self.init_std, generator))
-        words = words_to_start_from(self.init_tokens, self.length, n_words, generator)
-        with torch.no_grad():
-            return PromptEmbedding(module, module.look_up(words.to(module.token.weight.device)[None])[0])
+        words = words_to_start_from(self.init_tokens, self.length, n_words, generator).to(module.token.weight.device)
+        check(module, words[None], torch.zeros_like(words)[None])
+        return PromptEmbedding(module, module.token(words).detach())
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """n d_model."""
@@ -120,10 +120,12 @@ class PromptEmbedding(Wrapper):
         if not self.enabled:
             return self.base(tokens, real, segments, cache)
         n = self.prompt.shape[0]
-        vectors, place = self.base.look_up(tokens), positions(tokens, real, cache) + n
+        place = positions(tokens, real, cache) + n
+        check(self.base, tokens, place, segments)
+        vectors = self.base.token(tokens)
         if cache is None or cache.is_empty:
             vectors = prepend(self.prompt, vectors)
             front = torch.arange(n, device=place.device).expand(len(place), -1)
             place = torch.cat([front, place], dim=1)
             segments = None if segments is None else F.pad(segments, (n, 0))
-        return self.base.compose(vectors, place, segments)
+        return self.base.summed(vectors, place, segments)

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.attention import Attention, attention_mask
-from minitransformer.generation import evaluation_mode
+from minitransformer.modes import evaluation_mode
 from minitransformer.transformer import Transformer
-from peft.sites import unwrapped
+from peft.method import unwrapped
 
 
 def transformer_of(model: nn.Module) -> Transformer:

@@ -1,0 +1,48 @@
+"""Folding: a prefix that comes from an MLP becomes the P_k and P_v that the MLP makes, and the MLP is dropped.
+
+Source: Li & Liang 2021, section 4.3.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from peft.attach import attached
+from peft.methods.prefix import PrefixAttention
+from peft.sites import exchange, sites_of
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Replace each prefix that comes from an MLP by the P_k and P_v that the MLP makes; the outputs stay the same.
+
+    Raises:
+        ValueError: the model has no reparameterised prefix, or it is disabled at present.
+    """
+    records = attached(model)
+    old = [record for record in records if getattr(record.method, "reparameterize", None)]
+    if not old:
+        raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
+    sites = sites_of(model).values()
+    if not all(wrapper.enabled for site in sites for wrapper in site.wrappers):
+        raise ValueError("the methods are disabled at present; fold after leaving disabled(model)")
+    for site in sites:
+        for wrapper in list(site.wrappers):
+            if isinstance(wrapper, PrefixAttention) and wrapper.recipe.reparameterize is not None:
+                exchange(site, wrapper, folded(wrapper))
+    model.attached = [
+        replace(record, method=replace(record.method, reparameterize=None)) if record in old else record
+        for record in records
+    ]
+    return model
+
+
+@torch.no_grad()
+def folded(wrapper: PrefixAttention) -> PrefixAttention:
+    """The plain `PrefixAttention` with the P_k and P_v that the network makes now."""
+    key, value = wrapper.prefix()
+    kept = {"gate": wrapper.gate} if wrapper.recipe.gated else {}
+    recipe = replace(wrapper.recipe, reparameterize=None)
+    plain = PrefixAttention(wrapper.base, recipe, {"key": key, "value": value, **kept})
+    plain.training = wrapper.training
+    return plain

@@ -1,0 +1,104 @@
+"""VeRA: one pair of random matrices for all layers, and two trained vectors in each.
+
+Source: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", section 3, equation 2.
+
+    y = W0 x + b0 + b ⊙ B (d ⊙ A x)                      ΔW = diag(b) B diag(d) A
+
+A and B are drawn once, shared by all maps, and never trained: the vectors d and b choose which of the random directions
+a layer reads, and how much of each it writes. So the rank may be high, and costs one number more for each.
+
+Shapes: x [..., d_in], A [r, d_in], B [d_out, r], d [r], b [d_out]. Where maps differ in shape, A and B have the largest
+sides, and each map takes the first d_in columns and d_out rows. Trained: r + d_out numbers a map.
+
+Start: A and B from Kaiming's uniform distribution, d = 0.1, b = 0, so that the update is zero (sections 3.2 and 4.1).
+
+Differs from the paper: A and B are kept in the file, once, where the paper keeps the seed that they can be drawn from.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.config import TransformerConfig
+from peft.functional import vera_update, vera_weight
+from peft.method import parameter_like, uniform
+from peft.methods.linear import LinearMethod, MergeableLinear
+
+
+@dataclass(frozen=True)
+class VeRA(LinearMethod):
+    """Recipe: two trained vectors for each linear map that `targets` names.
+
+    Args:
+        rank: r, how many random directions the layers share.
+        initial_d: the start of every number in d.
+        targets, layers: as in `LinearMethod`.
+
+    Raises:
+        ValueError: a rank below 1, or an `initial_d` of 0 (with b = 0 as well, nothing could be learned).
+    """
+
+    rank: int = 64
+    initial_d: float | int = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.initial_d == 0 or not math.isfinite(self.initial_d):
+            raise ValueError(f"initial_d must be a finite number other than 0, got {self.initial_d}")
+
+    def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "VeRALinear":
+        """A `VeRALinear` with an A and a B that no other map shares."""
+        return self.wrappers({name: module}, model, generator)[name]
+
+    def wrappers(
+        self, modules: dict[str, nn.Linear], model: nn.Module, generator: torch.Generator
+    ) -> dict[str, "VeRALinear"]:
+        """A `VeRALinear` round each map; all of them hold the same A and B."""
+        d_in = max(module.in_features for module in modules.values())
+        d_out = max(module.out_features for module in modules.values())
+        like = next(iter(modules.values()))
+        A = parameter_like(uniform((self.rank, d_in), math.sqrt(6 / d_in), generator), like, requires_grad=False)
+        B = uniform((d_out, self.rank), math.sqrt(6 / self.rank), generator)
+        B = parameter_like(B, like, requires_grad=False)
+        return {name: VeRALinear(module, self, A, B) for name, module in modules.items()}
+
+    def expected_parameters(self, config: TransformerConfig) -> int:
+        """maps * r + the sum of their d_out; ValueError as in `attach`."""
+        return sum(self.rank + d_out for _, d_out in self.targeted_shapes(config))
+
+
+class VeRALinear(MergeableLinear):
+    """y = base(x) + b ⊙ B (d ⊙ A x), with explicit d [r] and b [d_out]; A and B are shared and frozen."""
+
+    def __init__(self, base: nn.Linear, recipe: VeRA, A: nn.Parameter, B: nn.Parameter):
+        super().__init__(base)
+        self.A, self.B = A, B
+        self.d = parameter_like(torch.full((recipe.rank,), float(recipe.initial_d)), base)
+        self.b = parameter_like(torch.zeros(base.out_features), base)
+
+    def extra_repr(self) -> str:
+        return f"d={list(self.d.shape)}, b={list(self.b.shape)}{', merged' * self.merged}"
+
+    def frozen_tensors(self) -> set[str]:
+        """The shared matrices."""
+        return {"A", "B"}
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A [r, d_in], B [d_out, r], d and b of this map."""
+        return self.A[:, : self.base.in_features], self.B[: self.base.out_features], self.d, self.b
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """W0 x + b0 + b ⊙ B (d ⊙ A x). Kopiczko et al. 2024, equation 2."""
+        if self.merged or not self.enabled:
+            return self.unchanged(x)
+        y = self.base(x)
+        return y + vera_update(x.to(self.A.dtype), *self.factors()).to(y.dtype)
+
+    def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """W0 + ΔW, in the precision of the vectors."""
+        return self.unmerged_weight().to(self.A.dtype) + vera_weight(*self.factors())
