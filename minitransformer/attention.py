@@ -31,7 +31,7 @@ from minitransformer.config import TransformerConfig
 
 # True where a query may look at a key; "causal": at all keys up to its own, where there are as many as queries; None:
 # at all.
-Mask = Bool[Tensor, "#B 1 T S"] | Literal["causal"] | None
+Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 
 
 class Context:
@@ -163,6 +163,7 @@ def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
         weights.append(seen)
         return out
 
+    @torch.no_grad()
     def look(attention: Attention, inputs: tuple, _: Tensor) -> None:
         x, mask, context = (*inputs, None, None)[:3]
         q, k, v = attention.split_heads(attention.query(x)), *attention.keys_and_values(x)
@@ -176,7 +177,7 @@ def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
             hook.remove()
 
 
-def written_out(mask: Mask, k: Float[Tensor, "B H S d_head"]) -> Bool[Tensor, "#B 1 #T S"] | None:
+def written_out(mask: Mask, k: Float[Tensor, "B H S d_head"]) -> Bool[Tensor, "#B #H #T S"] | None:
     """The mask as a tensor."""
     if not isinstance(mask, str):
         return mask

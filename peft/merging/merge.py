@@ -76,7 +76,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     others = [w for at_site in all_wrappers(model).values() for w in at_site if not isinstance(w, MergeableLinear)]
     if others:
         raise ValueError(
-            f"a {type(others[0]).__name__} is attached as well, which no weight can hold; detach(model), then attach "
+            f"a {type(others[0]).__name__} is attached as well, which is no change of a weight; detach(model), then attach "
             f"or load alone what can be merged"
         )
     twin = copy.deepcopy(model)
@@ -98,5 +98,5 @@ def _loras(model: nn.Module) -> dict[str, MergeableLinear]:
         if isinstance(wrapper, MergeableLinear)
     }
     if not loras:
-        raise ValueError("nothing is attached that a weight can hold, such as LoRA, so there is nothing to merge")
+        raise ValueError("no LoRA, nor any other update that a weight can hold, is attached: there is nothing to merge")
     return loras

@@ -5,7 +5,9 @@ import torch
 from reference.method_cases import SETS, batch, train_a_little
 
 import peft
+from minitransformer.attention import recorded
 from minitransformer.cache import KVCache
+from minitransformer.feedforward import FeedForward
 
 
 def asked_positions(mask):
@@ -50,10 +52,21 @@ def test_every_shape_of_model_gives_the_same(decoder, changes):
 
 
 @pytest.mark.parametrize("implementation", ["fused", "written_out"])
-def test_weights_for_a_picture_have_one_query(decoder, implementation):
-    model, (tokens, mask), weights = decoder(attention=implementation), batch(), []
-    model.hidden(tokens, mask, weights=weights, asked=asked_positions(mask))
-    assert [part.shape[2] for part in weights] == [tokens.shape[1], 1]
+def test_weights_for_a_picture_are_those_of_all_positions(decoder, implementation):
+    """Recording takes the plain form, so the pictures are those of a whole pass."""
+    model, (tokens, mask) = decoder(attention=implementation), batch()
+    with recorded(model) as weights:
+        model.hidden(tokens, mask, asked=asked_positions(mask))
+    assert all(torch.equal(*pair) for pair in zip(weights, model.attention_weights(tokens, mask), strict=True))
+
+
+def test_where_it_may_the_last_block_computes_one_position_only(decoder):
+    model, (tokens, mask), shapes = decoder(), batch(), []
+    forward = FeedForward.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeedForward, "forward", lambda own, x: shapes.append(x.shape[1]) or forward(own, x))
+        model.hidden(tokens, mask, asked=asked_positions(mask))
+    assert shapes == [tokens.shape[1], 1]
 
 
 def test_behind_a_cache_too(decoder):

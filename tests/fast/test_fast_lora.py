@@ -9,8 +9,9 @@ from torch import nn
 
 import peft
 from peft import LoRA
-from peft.fast.lora import fast_lora, pays
+from peft.fast.lora import fast_lora
 from peft.functional import lora_update
+from peft.methods import lora as lora_module
 from peft.methods.lora import LoRALinear
 
 D_IN, D_OUT, R, SCALE = 5, 7, 3, 1.5
@@ -110,10 +111,21 @@ def layer(recipe=None, dtype=torch.float32, **linear):
     return lora
 
 
+def takes_the_fast_form(lora, x):
+    """Whether a pass through the layer takes the fast form."""
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_module, "fast_lora", lambda *a: called.append(1) or fast_lora(*a))
+        lora(x)
+    return bool(called)
+
+
 def test_it_pays_from_the_rows_on_at_which_the_thin_products_cost_more():
     """5 * 7 / (5 + 7) = 2.9 rows."""
-    assert [pays(layer(), torch.ones(n, D_IN)) for n in (0, 1, 2, 3, 4)] == [False, False, False, True, True]
-    assert pays(layer(bias=False), torch.ones(2, 2, D_IN)) and not pays(layer(), torch.ones(1, 2, D_IN))
+    rows = [n for n in range(5) if takes_the_fast_form(layer(), torch.ones(n, D_IN))]
+    assert rows == [3, 4]
+    assert takes_the_fast_form(layer(bias=False), torch.ones(2, 2, D_IN))
+    assert not takes_the_fast_form(layer(), torch.ones(1, 2, D_IN))
 
 
 def changed(change):
@@ -130,22 +142,24 @@ PLAIN = {
     "the weight is trained": changed(lambda lora: lora.base.weight.requires_grad_(True)),
     "the bias is trained": changed(lambda lora: lora.base.bias.requires_grad_(True)),
     "half precision below": layer(dtype=torch.bfloat16),
+    "a hook on the map": changed(lambda lora: lora.base.register_forward_hook(lambda *_: None)),
+    "a subclass": changed(lambda lora: setattr(lora, "__class__", type("Other", (LoRALinear,), {}))),
     "something round the map": changed(lambda lora: setattr(lora, "base", nn.Sequential(lora.base))),
 }
 
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_the_plain_form_is_used_where_the_fast_one_would_be_wrong(case):
-    assert not pays(PLAIN[case], X.to(next(PLAIN[case].base.parameters()).dtype))
+    assert not takes_the_fast_form(PLAIN[case], X.to(next(PLAIN[case].base.parameters()).dtype))
 
 
 def test_dropout_is_off_in_evaluation_so_the_fast_form_is_used():
-    assert pays(layer(LoRA(rank=2, dropout=0.5)).eval(), X)
+    assert takes_the_fast_form(layer(LoRA(rank=2, dropout=0.5)).eval(), X)
 
 
 def test_the_plain_form_is_used_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not pays(layer(), X)
+        assert not takes_the_fast_form(layer(), X)
         assert layer()(X).dtype == torch.bfloat16
 
 

@@ -157,7 +157,7 @@ def test_a_model_learns_the_same_by_either_form(monkeypatch, changes):
     plainly, expected = scored(model, batch)
     monkeypatch.setattr(fast_loss, "WORTH_IT", 1)
     called = []
-    place = "minitransformer.training.objectives.fast_cross_entropy"
+    place = "minitransformer.transformer.fast_cross_entropy"
     monkeypatch.setattr(place, lambda *a: called.append(1) or real(*a))
     real = fast_loss.fast_cross_entropy
     quickly, got = scored(model, batch)

@@ -13,7 +13,7 @@ from minitransformer.tasks import Dataset
 from minitransformer.training import fit, label_loss
 from peft import LoRA
 from peft.method import Wrapper
-from peft.sites import exchange, find, in_order, matches, wrappers_at
+from peft.sites import exchange, find, in_order, sites_of
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,11 @@ from peft.sites import exchange, find, in_order, matches, wrappers_at
     ],
 )
 def test_targets_match_by_whole_name_parts(target, name, expected):
-    assert matches(target, name) == expected
+    if expected:
+        assert find((target,), [name, "other.map"], "map") == [name]
+    else:
+        with pytest.raises(ValueError, match="matches no map"):
+            find((target,), [name], "map")
 
 
 def test_a_layer_whose_name_only_contains_the_target_is_left_alone(decoder):
@@ -259,13 +263,13 @@ def test_exchanging_one_wrapper_leaves_those_round_it_and_in_it(decoder, place):
     model = decoder()
     for recipe in (RECIPES["lora"], RECIPES["ia3"], RECIPES["bitfit"]):
         peft.attach(model, recipe)
-    name = "blocks.0.attention.value"
-    before = wrappers_at(model, name)
-    frozen = before[-1].base
+    site = sites_of(model)["blocks.0.attention.value"]
+    before = list(site.wrappers)
     index = {"outermost": 0, "between": 1, "innermost": 2}[place]
     new = Wrapper(before[index].base)
-    exchange(model, name, before[index], new)
-    after = wrappers_at(model, name)
-    assert [found is new for found in after] == [i == index for i in range(3)]
-    assert [found for found in after if found is not new] == [old for i, old in enumerate(before) if i != index]
-    assert after[-1].base is frozen and model.blocks[0].attention.value is after[0]
+    exchange(site, before[index], new)
+    after = sites_of(model)["blocks.0.attention.value"]
+    assert after.wrappers == site.wrappers and after.module is site.module
+    assert [found is new for found in after.wrappers] == [i == index for i in range(3)]
+    assert [found for found in after.wrappers if found is not new] == before[:index] + before[index + 1 :]
+    assert after.wrappers[-1].base is site.module and model.blocks[0].attention.value is after.wrappers[0]

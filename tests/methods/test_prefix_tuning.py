@@ -9,7 +9,7 @@ from reference import numpy_peft
 from reference.method_cases import RECIPES, batch, outputs, train_a_little
 
 import peft
-from minitransformer.attention import attention_mask
+from minitransformer.attention import attention_mask, recorded
 from minitransformer.cache import KVCache
 from peft import PrefixTuning, functional
 
@@ -65,10 +65,12 @@ def test_gated_attention_equals_the_numpy_twin(tiny, recipe):
     x = torch.randn(3, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = attention_mask(6, batch()[1], 6, model.config.causal)
     q = base.split_heads(base.query(x))
+    own = base.attend(q, *base.keys_and_values(x), mask)
     prefix = [base.split_heads(part.expand(3, -1, -1)) for part in wrapper.prefix()]
-    arrays = [tensor.detach().numpy() for tensor in (base.attend(q, x, mask), q, *prefix, wrapper.gate)]
+    arrays = [tensor.detach().numpy() for tensor in (own, q, *prefix, wrapper.gate)]
     heads = torch.from_numpy(numpy_peft.gated_prefix(*arrays))
-    torch.testing.assert_close(wrapper(x, mask), base.join_heads(heads), rtol=1e-10, atol=1e-12)
+    expected = base.output(heads.transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(wrapper(x, mask), expected, rtol=1e-10, atol=1e-12)
     assert wrapper.gate.shape == (2,)
 
 
@@ -93,8 +95,8 @@ def test_a_closed_gate_hides_whatever_the_prefix_holds_and_each_head_has_its_own
 def test_every_query_sees_every_prefix_position(tiny, recipe):
     model = peft.attach(tiny(), recipe)
     tokens, mask = batch()
-    weights: list = []
-    model.hidden(tokens, mask, weights=weights)
+    with recorded(model) as weights:
+        model.hidden(tokens, mask)
     for layer in weights[0 if recipe.layers is None else recipe.layers[0] :]:
         assert layer.shape == (3, 2, 6, 3 + 6)
         assert bool((layer[..., :3] > 0).all())
@@ -255,7 +257,7 @@ def test_zero_scores_give_the_prefix_its_share_by_count(decoder):
     with torch.no_grad():
         base.query.weight.zero_()
         base.query.bias.zero_()
-    weights: list = []
-    model.hidden(torch.tensor([[1, 2, 3, 4, 5]]), weights=weights)
+    with recorded(model) as weights:
+        model.hidden(torch.tensor([[1, 2, 3, 4, 5]]))
     assert weights[0][..., :3].sum(-1).flatten().tolist() == pytest.approx([3 / 8] * 10, abs=1e-6)
     assert math.isclose(weights[0][0, 0, 0, 0].item(), 1 / 8, abs_tol=1e-6)

@@ -234,7 +234,7 @@ class Life(RuleBasedStateMachine):
             torch.testing.assert_close(outputs(self.model), outputs(rebuilt), rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(outputs(self.model), outputs(rebuilt))
-            frozen = {peft.sites.site_name(name): p for name, p in self.model.named_parameters()}
+            frozen = peft.sites.named_tensors(self.model)
             assert all(torch.equal(frozen[name], p) for name, p in self.base.named_parameters())
         trained = set(peft.trainable_parameters(self.model))
         assert trained == set(peft.trainable_parameters(rebuilt))

@@ -14,10 +14,10 @@ import torch
 from exhibit import caught, loss_of, small_model
 
 import peft
-from peft.methods.reparameterization import ReparameterizedPrefixAttention
+from peft.methods.prefix import PrefixAttention
 
 
-class KeptPrefix(ReparameterizedPrefixAttention):
+class KeptPrefix(PrefixAttention):
     """The wrong way: the prefix is made in the first pass."""
 
     kept = None

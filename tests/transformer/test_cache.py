@@ -1,4 +1,4 @@
-"""The KV cache: what grows in place equals what is joined anew, and padding is noted from when it occurs."""
+"""The KV cache: it holds what came in its order, and padding is noted from when it occurs."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitransformer import Transformer, TransformerConfig
-from minitransformer.cache import Growing, KVCache, LayerCache
+from minitransformer.cache import KVCache, LayerCache
 
 CONFIG = TransformerConfig(vocab_size=23, max_len=40, d_model=16, n_heads=2, n_layers=2, d_ff=24)
 
@@ -18,43 +18,20 @@ def pieces(*lengths, seed=0):
 
 @pytest.mark.parametrize("lengths", [(1,), (5, 1, 1, 1, 1, 1, 1, 1), (1, 1, 7, 2), (3, 0, 2)], ids=str)
 def test_what_grows_is_what_came_in_its_order(lengths):
-    growing, came = Growing(), pieces(*lengths)
-    assert growing.seen() is None
-    for number, piece in enumerate(came, start=1):
-        growing.append(piece)
-        assert torch.equal(growing.seen(), torch.cat(came[:number], dim=2))
+    layer, keys, values = LayerCache(), pieces(*lengths), pieces(*lengths, seed=1)
+    for number, (key, value) in enumerate(zip(keys, values, strict=True), start=1):
+        layer.append(key, value)
+        assert torch.equal(layer.key, torch.cat(keys[:number], dim=2))
+        assert torch.equal(layer.value, torch.cat(values[:number], dim=2))
 
 
-def test_what_came_in_is_not_written_over():
-    came = pieces(4, 1, 1, 1)
-    kept = [piece.clone() for piece in came]
-    growing = Growing()
+def test_gradients_pass_through_a_cache_to_all_that_came():
+    came, layer, total = [piece.requires_grad_() for piece in pieces(2, 1, 1)], LayerCache(), 0.0
     for piece in came:
-        growing.append(piece)
-    assert all(torch.equal(piece, old) for piece, old in zip(came, kept, strict=True))
-
-
-def test_positions_are_copied_a_few_times_in_all_and_not_at_every_step():
-    growing = Growing()
-    rooms = set()
-    for piece in pieces(*[1] * 200):
-        growing.append(piece)
-        rooms.add(growing.room.data_ptr())
-    assert growing.used == 200 and growing.room.shape[2] <= 400 and len(rooms) <= 9
-
-
-def test_gradients_pass_through_a_cache_as_through_a_join():
-    gradients = []
-    for join in (True, False):
-        came = [piece.requires_grad_() for piece in pieces(2, 1, 1)]
-        growing, total = Growing(), 0.0
-        for number, piece in enumerate(came, start=1):
-            growing.append(piece)
-            seen = torch.cat(came[:number], dim=2) if join else growing.seen()
-            total = total + seen.square().sum()  # every version is used, as attention uses it
-        gradients.append(torch.autograd.grad(total, came))
-    for expected, got in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, expected)
+        layer.append(piece, piece)
+        total = total + layer.key.square().sum()  # every version is used, as attention uses it
+    for times, piece, got in zip((3, 2, 1), came, torch.autograd.grad(total, came), strict=True):
+        torch.testing.assert_close(got, 2 * times * piece)
 
 
 def test_a_layer_keeps_keys_and_values_apart():
@@ -90,7 +67,7 @@ def test_the_newest_of_all_words_needs_no_mask(monkeypatch):
     monkeypatch.setattr(
         type(model.blocks[0].attention),
         "attend",
-        lambda own, q, x, mask, *a: seen.append(mask) or attend(own, q, x, mask, *a),
+        lambda own, q, k, v, mask: seen.append(mask) or attend(own, q, k, v, mask),
     )
     cache = KVCache(len(model.blocks))
     for n_new in (5, 1, 1):

@@ -4,10 +4,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from reference.numpy_transformer import ACTIVATIONS, NumpyTransformer
 from reference.random_weights import randomize
 
 from minitransformer import Transformer, TransformerConfig
+from minitransformer.attention import recorded
 from minitransformer.cache import KVCache
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6]])
@@ -130,10 +132,23 @@ def test_gradient_checkpointing_reaches_the_first_block_of_a_frozen_model(tiny):
     assert torch.equal(*found) and found[0].abs().max() > 0
 
 
-def test_gradient_checkpointing_extends_a_list_of_weights_once(tiny):
-    model, weights = tiny(gradient_checkpointing=True), []
-    model.hidden(TOKENS, weights=weights).sum().backward()
+def test_recorded_weights_are_those_of_the_pass_and_nobody_records_afterwards(tiny):
+    model = tiny(gradient_checkpointing=True)
+    with recorded(model) as weights:
+        hidden = model.hidden(TOKENS)
     assert len(weights) == 2
+    hidden.sum().backward()
+    assert len(weights) == 2
+    assert all(torch.equal(*pair) for pair in zip(weights, model.attention_weights(TOKENS), strict=True))
+
+
+def test_the_loss_of_a_model_is_the_cross_entropy_of_its_logits(tiny):
+    model = tiny().double()
+    targets = TOKENS.roll(-1, dims=1)
+    targets[0, 2:] = -100
+    expected = F.cross_entropy(model(TOKENS).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.loss(TOKENS, targets), expected)
+    assert torch.autograd.grad(model.loss(TOKENS, targets), model.embedding.token.weight)[0].abs().max() > 0
 
 
 def test_gradients_of_the_whole_model_agree_with_finite_differences():
