@@ -76,8 +76,8 @@ def merged_copy(model: nn.Module) -> nn.Module:
     others = [w for at_site in all_wrappers(model).values() for w in at_site if not isinstance(w, MergeableLinear)]
     if others:
         raise ValueError(
-            f"a {type(others[0]).__name__} is attached as well, which is no change of a weight; detach(model), then attach "
-            f"or load alone what can be merged"
+            f"a {type(others[0]).__name__} is attached as well, which is no change of a weight; detach(model), then "
+            f"attach or load alone what can be merged"
         )
     twin = copy.deepcopy(model)
     if not is_merged(twin):

@@ -53,6 +53,8 @@ CASES = {
     "lora_update": Case("lora_update", LORA, {"scale": 1.7}),
     "lora_update of one vector": Case("lora_update", LORA | {"x": (5,)}, {"scale": 0.5}),
     "lora_weight": Case("lora_weight", {"A": (4, 5), "B": (6, 4)}, {"scale": 1.7}),
+    "vera_update": Case("vera_update", LORA | {"d": (4,), "b": (6,)}),
+    "vera_weight": Case("vera_weight", {"A": (4, 5), "B": (6, 4), "d": (4,), "b": (6,)}),
     "row_norms": Case("row_norms", {"weight": (6, 5)}),
     "dora_weight": Case("dora_weight", DORA, {"scale": 1.7, "norms": np.linspace(0.5, 2.0, 6)}),
     "gated_prefix": Case("gated_prefix", GATED),

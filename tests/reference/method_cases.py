@@ -1,7 +1,10 @@
 """What several tests here share: recipes of every method, and small batches."""
 
+import inspect
+
 import torch
 
+import peft
 from peft import (
     ALL_LINEARS,
     IA3,
@@ -42,6 +45,11 @@ RECIPES = {
     "ia3": IA3(),
     "ia3 layer 0": IA3(layers=(0,)),
 }
+# A method of the package that has no recipe above takes part with its defaults.
+for kind in peft.Method.registry.values():
+    known = any(type(recipe) is kind for recipe in RECIPES.values())
+    if not known and kind.__module__.startswith("peft.methods.") and not inspect.isabstract(kind):
+        RECIPES[kind.__name__.lower()] = kind()
 UNCHANGED_AT_THE_START = [n for n in RECIPES if not n.startswith(("prefix", "prompt")) or "gated" in n]
 SETS = {name: (recipe,) for name, recipe in RECIPES.items()} | {
     "prefix + parallel adapter": (RECIPES["prefix kv"], RECIPES["parallel"]),

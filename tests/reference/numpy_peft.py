@@ -45,6 +45,31 @@ def lora_weight_backward(g, A, B, scale):
     return scale * B.T @ g, scale * g @ A.T
 
 
+def vera_update(x, A, B, d, b):
+    return np.einsum("o,or,r,ri,...i->...o", b, B, d, A, x)
+
+
+def vera_update_backward(g, x, A, B, d, b):
+    """y = b z with z = B v, v = d u, u = A x:  db = g·z,  dz = b g,  dB = dzᵀ v,  dv = dz B,  dd = dv·u,  du = d dv."""
+    u, flat = rows(x) @ A.T, rows(g)
+    v = d * u
+    dz = b * flat
+    dv = dz @ B
+    du = d * dv
+    return (du @ A).reshape(x.shape), du.T @ rows(x), dz.T @ v, (dv * u).sum(axis=0), (flat * (v @ B.T)).sum(axis=0)
+
+
+def vera_weight(A, B, d, b):
+    return np.einsum("o,or,r,ri->oi", b, B, d, A)
+
+
+def vera_weight_backward(g, A, B, d, b):
+    """ΔW = diag(b) B diag(d) A, entry by entry."""
+    dA = np.einsum("oi,o,or,r->ri", g, b, B, d)
+    dB = np.einsum("oi,o,r,ri->or", g, b, d, A)
+    return dA, dB, np.einsum("oi,o,or,ri->r", g, b, B, A), np.einsum("oi,or,r,ri->o", g, B, d, A)
+
+
 def row_norms(weight):
     return np.sqrt(np.einsum("oi,oi->o", weight, weight))
 
