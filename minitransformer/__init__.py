@@ -1,7 +1,7 @@
 """A small Transformer, written out to be read: decoder or encoder, pre- or post-norm.
 
-Read in this order: config, attention, feedforward, embedding, block, transformer, heads, generation. What is called
-`fast_…` is another form of something plain, for speed; it can be left out in reading.
+Read in this order: config, attention, feedforward, embedding, block, transformer, heads, cache, generation. What is in
+`fast/` is another form of something plain, for speed; leave it out in reading.
 """
 
 from minitransformer.config import TransformerConfig

@@ -37,6 +37,8 @@ Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 class Context:
     """Keys and values from elsewhere, which a layer's queries see beside those of its input."""
 
+    grows: bool = False  # whether it keeps the keys and values of each pass, as a cache does
+
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """What the queries see in all keys and values: `attention(q, k, v, mask)` with the context's own added.
 
@@ -154,7 +156,10 @@ class Attention(nn.Module):
 def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
     """Inside, every pass notes the attention weights of each layer, for pictures, in the list that this gives.
 
-    The weights are computed beside the pass, without dropout, by the written-out formula. A KV cache cannot be in use.
+    The weights are computed beside the pass, without dropout, by the written-out formula.
+
+    Raises:
+        ValueError: in a pass with a KV cache, which would keep everything twice.
     """
     weights: list[Tensor] = []
 
@@ -166,6 +171,8 @@ def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
     @torch.no_grad()
     def look(attention: Attention, inputs: tuple, _: Tensor) -> None:
         x, mask, context = (*inputs, None, None)[:3]
+        if context is not None and context.grows:
+            raise ValueError("attention weights cannot be recorded with a KV cache; give the whole text at once")
         q, k, v = attention.split_heads(attention.query(x)), *attention.keys_and_values(x)
         (note if context is None else partial(context.attend, note))(q, k, v, mask)
 

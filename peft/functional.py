@@ -2,13 +2,13 @@
 
 No module, no state, no frozen flag: what a method *computes* is here, what it *is made of* is in its own file. The
 wrappers call these functions (but for `gated_attention`, which is another way to write `prefix_attention` and is for
-reading), and the tests hold each against a NumPy twin, value and gradient.
+reading), and the tests hold each against a NumPy twin, value and gradient. A method added in one file, as VeRA is, has
+its functions there.
 
 Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
 
     lora_update        (alpha / r) B A x                                   Hu et al. 2022, section 4.1
     row_norms          ||W||, the length of each row                       what DoRA divides by
-    vera_update        b ⊙ B (d ⊙ A x)                                     Kopiczko et al. 2024, equation 2
     dora_weight        m (W0 + ΔW) / ||W0 + ΔW||, row by row               Liu et al. 2024 (DoRA), equation 5
     prefix_attention   softmax(q [P_k ; K]ᵀ / sqrt(d_head)) [P_v ; V]      Li & Liang 2021, section 4; He et al. 2022
     gated_attention    (1 - lambda) Attn(K, V) + lambda Attn(P_k, P_v)     He et al. 2022, equation 7
@@ -50,24 +50,6 @@ def lora_weight(
 ) -> Float[Tensor, "d_out d_in"]:
     """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
     return scale * (B @ A)
-
-
-def vera_update(
-    x: Float[Tensor, "*rows d_in"],
-    A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    d: Float[Tensor, " r"],
-    b: Float[Tensor, " d_out"],
-) -> Float[Tensor, "*rows d_out"]:
-    """b ⊙ B (d ⊙ A x): what VeRA adds to a linear map's output. Kopiczko et al. 2024, equation 2."""
-    return b * F.linear(d * F.linear(x, A), B)
-
-
-def vera_weight(
-    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], d: Float[Tensor, " r"], b: Float[Tensor, " d_out"]
-) -> Float[Tensor, "d_out d_in"]:
-    """ΔW = diag(b) B diag(d) A: the same update as a change of the weight."""
-    return b[:, None] * ((B * d) @ A)
 
 
 def row_norms(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:

@@ -22,9 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.embedding import Embedding
 from peft.functional import shifted
 from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like
-from peft.sites import block_names, in_layers, layer_of
+from peft.sites import block_names, in_layers
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,11 @@ class BitFit(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every linear map and LayerNorm with a bias, in blocks, and the norms outside of them."""
-        blocks = block_names(modules)
-        places = [
-            name
-            for name, module in modules.items()
-            if _has_bias(module) and (_in_block(name) if layer_of(name, blocks) is not None else _outside(name, module))
-        ]
+        inside = tuple(f"{block}." for block in block_names(modules))
+        places = [name for name in modules if name.startswith(inside) and not name.endswith(".attention.key")]
+        for name in [name for name, module in modules.items() if isinstance(module, Embedding)]:
+            places += [f"{name}.norm", f"{name.removesuffix('embedding')}norm"]  # the embedding's and the last one
+        places = [name for name in places if name in modules and _has_bias(modules[name])]
         if not places:
             raise ValueError("the model has no block with a bias, so there is nothing for BitFit to train")
         return in_layers(places, modules, self.layers)
@@ -59,14 +59,6 @@ class BitFit(LayerwiseMethod):
 
 def _has_bias(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None
-
-
-def _in_block(name: str) -> bool:
-    return not name.endswith(".attention.key")
-
-
-def _outside(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) and "head" not in name.split(".")
 
 
 class ShiftedBias(Wrapper):

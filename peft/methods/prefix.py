@@ -182,6 +182,7 @@ class PrefixContext(Context):
         visible: Bool[Tensor, "B n"] | None = None,
     ):
         self.key, self.value, self.behind, self.gate, self.visible = key, value, behind, gate, visible
+        self.grows = behind is not None and behind.grows
 
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `Context.attend`: the tokens behind first, the prefix in front of them."""

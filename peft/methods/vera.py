@@ -19,13 +19,31 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from peft.functional import vera_update, vera_weight
 from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
+
+
+def vera_update(
+    x: Float[Tensor, "*rows d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    d: Float[Tensor, " r"],
+    b: Float[Tensor, " d_out"],
+) -> Float[Tensor, "*rows d_out"]:
+    """b ⊙ B (d ⊙ A x): what VeRA adds to a linear map's output. Kopiczko et al. 2024, equation 2."""
+    return b * F.linear(d * F.linear(x, A), B)
+
+
+def vera_weight(
+    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], d: Float[Tensor, " r"], b: Float[Tensor, " d_out"]
+) -> Float[Tensor, "d_out d_in"]:
+    """ΔW = diag(b) B diag(d) A: the same update as a change of the weight."""
+    return b[:, None] * ((B * d) @ A)
 
 
 @dataclass(frozen=True)

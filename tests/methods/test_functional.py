@@ -8,6 +8,7 @@ import torch
 from reference import numpy_peft
 
 from peft import functional
+from peft.methods import vera
 
 CAUSAL = np.tril(np.ones((4, 5), dtype=bool), 1)[None, None]  # [1, 1, T, S]
 PADDED = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], dtype=bool)[:, None, None] | np.eye(4, 5, dtype=bool)
@@ -32,7 +33,7 @@ class Case:
 
     def torch(self, tensors):
         others = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in self.others.items()}
-        return as_tuple(getattr(functional, self.name)(*tensors, **others))
+        return as_tuple(getattr(vera if self.name.startswith("vera") else functional, self.name)(*tensors, **others))
 
     def numpy(self, arrays):
         return as_tuple(getattr(numpy_peft, self.name)(*arrays, **self.others))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minitransformer import Transformer, TransformerConfig
+from minitransformer.attention import recorded
 from minitransformer.cache import KVCache, LayerCache
 
 CONFIG = TransformerConfig(vocab_size=23, max_len=40, d_model=16, n_heads=2, n_layers=2, d_ff=24)
@@ -39,6 +40,13 @@ def test_a_layer_keeps_keys_and_values_apart():
     assert layer.key is None and layer.value is None
     layer.append(keys, values)
     assert torch.equal(layer.key, keys) and torch.equal(layer.value, values)
+
+
+def test_attention_weights_are_not_recorded_behind_a_cache():
+    model, tokens = Transformer(CONFIG).eval(), torch.tensor([[3, 1, 4]])
+    with recorded(model), pytest.raises(ValueError, match="whole text"):
+        model.hidden(tokens, cache=KVCache(2))
+    assert torch.equal(model.generate(tokens, 4), model.generate(tokens, 4, use_cache=False))
 
 
 def test_without_padding_nothing_is_noted():

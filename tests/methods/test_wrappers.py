@@ -1,0 +1,126 @@
+"""What every recipe and wrapper is promised: a name of its own, one order, no answer for what another class computes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import peft
+from minitransformer.attention import Attention
+from peft import LoRA, Method, Wrapper
+from peft.method import linear_map
+from peft.methods.lora import LoRALinear
+from peft.methods.prefix import PrefixAttention
+
+
+@pytest.fixture
+def registry():
+    """The known methods, as they were afterwards."""
+    known = dict(Method.registry)
+    yield Method.registry
+    Method.registry.clear()
+    Method.registry.update(known)
+
+
+class Doubled(Wrapper):
+    order = 0
+
+    def forward(self, x):
+        return 2 * self.base(x) if self.enabled else self.base(x)
+
+
+def doubling(name, module="a notebook"):
+    """A new class of a method that doubles what every query map gives."""
+
+    def sites(self, modules):
+        return [name for name in modules if name.endswith("attention.query")]
+
+    def wrap(self, name, module, model, generator):
+        return Doubled(module)
+
+    body = {"sites": sites, "wrap": wrap, "expected_parameters": lambda self, config: 0, "__module__": module}
+    return dataclass(frozen=True)(type(name, (Method,), body))
+
+
+def test_a_method_is_not_replaced_by_another_of_its_name(registry):
+    before = registry["LoRA"]
+    with pytest.raises(ValueError, match="a method LoRA already, in peft"):
+        doubling("LoRA")
+    assert registry["LoRA"] is before
+
+
+def test_a_cell_that_runs_again_is_no_other_method(registry):
+    doubling("Doubling")
+    again = doubling("Doubling")
+    assert Method.from_dict(again().as_dict()) == again()
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_two_wrappers_of_one_order_are_refused_whichever_comes_first(registry, decoder, lora_first):
+    model, recipes = decoder(), [LoRA(rank=2), doubling("Doubling")()]
+    first, second = recipes if lora_first else reversed(recipes)
+    before = list(peft.attach(model, first).modules())
+    with pytest.raises(ValueError, match="have order 0"):
+        peft.attach(model, second)
+    assert list(model.modules()) == before and len(peft.attached(model)) == 1
+
+
+def test_the_wrappers_of_the_two_orders_are_the_same_model(registry, decoder):
+    outer = doubling("Doubling")()
+    models = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Doubled, "order", 1)
+        for recipes in ([LoRA(rank=2), outer], [outer, LoRA(rank=2)]):
+            model = decoder()
+            for recipe in recipes:
+                peft.attach(model, recipe)
+            models.append(model)
+    kinds = [[type(w).__name__ for w in peft.sites.sites_of(m)["blocks.0.attention.query"].wrappers] for m in models]
+    assert kinds == [["Doubled", "LoRALinear"]] * 2
+    tokens = torch.tensor([[3, 1, 4]])
+    assert torch.equal(models[0](tokens), models[1](tokens))
+
+
+class Squared(LoRALinear):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+class SquaredAndSaysSo(Squared):
+    def changed_weight(self):
+        return self.base.weight
+
+
+class Renamed(LoRALinear):
+    """Computes what its parent computes."""
+
+
+def test_a_class_answers_for_its_own_forward_only():
+    base, recipe = torch.nn.Linear(4, 4), LoRA(rank=2)
+    answers = [
+        linear_map(kind(base, recipe, torch.Generator().manual_seed(0))) is not None
+        for kind in (LoRALinear, Renamed, Squared, SquaredAndSaysSo)
+    ]
+    assert answers == [True, True, False, True]
+
+
+def test_an_attention_wrapper_with_its_own_forward_does_not_inherit_answers(decoder):
+    class Other(PrefixAttention):
+        def forward(self, x, mask=None, context=None):
+            return self.base(x, mask, context)
+
+    attention = decoder().blocks[0].attention
+    assert isinstance(attention, Attention)
+    wrapper = Other(attention, peft.PrefixTuning(length=2), {"key": torch.zeros(2, 16), "value": torch.zeros(2, 16)})
+    assert wrapper.as_attention() is None and wrapper.keys_and_values(torch.zeros(1, 2, 16)) is None
+
+
+def test_names_of_the_readers_own_that_ours_also_use_mean_nothing(decoder):
+    model = decoder()
+    model.base = torch.nn.Linear(16, 16)
+    model.blocks_of_mine = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(16, 16)])})
+    names = set(dict(model.named_parameters()))
+    peft.attach(model, LoRA(rank=2, layers=(1,)))
+    tensors = peft.sites.named_tensors(model)
+    assert names <= set(tensors) and "base.weight" in tensors
+    assert all(name.startswith("blocks.1.") for name in peft.trainable_parameters(model))
