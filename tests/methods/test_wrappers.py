@@ -1,4 +1,4 @@
-"""What every recipe and wrapper is promised: a name of its own, one order, no answer for what another class computes."""
+"""What every recipe and wrapper is promised: a name of its own, one order, no answers for another class."""
 
 from dataclasses import dataclass
 
