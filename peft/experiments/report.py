@@ -110,10 +110,8 @@ def table(found: Records, tasks: Sequence[str]) -> str:
     for method in dict.fromkeys(name for task in tasks for name in found[task]):
         own = [found[task].get(method) for task in tasks]
         first = next(record for record in own if record)
-        cells = [
-            accuracy(record, digits=1) if record else "not run" if method in TASKS[task].entries else "–"
-            for task, record in zip(tasks, own, strict=True)
-        ]
+        known = ["not run" if method.removesuffix(RANDOM) in TASKS[task].entries else "–" for task in tasks]
+        cells = [accuracy(record, 1) if record else other for record, other in zip(own, known, strict=True)]
         lines.append(f"| {method} | {first['trained']:,} | {percent(first['share'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
