@@ -6,8 +6,8 @@
 
 `compare` runs the sweep of one task: it says what it will cost, shows its progress, goes on where it was stopped, and
 leaves a table, a CSV file and a figure; `torchrun --nproc-per-node 2 -m peft compare …` shares every run between two
-processes. `report` writes the README's tables. `doctor` says whether this environment is
-right, and what to do if it is not.
+processes. `report` writes the tables of all results. `doctor` says whether this environment is right, and what to do if
+it is not.
 """
 
 import argparse
@@ -18,50 +18,39 @@ from pathlib import Path
 import torch
 
 from minitransformer.training.distributed import is_writer, launched_together
-from peft.experiments import compare, compare_real_text, doctor, report, sweep
+from peft.experiments import compare, doctor, report, sweep
 from peft.experiments.plots import plot_comparison, plt, use_style
-from peft.experiments.real_tasks import TASKS
 from peft.experiments.results import read_rows
-
-TITLES = {"sentiment": "Sentiment", "qa": "Question answering"} | {name: TASKS[name].title for name in TASKS}
+from peft.experiments.tasks import RANDOM_BACKBONE, TASKS
 
 
 def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The methods that a command line names: whole names, or parts of names such as `lora,prefix`; all without words.
+    """The methods that a command line names, in the order of `names`; all of them without words.
 
     Raises:
         ValueError: a word is part of no name.
     """
-    chosen = [] if words else list(names)
-    for word in words:
-        parts = [word] if word in names else [part for part in word.split(",") if part]
-        for part in parts:
-            found = [name for name in names if name == part or (part not in names and part.lower() in name.lower())]
-            if not found:
-                raise ValueError(f"no method is called {part!r} or has it in its name; there are: {'; '.join(names)}")
-            chosen += found
-    return [name for name in names if name in chosen]
+    chosen = [name for word in words for name in named_by(word, names)]
+    return [name for name in names if not words or name in chosen]
 
 
-def study_of(task: str, words: Sequence[str], random_backbone: bool, examples: int | None) -> sweep.Study:
-    """The sweep that the command line asks for.
-
-    Raises:
-        ValueError: an unknown method, or an option that this task does not have.
-    """
-    if task in TASKS and (random_backbone or examples is not None):
-        raise ValueError(f"--random-backbone and --examples are for the toy tasks, not for {task}")
-    if task in TASKS:
-        return compare_real_text.study(task, selected(words, list(TASKS[task].entries)))
-    if random_backbone:
-        return compare.study(task, selected(words, compare.RANDOM_BACKBONE), "random", examples=examples)
-    return compare.study(task, selected(words, list(compare.ENTRIES)), examples=examples)
+def named_by(word: str, names: Sequence[str]) -> list[str]:
+    """A whole name; how names with a comma begin, such as `LoRA q,v`; or parts of names, as in `lora,prefix`."""
+    if word in names:
+        return [word]
+    begun = [name for name in names if name.lower().startswith(word.lower())]
+    if "," in word:
+        return begun or [name for part in word.split(",") if part for name in named_by(part, names)]
+    found = [name for name in names if word.lower() in name.lower()]
+    if not found:
+        raise ValueError(f"no method is called {word!r} or has it in its name; there are: {'; '.join(names)}")
+    return found
 
 
 def run_comparison(arguments: Sequence[str]) -> None:
     """`python -m peft compare`."""
     parser = argparse.ArgumentParser("python -m peft compare", description="Every method, a learning rate for each.")
-    parser.add_argument("--task", choices=list(TITLES), required=True)
+    parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--methods", nargs="+", default=[], help="names, or parts of names such as lora,prefix")
     parser.add_argument("--seeds", type=int, default=len(sweep.SEEDS), help="how many final runs of each method")
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV file and the figure")
@@ -72,8 +61,11 @@ def run_comparison(arguments: Sequence[str]) -> None:
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: at least one final run")
     torch.set_num_threads(options.threads)
+    names, backbone = list(TASKS[options.task].entries), "pretrained"
+    if options.random_backbone:
+        names, backbone = RANDOM_BACKBONE, "random"
     try:
-        study = study_of(options.task, options.methods, options.random_backbone, options.examples)
+        study = compare.study(options.task, selected(options.methods, names), backbone, options.examples)
     except ValueError as error:
         parser.error(str(error))
     with launched_together():
@@ -84,7 +76,7 @@ def compared(study: sweep.Study, options: argparse.Namespace) -> None:
     """Say what it will cost, run what is missing, and leave a table, a CSV file and a figure."""
     name = compare.label(options.task, options.examples)
     seeds, out = range(1, options.seeds + 1), options.out / f"{name}.csv"
-    price = sweep.cost(study, read_rows(out, study.columns), seeds)
+    price = sweep.cost(study, read_rows(out), seeds)
     if is_writer():
         print(price, flush=True)
     rows = [row for row in sweep.run(study, out, seeds) if row["method"] in study.rates]
@@ -94,9 +86,9 @@ def compared(study: sweep.Study, options: argparse.Namespace) -> None:
     print(sweep.table(records))
     use_style()
     few = f", {options.examples} examples" if options.examples else ""
-    title = f"{TITLES[options.task]}{few}: mean and spread of {options.seeds} seed{'s' if options.seeds > 1 else ''}"
+    many = f"mean and spread of {sweep.n_seeds(options.seeds)}"
     picture = out.with_name(f"{name}{'_random' if options.random_backbone else ''}.png")
-    plot_comparison(records, title).savefig(picture, dpi=110)
+    plot_comparison(records, f"{TASKS[options.task].title}{few}: {many}").savefig(picture, dpi=110)
     plt.close("all")
     print(f"\nrows in {out}, figure in {picture}")
 

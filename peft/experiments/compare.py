@@ -1,129 +1,95 @@
-"""The comparison on the toy tasks: every method, with a learning rate of its own, several seeds.
+"""The runs of a comparison: every method on a task of `tasks.py`, with a learning rate of its own, several seeds.
 
-    python -m peft compare --task sentiment --out notebooks/results
     python -m peft compare --task qa --out notebooks/results
+    python -m peft compare --task rotten_tomatoes --out notebooks/results
 
-`sweep.py` says how rates are chosen and what is scored when. A choice takes runs as long as the final ones: shorter
-ones would favour the higher rate, whatever is best in the end. Batch size, schedule and data order are the
-same for all methods.
+`sweep.py` says how rates are chosen and what is scored when. Batch size, schedule and data order are the same for all
+methods.
 
 With `--examples 16` a run sees so few training rows, drawn anew for each seed, in as many steps as before. The rate is
-still chosen on the whole validation split, which is generous, to all methods alike.
-
-On top of the methods come a row without any training (zero-shot), and, with `--random-backbone`, the same methods on a
-frozen backbone that was never pretrained: what they then reach, they owe to the task alone.
+still chosen on the whole validation split, which is generous, to all methods alike. With `--random-backbone` the frozen
+backbone was never pretrained.
 """
 
+import os
+import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from minitransformer import Transformer
-from minitransformer.pretrained import toy_backbone
-from minitransformer.tasks import Task, qa_splits, sentiment_splits
-from minitransformer.tasks.dataset import Dataset
-from minitransformer.training import History, Objective, answer_loss, evaluate, fit, predict, training_step
-from peft.attach import attach, attached
+from minitransformer.generation import evaluation_mode
+from minitransformer.heads import SequenceClassifier
+from minitransformer.tasks.dataset import Dataset, Task, by_length
+from minitransformer.tasks.real.batches import batches_of_like_length
+from minitransformer.tasks.real.text import TextTask
+from minitransformer.training import History, Objective, answer_loss, evaluate, fit, training_step
+from minitransformer.training.distributed import n_processes
+from peft.attach import attach, attached, trainable_parameters
 from peft.checkpoint import save
-from peft.experiments.results import Row
-from peft.experiments.sweep import COSTS, KEY, SCORES, Study, identity, measured
-from peft.method import Method
-from peft.methods.adapter import BottleneckAdapter
-from peft.methods.bitfit import BitFit
-from peft.methods.dora import DoRA
-from peft.methods.ia3 import IA3
-from peft.methods.lora import ALL_LINEARS, LoRA
+from peft.counting import parameter_table
+from peft.experiments.results import KEY, Row
+from peft.experiments.sweep import Study
+from peft.experiments.tasks import TASKS
+from peft.merging.soup import soup
 from peft.methods.lora_plus import lora_plus_groups
-from peft.methods.prefix import PrefixTuning
-from peft.methods.prompt import PromptTuning
-
-TASKS = {"sentiment": sentiment_splits, "qa": qa_splits}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the comparison: a method (None: full fine-tuning), its learning rates, its steps on each task.
-
-    With `ratio`, every B of a LoRA learns that many times as fast as A (LoRA+).
-    """
-
-    method: Method | None
-    learning_rates: tuple[float, ...]
-    steps: dict[str, int]
-    ratio: float | None = None
-
-
-# What learns slowly gets more steps: above all prefixes, on questions whose answer takes two look-ups.
-SHORT, MEDIUM = {"sentiment": 300, "qa": 600}, {"sentiment": 300, "qa": 1200}
-LONG, HOULSBY = {"sentiment": 1200, "qa": 1200}, {"sentiment": 300, "qa": 2400}
-PREFIX, GATED = {"sentiment": 1200, "qa": 2400}, {"sentiment": 600, "qa": 4800}
-ENTRIES = {
-    "full fine-tuning": Entry(None, (3e-4, 1e-3), MEDIUM),
-    "LoRA q,v r=4": Entry(LoRA(rank=4, alpha=8), (2e-3, 5e-3), SHORT),
-    "LoRA all r=4": Entry(LoRA(rank=4, alpha=8, targets=ALL_LINEARS), (2e-3, 5e-3), SHORT),
-    "LoRA q,v r=4, B only": Entry(LoRA(rank=4, alpha=8, train=("B",)), (5e-3, 2e-2), SHORT),
-    "LoRA q,v r=4, A only": Entry(LoRA(rank=4, alpha=8, train=("A",)), (5e-3, 2e-2), SHORT),
-    "LoRA+ q,v r=4": Entry(LoRA(rank=4, alpha=8), (1e-3, 2e-3), SHORT, ratio=4.0),
-    "rsLoRA q,v r=16": Entry(LoRA(rank=16, alpha=8, rank_stabilized=True), (2e-3, 5e-3), SHORT),
-    "DoRA q,v r=4": Entry(DoRA(rank=4, alpha=8), (2e-3, 5e-3), SHORT),
-    "Houlsby adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="houlsby"), (5e-3, 1e-2), HOULSBY),
-    "Pfeiffer adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="pfeiffer"), (5e-3, 1e-2), MEDIUM),
-    "parallel adapter m=8": Entry(BottleneckAdapter(bottleneck=8, placement="parallel"), (5e-3, 1e-2), MEDIUM),
-    "adapter inside FFN m=4": Entry(BottleneckAdapter(bottleneck=4, placement="inside_ffn"), (5e-3, 1e-2), MEDIUM),
-    "prefix k,v n=16": Entry(PrefixTuning(length=16), (3e-2, 5e-2), PREFIX),
-    "gated prefix k,v n=32": Entry(PrefixTuning(length=32, gated=True), (5e-2, 1e-1), GATED),
-    "prefix k,v n=16 by MLP": Entry(PrefixTuning(length=16, reparameterize=64), (1e-3, 3e-3), LONG),
-    "prefix hidden n=16": Entry(PrefixTuning(length=16, at="hidden"), (1e-2, 3e-2), PREFIX),
-    "soft prompt n=16": Entry(PromptTuning(length=16), (3e-2, 1e-1), PREFIX),
-    "BitFit": Entry(BitFit(), (5e-3, 2e-2), MEDIUM),
-    "IA3": Entry(IA3(), (1e-2, 5e-2), MEDIUM),
-}
-RANDOM_BACKBONE = ("LoRA q,v r=4", "LoRA all r=4", "Pfeiffer adapter m=8", "prefix hidden n=16")
-
-COLUMNS = (*KEY, *SCORES, "test_by_kind", *COSTS)
-
-
-def backbone(kind: str) -> Transformer:
-    """The shipped backbone ("pretrained"), or one of its shape with fresh weights ("random")."""
-    pretrained = toy_backbone()
-    return pretrained if kind == "pretrained" else Transformer(pretrained.config, seed=12345)
-
-
-def prepared(name: str, seed: int, backbone_kind: str = "pretrained") -> nn.Module:
-    """A backbone with the method of that name attached, or wholly trainable for full fine-tuning.
+def model_for(task: str, name: str, seed: int, backbone: str = "pretrained") -> nn.Module:
+    """The model of a task with the method of that name attached.
 
     Raises:
-        ValueError: the comparison has no method of that name.
+        ValueError: the comparison of that task has no method of that name.
     """
-    if name not in ENTRIES:
-        raise ValueError(f"the method {name!r} is unknown; choose one of {', '.join(ENTRIES)}")
-    model, method = backbone(backbone_kind), ENTRIES[name].method
-    return model.requires_grad_(True) if method is None else attach(model, method, seed=seed)
+    comparison = TASKS[task]
+    if name not in comparison.entries:
+        raise ValueError(f"the method {name!r} is unknown; choose one of {', '.join(comparison.entries)}")
+    model, entry = comparison.models[backbone](seed), comparison.entries[name]
+    if entry.method is not None:
+        return attach(model, entry.method, seed=seed, train_also=comparison.train_also)
+    if entry.frozen:
+        model.transformer.requires_grad_(False)
+    return model
 
 
 def train(
+    task: Task | TextTask,
     name: str,
-    task: Task,
     learning_rate: float,
     steps: int,
     seed: int,
-    backbone_kind: str = "pretrained",
-    progress: bool = True,
+    backbone: str = "pretrained",
     examples: int | None = None,
+    progress: bool = True,
 ) -> tuple[nn.Module, History]:
-    """One run of the comparison, on all training rows or on so many: the model with its last weights, the history."""
-    model, ratio = prepared(name, seed, backbone_kind), ENTRIES[name].ratio
-    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "progress": progress, "description": name}
-    if ratio is not None:
-        options["optimizer"] = torch.optim.AdamW(lora_plus_groups(model, learning_rate, ratio), weight_decay=0.0)
-    return model, fit(model, task.train if examples is None else fewer(task.train, examples, seed), **options)
+    """One run of a comparison, on all training rows or on so many examples: the trained model, and the history.
+
+    The seed is that of a head, the method's tensors, the order of the data and dropout. 0 steps train nothing.
+    """
+    model = model_for(task.name, name, seed, backbone)
+    comparison, rows = TASKS[task.name], task.train if examples is None else fewer(task.train, examples, seed)
+    entry, size = comparison.entries[name], min(comparison.batch_size, len(rows))
+    if steps == 0:
+        return model, History()
+    learner, data, optimizer = model, rows, None
+    if entry.frozen:
+        learner = StoredFeatures(model, rows)
+        data = learner.rows
+    elif comparison.like_length:
+        data = batches_of_like_length(rows, size, seed)
+    if entry.ratio is not None:
+        optimizer = torch.optim.AdamW(lora_plus_groups(model, learning_rate, entry.ratio), weight_decay=0.0)
+    history = fit(
+        learner, data, steps=steps, learning_rate=learning_rate, batch_size=size, objective=comparison.objective,
+        optimizer=optimizer, seed=seed, progress=progress, description=name,
+    )  # fmt: skip
+    return model, history
 
 
 def fewer(dataset: Dataset, examples: int, seed: int) -> Dataset:
@@ -137,23 +103,39 @@ def fewer(dataset: Dataset, examples: int, seed: int) -> Dataset:
     return dataset.rows(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:examples])
 
 
-def right_on_test(model: nn.Module, task: Task) -> Bool[Tensor, "N"]:
-    """Which rows of the test split the model answers rightly."""
-    return predict(model, task.test) == task.test.targets
+class StoredFeatures(nn.Module):
+    """A head on features that were computed once: with everything below it frozen, they never change.
+
+    `rows` stands for the data set: its only "token" is the number of the row.
+    """
+
+    def __init__(self, model: SequenceClassifier, dataset: Dataset):
+        super().__init__()
+        self.head = model.head
+        self.features = torch.empty(len(dataset), model.head.in_features)  # [N, d_model]
+        with evaluation_mode(model), torch.no_grad():
+            for rows in by_length(dataset).split(64):
+                part = dataset.rows(rows).trimmed()
+                self.features[rows] = model.features(part.tokens, part.padding_mask)
+        numbers = torch.arange(len(dataset))[:, None]
+        self.rows = Dataset(numbers, torch.ones_like(numbers, dtype=torch.bool), dataset.targets)
+
+    def forward(self, tokens: Int[Tensor, "B 1"], padding_mask: Bool[Tensor, "B 1"]) -> Float[Tensor, "B n_classes"]:
+        """The head's scores of the rows with these numbers."""
+        return self.head(self.features[tokens[:, 0]])
 
 
-def by_kind(right: Bool[Tensor, "N"], task: Task) -> dict[str, float]:
-    """Test accuracy on each kind of row, of the answers that are right."""
-    kinds = {kind: torch.tensor([own == kind for own in task.test.kinds]) for kind in task.kinds}
-    return {kind: right[chosen].float().mean().item() for kind, chosen in kinds.items()}
+def mixed(runs: Sequence[tuple[nn.Module, History]], base: nn.Module) -> tuple[nn.Module, History]:
+    """The soup of several runs on `base`, with the losses and seconds of all of them, one after the other."""
+    history = History(seconds=sum(own.seconds for _, own in runs))
+    history.loss = [loss for _, own in runs for loss in own.loss]
+    return soup([model for model, _ in runs], base), history
 
 
-def zero_shot(task: Task, backbone_kind: str = "pretrained") -> dict[str, float]:
-    """Test accuracy of the backbone as it is: over all words, and restricted to the words that can be an answer."""
-    model = backbone(backbone_kind)
-    free, restricted = predict(model, task.test), predict(model, task.test, task.answer_ids.tolist())
-    right = {"free": free == task.test.targets, "restricted": restricted == task.test.targets}
-    return {name: values.float().mean().item() for name, values in right.items()}
+def by_kind(model: nn.Module, task: Task) -> dict[str, float]:
+    """Test accuracy on each kind of row."""
+    kinds = [kind for kind in task.kinds if kind in task.test.kinds]
+    return {kind: evaluate(model, task.test.of_kind(kind))["accuracy"] for kind in kinds}
 
 
 def step_seconds(
@@ -177,9 +159,9 @@ def step_seconds(
 
 
 def file_bytes(model: nn.Module) -> int:
-    """Size of what has to be kept: the method's file, or the whole model's weights."""
+    """Size of the file that keeps what was trained: the method's, or all trained weights where there is none."""
     if not attached(model):
-        return sum(p.numel() * p.element_size() for p in model.parameters())
+        return len(serialize({name: p.detach() for name, p in trainable_parameters(model).items()}))
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder, "method.safetensors"))
         return Path(folder, "method.safetensors").stat().st_size
@@ -191,46 +173,71 @@ def label(task: str, examples: int | None) -> str:
 
 
 def planned(
-    name: str, task: str, backbone_kind: str, stage: str, learning_rate: float, seed: int, examples: int | None = None
+    task: str, name: str, stage: str, learning_rate: float, seed: int, backbone: str, examples: int | None = None
 ) -> Row:
     """What identifies a run: the columns of `KEY`, as they stand in the file."""
-    entry = ENTRIES[name]
-    steps = entry.steps[task]
-    return identity(label(task, examples), backbone_kind, name, entry.method, stage, learning_rate, steps, seed)
+    entry = TASKS[task].entries[name]
+    steps = entry.steps if entry.choice_steps is None else entry.choice_steps
+    if stage == "final":
+        steps = entry.steps * entry.members
+    recipe = "" if entry.method is None else str(entry.method)
+    values = (label(task, examples), backbone, name, recipe, stage, learning_rate, steps, seed)
+    return dict(zip(KEY, map(str, values), strict=True))
 
 
-def finished(key: Row, task: Task, progress: bool = True, examples: int | None = None) -> Row:
+def finished(key: Row, task: Task | TextTask, examples: int | None = None, progress: bool = True) -> Row:
     """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test split."""
-    rate, steps, seed = float(key["learning_rate"]), int(key["steps"]), int(key["seed"])
-    model, history = train(key["method"], task, rate, steps, seed, key["backbone"], progress, examples)
-    test, kinds = None, {}
-    if key["stage"] == "final":
-        right = right_on_test(model, task)
-        test, kinds = right.float().mean().item(), by_kind(right, task)
-    by_kinds = "; ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
-    validation = evaluate(model, task.validation)
-    return key | measured(model, history, validation, test, file_bytes(model)) | {"test_by_kind": by_kinds}
+    comparison, name, seed, n = TASKS[task.name], key["method"], int(key["seed"]), n_processes()
+    rate, final, backbone = float(key["learning_rate"]), key["stage"] == "final", key["backbone"]
+    seeds = comparison.entries[name].seeds(seed) if final else [seed]
+    steps = int(key["steps"]) // len(seeds)
+    runs = [train(task, name, rate, steps, own, backbone, examples, progress) for own in seeds]
+    model, history = runs[0] if len(runs) == 1 else mixed(runs, comparison.models[backbone](seeds[0]))
+    validation, counted = evaluate(model, task.validation, comparison.objective), parameter_table(model)
+    row = key | {
+        "trained_parameters": str(counted.trained),
+        "share": f"{counted.share:.6f}",
+        "validation_loss": f"{validation['loss']:.4f}",
+        "validation_accuracy": f"{validation['accuracy']:.4f}",
+        "test_accuracy": f"{evaluate(model, task.test, comparison.objective)['accuracy']:.4f}" if final else "",
+    }
+    if isinstance(task, Task):
+        kinds = by_kind(model, task) if final else {}
+        row["test_by_kind"] = "; ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
+    return row | {
+        "seconds_per_step": f"{history.seconds_per_step:.4f}",
+        "file_bytes": str(file_bytes(model)),
+        "threads": str(torch.get_num_threads()),
+        "torch_version": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores" + f", {n} processes" * (n > 1),
+    }
 
 
 def study(
-    task_name: str,
-    names: Sequence[str] = tuple(ENTRIES),
-    backbone_kind: str = "pretrained",
-    progress: bool = True,
-    examples: int | None = None,
+    name: str, methods: Sequence[str] = (), backbone: str = "pretrained", examples: int | None = None, progress=True
 ) -> Study:
-    """The sweep over these methods on one toy task."""
-    task = TASKS[task_name]()
+    """The sweep over these methods, or over all, on the task of that name.
 
-    def seconds(methods: Sequence[str]) -> dict[str, float]:
-        models = {name: prepared(name, 0, backbone_kind) for name in methods}
-        return step_seconds(models, task.train.rows(slice(0, 32)).trimmed(), rounds=2)
+    Raises:
+        ValueError: the task has no such backbone, or not so many examples.
+    """
+    comparison = TASKS[name]
+    if backbone not in comparison.models:
+        raise ValueError(f"{name} has no {backbone} backbone; it has {', '.join(comparison.models)}")
+    task = comparison.splits()
+    if examples is not None:
+        fewer(task.train, examples, seed=0)
+
+    def seconds(names: Sequence[str]) -> Mapping[str, float]:
+        typical = task.train.rows(by_length(task.train)[len(task.train) // 2 :][: comparison.batch_size]).trimmed()
+        quick = {own: 0.0 for own in names if comparison.entries[own].frozen}
+        models = {own: model_for(name, own, 0, backbone) for own in names if own not in quick}
+        return quick | step_seconds(models, typical, comparison.objective, rounds=1)
 
     return Study(
-        columns=COLUMNS,
-        rates={name: ENTRIES[name].learning_rates for name in names},
-        planned=lambda name, stage, rate, seed: planned(name, task_name, backbone_kind, stage, rate, seed, examples),
-        finished=lambda key: finished(key, task, progress, examples),
+        rates={own: comparison.entries[own].learning_rates for own in methods or comparison.entries},
+        planned=lambda own, stage, rate, seed: planned(name, own, stage, rate, seed, backbone, examples),
+        finished=lambda key: finished(key, task, examples, progress),
         step_seconds=seconds,
-        backbone=backbone_kind,
+        backbone=backbone,
     )

@@ -4,7 +4,9 @@ Colours are Okabe & Ito's, which readers with any kind of colour vision can tell
 ground, so they read the same in a light and in a dark JupyterLab.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import isabstract
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from minitransformer.training import History
+from peft.method import Method
 
 COLOURS = {
     "base": "#555555",
@@ -25,6 +28,9 @@ COLOURS = {
     "head": "#E69F00",
     "inner": "#56B4E9",  # biases and scales of inner activations: BitFit, IA3
 }
+FAMILIES = {name: name for name in COLOURS} | {"dora": "lora"} | dict.fromkeys(("bitfit", "ia3"), "inner")
+FAMILIES |= dict.fromkeys(("houlsby", "pfeiffer", "parallel", "inside"), "adapter")
+OTHERS = ("#9900FF", "#661100", "#332288", "#DDCC77")  # for methods of no family, in the order of `Method.registry`
 STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": 100,
@@ -45,14 +51,22 @@ def use_style() -> None:
 
 
 def colour_of(label: str) -> str:
-    """The colour of the family that a label names, such as "LoRA q,v r=4"; grey if it names none."""
-    lowered = label.lower()
-    families = {"dora": "lora"} | dict.fromkeys(("bitfit", "ia3"), "inner")
-    families |= dict.fromkeys(("houlsby", "pfeiffer", "parallel", "inside"), "adapter")
-    for word, family in {**{name: name for name in COLOURS}, **families}.items():
-        if word in lowered:
-            return COLOURS[family]
-    return "#777777"
+    """The colour of the family or method that a label names, such as "LoRA q,v r=4"; grey if it names none."""
+    if _family(label):
+        return COLOURS[_family(label)]
+    others = [name for name, method in Method.registry.items() if not isabstract(method) and not _family(name)]
+    words = re.findall(r"\w+", label.lower())
+    return next((OTHERS[i % len(OTHERS)] for i, name in enumerate(others) if name.lower() in words), "#777777")
+
+
+def _family(label: str) -> str | None:
+    return next((family for word, family in FAMILIES.items() if word in label.lower()), None)
+
+
+def _looks(labels: Iterable[str], looks: Sequence[str]) -> dict[str, str]:
+    """Labels of one colour get one look after the other: dashes or markers."""
+    colours = [colour_of(label) for label in labels]
+    return {label: looks[colours[:i].count(colours[i]) % len(looks)] for i, label in enumerate(labels)}
 
 
 def smoothed(values: Sequence[float], window: int = 15) -> np.ndarray:
@@ -66,7 +80,7 @@ def smoothed(values: Sequence[float], window: int = 15) -> np.ndarray:
 def plot_training(histories: Mapping[str, History], title: str) -> Figure:
     """Training loss beside validation accuracy, a line for each run."""
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    styles = _line_styles(histories)
+    styles = _looks(histories, ("-", "--", ":", "-."))
     for label, history in histories.items():
         look = {"color": colour_of(label), "linestyle": styles[label], "label": label}
         loss.plot(np.arange(1, len(history.loss) + 1), smoothed(history.loss), **look)
@@ -77,17 +91,6 @@ def plot_training(histories: Mapping[str, History], title: str) -> Figure:
         accuracy.legend(fontsize=10)
     figure.suptitle(title)
     return figure
-
-
-def _line_styles(labels: Iterable[str]) -> dict[str, str]:
-    """Solid for the first label of a colour, other dashes for the next ones."""
-    seen: dict[str, int] = {}
-    styles = {}
-    for label in labels:
-        nth = seen.get(colour_of(label), 0)
-        styles[label] = ("-", "--", ":", "-.")[nth % 4]
-        seen[colour_of(label)] = nth + 1
-    return styles
 
 
 def plot_sweep(
@@ -156,7 +159,7 @@ def plot_comparison(
         chance_label: what the legend calls it.
     """
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    markers = _markers([row["method"] for row in rows])
+    markers = _looks([row["method"] for row in rows], "osD^v<>P")
     for row in rows:
         axis.errorbar(
             100 * row["share"], 100 * row["mean"], yerr=100 * row["spread"], label=row["method"], capsize=4,
@@ -165,7 +168,7 @@ def plot_comparison(
     if chance is not None:
         axis.axhline(100 * chance, color=COLOURS["base"], linestyle=":", label=chance_label)
     axis.set_xscale("log")
-    axis.set(xlabel="trained numbers, % of the base model (log)", ylabel="test accuracy (%)", title=title)
+    axis.set(xlabel="trained parameters, % of the base model (log)", ylabel="test accuracy (%)", title=title)
     axis.legend(fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -189,7 +192,7 @@ def plot_tasks(
     shares = [100 * row["share"] for row in next(iter(tasks.values()))]
     drawn = axes[0].barh(places, shares, color=colours)
     axes[0].bar_label(drawn, [f"{share:.2g}" if share < 99.5 else "100" for share in shares], padding=3, fontsize=10)
-    axes[0].set(xscale="log", xlabel="% of the base model (log)", title="Trained numbers")
+    axes[0].set(xscale="log", xlabel="% of the base model (log)", title="Trained parameters")
     axes[0].margins(x=0.2)
     axes[0].set_axisbelow(True)
     axes[0].set_yticks(places, methods)
@@ -205,16 +208,6 @@ def plot_tasks(
         axis.set(xlim=(lowest, 105), xlabel="test accuracy (%)", title=name)
     figure.suptitle(title)
     return figure
-
-
-def _markers(labels: Sequence[str]) -> dict[str, str]:
-    seen: dict[str, int] = {}
-    markers = {}
-    for label in labels:
-        nth = seen.get(colour_of(label), 0)
-        markers[label] = "osD^v<>P"[nth % 8]
-        seen[colour_of(label)] = nth + 1
-    return markers
 
 
 def draw_block() -> Figure:

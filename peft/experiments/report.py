@@ -1,128 +1,196 @@
-"""The README's result tables, from the result files of the comparisons.
+"""All results as tables, and in a few lines for the README, from the result files.
 
-python -m peft report              writes the tables into README.md, between its two markers
-python -m peft report --check      says whether the tables there are the current ones
+python -m peft report              writes notebooks/results/README.md, and between its markers README.md
+python -m peft report --check      says whether both are current
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft.experiments import speed
-from peft.experiments.compare import COLUMNS
-from peft.experiments.compare_real_text import COLUMNS as REAL_TEXT_COLUMNS
-from peft.experiments.real_tasks import TASKS
 from peft.experiments.results import read_rows
-from peft.experiments.sweep import accuracy, percent, summaries
+from peft.experiments.sweep import accuracy, n_seeds, percent, summaries
+from peft.experiments.tasks import FULL, HEAD, TASKS, UNTRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results"
-REAL_TEXT = "On real text (MiniLM; a trained head beside every method for the first two, no head for the quiz):"
 START, END = "<!-- results: written by python -m peft report -->", "<!-- end of results -->"
 SPEED_START, SPEED_END = "<!-- speed: written by python -m peft report -->", "<!-- end of speed -->"
+TOY_TASKS, REAL_TASKS = ("sentiment", "qa"), ("rotten_tomatoes", "reuters_r8", "quiz")
+RANDOM = ", random backbone"
+
+# For the README: the jobs of the benchmark in each line, and what they are called there.
+STEPS = {
+    "step: full fine-tuning": "full fine-tuning",
+    "step: LoRA q,v": "LoRA on q and v",
+    "step: LoRA all": "LoRA on all linear maps",
+}
+SPEED = {
+    "Forward pass": {"forward": "no method", "forward: LoRA q,v": "LoRA", "forward: LoRA q,v, merged": "merged LoRA"},
+    "Training step": STEPS,
+    "Generation": {"generate: 1 row": "1 row", "generate: 16 rows": "16 rows"},
+    "Many tasks": {"forward: 16 LoRAs, 16 rows": "16 LoRAs", "forward: 64 LoRAs, 64 rows of 16": "64 LoRAs"},
+    "Memory of training": STEPS,
+}
+
+PAGE = """# Results
+
+Written by `python -m peft report` from the files beside this one, which have a row for each run: its seed, settings and
+versions. Test accuracy is mean ± standard deviation over seeds. Every method has a learning rate of its own, chosen on
+the validation split; the test split is read once per run. *Not run*: waits for its runs; –: not in that comparison.
+A sweep that was stopped goes on where it stopped; all of them take hours on two cores.
+
+## Toy tasks
+
+On the backbone that comes along. A *random backbone* has its shape and was never pretrained. Notebook 09 draws this
+table, and the runs with few examples.
+
+{toy}
+
+```bash
+.venv/bin/python -m peft compare --task sentiment --out notebooks/results
+.venv/bin/python -m peft compare --task qa --out notebooks/results
+for task in sentiment qa; do
+    .venv/bin/python -m peft compare --task $task --random-backbone --out notebooks/results
+done
+for n in 16 64 256; do .venv/bin/python -m peft compare --task sentiment --examples $n --out notebooks/results; done
+```
+
+## Real text
+
+On MiniLM. A head is trained beside every method for the first two tasks, the quiz has none. Parameters are counted on
+the leftmost task that has the method.
+
+{real}
+
+```bash
+.venv/bin/python -m peft compare --task rotten_tomatoes --seeds 3 --out notebooks/results
+for task in reuters_r8 quiz; do .venv/bin/python -m peft compare --task $task --seeds 1 --out notebooks/results; done
+```
+
+## Speed
+
+Our Transformer and methods beside Hugging Face's OPT and peft: the same shape, weights and batches, float32, in turns.
+A `step` is forward, backward and AdamW; memory is the most that a fresh process held, its libraries included. *The
+limit* is what nobody can leave out, as [`speed.py`](../../peft/experiments/speed.py) defines it.
+
+{speed}
+
+```bash
+python3 -m venv elsewhere && elsewhere/bin/pip install torch transformers peft
+.venv/bin/python tests/benchmarks/against_huggingface.py --theirs elsewhere/bin/python
+```
+"""
+
+Records = Mapping[str, Mapping[str, dict]]  # by task and method, what `summaries` gives
 
 
-def report(results: Path = RESULTS) -> str:
-    """All tables, as Markdown: the toy tasks side by side, and those on real text whose files are there.
+def records_in(results: Path) -> Records:
+    """What the files of the comparisons say.
 
     Raises:
-        ValueError: there is no result file of a toy task.
+        ValueError: there is no file.
     """
-    records = {name: summaries(read_rows(results / f"{name}.csv", REAL_TEXT_COLUMNS)) for name in TASKS}
-    records = {name: own for name, own in records.items() if own}
-    if not records:
-        return toy_table(results)
-    return "\n".join([toy_table(results), "", REAL_TEXT, "", real_text_table(records)])
+    rows = {task: read_rows(results / f"{task}.csv") for task in TASKS}
+    if not any(rows.values()):
+        raise ValueError(f"no results in {results}; run: python -m peft compare --task qa --out notebooks/results")
+    return {
+        task: {record["method"]: record for record in summaries(own)}
+        | {record["method"] + RANDOM: record for record in summaries(own, "random")}
+        for task, own in rows.items()
+    }
 
 
-def real_text_table(records: dict[str, list[dict]]) -> str:
-    """The tasks on real text side by side, a row for each method, as Markdown.
-
-    Args:
-        records: for each task what `summaries` gives.
-    """
-    names = dict.fromkeys(record["method"] for own in records.values() for record in own)
-    by_method = {name: {r["method"]: r for r in own} for name, own in records.items()}
-    lines = ["| method | share | " + " | ".join(TASKS[name].title for name in records) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(records))
-    for method in names:
-        own = {task: by_method[task].get(method) for task in records}
-        share = percent(next(record for record in own.values() if record)["share"])
-        cells = [_accuracy(own[task]) if own[task] or method in TASKS[task].entries else "–" for task in records]
-        lines.append(f"| {method} | {share} | {' | '.join(cells)} |")
+def table(found: Records, tasks: Sequence[str]) -> str:
+    """Tasks side by side, a row for each method, as Markdown."""
+    lines = [f"| method | trained parameters | share | {' | '.join(TASKS[task].title for task in tasks)} |"]
+    lines.append("|---|---:|---:|" + "---:|" * len(tasks))
+    for method in dict.fromkeys(name for task in tasks for name in found[task]):
+        own = [found[task].get(method) for task in tasks]
+        first = next(record for record in own if record)
+        known = ["not run" if method.removesuffix(RANDOM) in TASKS[task].entries else "–" for task in tasks]
+        cells = [accuracy(record, 1) if record else other for record, other in zip(own, known, strict=True)]
+        lines.append(f"| {method} | {first['trained']:,} | {percent(first['share'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def toy_table(results: Path) -> str:
-    """Both toy tasks side by side, a row for each method, as Markdown.
-
-    Raises:
-        ValueError: there is no result file.
-    """
-    tables = {}
-    for task in ("sentiment", "qa"):
-        rows = read_rows(results / f"{task}.csv", COLUMNS)
-        if not rows:
-            raise ValueError(
-                f"{results / task}.csv is missing or empty; run: python -m peft compare --task {task} "
-                f"--out notebooks/results"
-            )
-        for kind in ("pretrained", "random"):
-            for record in summaries(rows, kind):
-                name = record["method"] if kind == "pretrained" else f"{record['method']}, random backbone"
-                tables.setdefault(name, {})[task] = record
-    lines = ["| method | trained numbers | share | sentiment | question answering |", "|---|---:|---:|---:|---:|"]
-    for name, records in tables.items():
-        any_record = next(iter(records.values()))
-        cells = [_accuracy(records.get(task)) for task in ("sentiment", "qa")]
-        lines.append(f"| {name} | {any_record['trained']:,} | {percent(any_record['share'])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def result_lines(found: Records) -> list[str]:
+    """For each task a line: its three best methods (of equal ones the smallest first) and what they compare with."""
+    lines = []
+    for task, own in found.items():
+        beside = [name for name in (FULL, HEAD, UNTRAINED) if name in own]
+        methods = [r for name, r in own.items() if name not in beside and not name.endswith(RANDOM)]
+        best = sorted(methods, key=lambda r: (-round(r["mean"], 3), r["share"]))[:3]
+        if best:
+            said = [f"{r['method']} (trains {percent(r['share'])}) {r['mean']:.1%}" for r in best]
+            said += [f"{name} {own[name]['mean']:.1%}" for name in beside]
+            lines.append(f"* {TASKS[task].title}, {n_seeds(best[0]['runs'])}: {'; '.join(said)}")
+    return linked(lines, "every method, with its spread")
 
 
-def _accuracy(record: dict | None) -> str:
-    return "not run" if record is None else accuracy(record, digits=1)
+def speed_lines(record: Mapping) -> list[str]:
+    """Ours / theirs, in time for each line of `SPEED`, and in memory; a job that was not measured is left out."""
+    times = {job: speed.ratio(own) for job, own in record["seconds"].items()}
+    times = {job: quartiles[1] for job, quartiles in times.items() if quartiles}
+    peaks = {job: [own.get(side, {}).get("peak") for side in speed.SIDES] for job, own in record["memory"].items()}
+    memory = {job: ours / theirs for job, (ours, theirs) in peaks.items() if ours and theirs}
+    lines = []
+    for title, jobs in SPEED.items():
+        ratios = memory if title.startswith("Memory") else times
+        said = [f"{name} {ratios[job]:.2f}" for job, name in jobs.items() if job in ratios]
+        lines += [f"* {title}, ours / theirs: {'; '.join(said)}"] if said else []
+    return linked(lines, "every job, with its quartiles")
 
 
-def speed_report(results: Path = RESULTS) -> str:
-    """The table of the benchmark, and what it was made with, as Markdown.
-
-    Raises:
-        ValueError: there is no record of a run.
-    """
-    record = speed.read(results / "benchmark.json")
-    if not record:
-        raise ValueError(f"{results / 'benchmark.json'} is missing; tests/benchmarks/against_huggingface.py writes it")
-    used = record["settings"]
-    made_with = (
-        f"{used['pairs']} pairs, {used['threads']} threads, {used['batch']} rows of {used['length']} tokens; ours: "
-        f"{used['ours']}; theirs: {used['theirs']}."
-    )
-    return f"{speed.table(record)}\n\n{made_with}"
+def linked(lines: list[str], what: str) -> list[str]:
+    """The lines, the last one with a link to the tables."""
+    return [*lines[:-1], f"{lines[-1]} ([{what}](notebooks/results/README.md))"] if lines else []
 
 
-def written_into(text: str, table: str, start: str = START, end: str = END) -> str:
-    """The README's text with the table between its markers.
+def page(found: Records, record: Mapping) -> str:
+    """All tables, each with the commands that made its runs, as Markdown."""
+    made_with = "{pairs} pairs, {threads} threads, {batch} rows of {length} tokens; ours: {ours}; theirs: {theirs}."
+    speeds = f"{speed.table(record)}\n\n{made_with.format(**record['settings'])}"
+    return PAGE.format(toy=table(found, TOY_TASKS), real=table(found, REAL_TASKS), speed=speeds)
+
+
+def written_into(text: str, lines: Sequence[str], start: str, end: str) -> str:
+    """The README's text with the lines between these markers.
 
     Raises:
         ValueError: a marker is missing.
     """
     if start not in text or end not in text:
-        raise ValueError(f"README.md has lost its markers; put {start} and {end} round the place of the table")
+        raise ValueError(f"README.md has lost its markers; put {start} and {end} round the place of the list")
     before, rest = text.split(start, 1)
-    return f"{before}{start}\n{table}\n{end}{rest.split(end, 1)[1]}"
+    return "\n".join([before + start, *lines, end + rest.split(end, 1)[1]])
+
+
+def documents(root: Path = ROOT) -> dict[Path, str]:
+    """Both files as they should be.
+
+    Raises:
+        ValueError: the record of the benchmark is missing, or what `records_in` and `written_into` refuse.
+    """
+    readme, results = root / "README.md", root / "notebooks" / "results"
+    found, record = records_in(results), speed.read(results / "benchmark.json")
+    if not record:
+        raise ValueError(f"{results / 'benchmark.json'} is missing; tests/benchmarks/against_huggingface.py writes it")
+    text = written_into(readme.read_text(), result_lines(found), START, END)
+    text = written_into(text, speed_lines(record), SPEED_START, SPEED_END)
+    return {readme: text, results / "README.md": page(found, record)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m peft report", description="Write the result tables into README.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the tables are not current")
+    parser = argparse.ArgumentParser("python -m peft report", description="Write all results as tables and lists.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is not current")
     options = parser.parse_args(arguments)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = written_into(text, report())
-    new = written_into(new, speed_report(), SPEED_START, SPEED_END)
-    if options.check:
-        sys.exit(0 if new == text else "the table in README.md is not that of the result files: python -m peft report")
-    readme.write_text(new)
-    print(f"{report()}\n\n{speed_report()}")
+    for path, text in documents().items():
+        if not options.check:
+            path.write_text(text)
+            print(f"wrote {path}")
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path} does not say what the result files say: python -m peft report")

@@ -1,7 +1,7 @@
 """What a training step costs on many machines: a model of few terms, and which of them were measured.
 
 n processes share a batch of B rows (`training/distributed.py`). Each computes on B / n of them, then all
-exchange the gradients of the t trained numbers in a ring:
+exchange the gradients of the t trained parameters in a ring:
 
     seconds(n)  = compute / n + 2 (n - 1) latency + 2 (n - 1) / n * 4 t / bandwidth
     memory(n)   = 4 N + 12 t + activations / n                        weights, gradient and Adam's two means; float32
@@ -9,7 +9,7 @@ exchange the gradients of the t trained numbers in a ring:
 Source: Patarasuk & Yuan 2009, "Bandwidth Optimal All-reduce Algorithms", section 3.1: each process sends
 2 (n - 1) / n times the bytes, whatever n is, in 2 (n - 1) messages.
 
-    torchrun --nproc-per-node 2 -m peft.scaling        measures the link between the processes, prints JSON
+    torchrun --nproc-per-node 2 -m peft.experiments.scaling        measures the link between the processes, prints JSON
 
 Differs from reality: the exchange is not hidden behind the backward pass (DDP hides part of it), all links are alike,
 and a batch that is cut into ever smaller shares is assumed to compute as well as a whole one.
@@ -51,7 +51,7 @@ class Step:
 
     Attributes:
         seconds: of forward, backward and optimizer.
-        weights: N, the numbers of the model, the method's included.
+        weights: N, the parameters of the model, the method's included.
         trained: t of them.
         activation_bytes: kept for the backward pass of the whole batch.
         measured: whether seconds and activation_bytes were measured.
@@ -92,7 +92,7 @@ def provenance(step: Step, link: Link) -> dict[str, str]:
         "activations": word[step.measured],
         "latency": word[link.measured],
         "bandwidth": word[link.measured],
-        "bytes of gradients": "counted: 4 for each trained number",
+        "bytes of gradients": "counted: 4 for each trained parameter",
         "weights, gradients, Adam": "counted: 4 N + 12 t bytes",
     }
 
@@ -144,7 +144,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with launched_together():
         if n_processes() == 1:
-            sys.exit("there is nothing between one process: torchrun --nproc-per-node 2 -m peft.scaling")
+            sys.exit("there is nothing between one process: torchrun --nproc-per-node 2 -m peft.experiments.scaling")
         times = all_reduce_times()
         if is_writer():
             print(json.dumps(times), flush=True)

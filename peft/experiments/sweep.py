@@ -7,52 +7,31 @@ A comparison without a choice of learning rate for each method lies: what suits 
 
 Each finished run is a row of a CSV file, and rows that are there are not run again: a sweep that was stopped goes on
 where it stopped. Of several processes, which share every run, the first one writes. What a run *is* (which task, which
-model) is up to `peft.experiments.compare` and `peft.experiments.compare_real_text`.
+model) is up to `compare.py`.
 """
 
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from minitransformer.training import History
-from minitransformer.training.distributed import is_writer, n_processes
-from peft.counting import parameter_table
-from peft.experiments.results import Row, read_rows, write_rows
-from peft.method import Method
+from minitransformer.training.distributed import is_writer
+from peft.experiments.results import KEY, Row, read_rows, write_rows
 
 CHOICE_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)  # of the final runs
 
-KEY = ("task", "backbone", "method", "recipe", "stage", "learning_rate", "steps", "seed")
-SCORES = ("trained_parameters", "share", "validation_loss", "validation_accuracy", "test_accuracy")
-COSTS = ("seconds_per_step", "file_bytes", "threads", "torch_version", "machine")
-MEASURED = (*SCORES, *COSTS)
-
 
 @dataclass(frozen=True)
 class Study:
-    """What a sweep has to know about its runs.
+    """What a sweep has to know about its runs."""
 
-    Attributes:
-        columns: of the result file: `KEY` and what a run gives.
-        rates: the learning rates to choose from, for each method.
-        planned: (method, stage, learning rate, seed) -> the columns of `KEY`, as they stand in the file.
-        finished: does a planned run and gives its whole row. Only a final run may read the test split.
-        step_seconds: measures a training step of each of these methods, on this machine.
-        backbone: which rows of the file are about the same backbone.
-    """
-
-    columns: tuple[str, ...]
-    rates: Mapping[str, Sequence[float]]
-    planned: Callable[[str, str, float, int], Row]
-    finished: Callable[[Row], Row]
-    step_seconds: Callable[[Sequence[str]], Mapping[str, float]]
-    backbone: str = "pretrained"
+    rates: Mapping[str, Sequence[float]]  # those to choose from, for each method
+    planned: Callable[[str, str, float, int], Row]  # method, stage, rate, seed -> the columns of `KEY`, as in the file
+    finished: Callable[[Row], Row]  # does a planned run, gives its whole row; only a final run may read the test split
+    step_seconds: Callable[[Sequence[str]], Mapping[str, float]]  # a step of each of these methods, on this machine
+    backbone: str = "pretrained"  # which rows of the file are compared
 
     def runs(self, stage: str, seeds: Sequence[int], rows: list[Row]) -> Iterator[Row]:
         """What identifies each run of a stage. Seeds outside, methods inside: wherever it stops, each had its turn."""
@@ -67,13 +46,13 @@ class Study:
 
 def run(study: Study, out: str | Path, seeds: Sequence[int] = SEEDS) -> list[Row]:
     """The whole sweep, or what is missing of it in the file `out`; returns all rows of the file."""
-    rows = read_rows(out, study.columns)
+    rows = read_rows(out)
     for stage in ("choice", "final"):
         for key in study.runs(stage, seeds, rows):
             if not present(key, rows):
                 rows.append(study.finished(key))
                 if is_writer():
-                    write_rows(out, rows, study.columns)
+                    write_rows(out, rows)
     return rows
 
 
@@ -99,15 +78,6 @@ def cost(study: Study, rows: list[Row], seeds: Sequence[int] = SEEDS) -> str:
     return f"{len(keys)} runs to do, {steps:,} training steps: about {total / 60:.0f} minutes on this machine"
 
 
-def identity(
-    task: str, backbone: str, name: str, method: Method | None, stage: str, learning_rate: float, steps: int, seed: int
-) -> Row:
-    """What identifies a run: the columns of `KEY`, as they stand in the file."""
-    recipe = "" if method is None else str(method)
-    values = (task, backbone, name, recipe, stage, learning_rate, steps, seed)
-    return dict(zip(KEY, map(str, values), strict=True))
-
-
 def runs_of(rows: list[Row], name: str, backbone: str, stage: str) -> list[Row]:
     """The rows of one method on one backbone in one stage."""
     return [row for row in rows if (row["method"], row["backbone"], row["stage"]) == (name, backbone, stage)]
@@ -118,26 +88,7 @@ def present(key: Row, rows: list[Row]) -> bool:
     return any(all(row[column] == key[column] for column in KEY) for row in rows)
 
 
-def measured(
-    model: nn.Module, history: History, validation: Mapping[str, float], test_accuracy: float | None, bytes_: int
-) -> Row:
-    """What a run gave, as it stands in the file: the columns of `MEASURED`. No test score for a run that chooses."""
-    counted, n = parameter_table(model), n_processes()
-    return {
-        "trained_parameters": str(counted.trained),
-        "share": f"{counted.share:.6f}",
-        "validation_loss": f"{validation['loss']:.4f}",
-        "validation_accuracy": f"{validation['accuracy']:.4f}",
-        "test_accuracy": "" if test_accuracy is None else f"{test_accuracy:.4f}",
-        "seconds_per_step": f"{history.seconds_per_step:.4f}",
-        "file_bytes": str(bytes_),
-        "threads": str(torch.get_num_threads()),
-        "torch_version": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores" + f", {n} processes" * (n > 1),
-    }
-
-
-def chosen_learning_rate(rows: list[Row], name: str, backbone: str) -> float:
+def chosen_learning_rate(rows: list[Row], name: str, backbone: str = "pretrained") -> float:
     """The rate of the best "choice" run of a method, by validation accuracy, then by validation loss.
 
     Raises:
@@ -181,16 +132,21 @@ def percent(share: float) -> str:
     return f"{share:.2%}" if share >= 1e-4 else f"{100 * share:.1g}%"
 
 
+def n_seeds(n: int) -> str:
+    """How many, in words."""
+    return "1 seed" if n == 1 else f"{n} seeds"
+
+
 def accuracy(record: Mapping, digits: int) -> str:
     """The mean of a record in percent, its spread, and of how many seeds; one seed has no spread."""
-    mean, spread = (f"{record[key]:.{digits}%}" for key in ("mean", "spread"))
-    return f"{mean} (1 seed)" if record["runs"] == 1 else f"{mean} ± {spread} ({record['runs']} seeds)"
+    spread = f" ± {record['spread']:.{digits}%}" if record["runs"] > 1 else ""
+    return f"{record['mean']:.{digits}%}{spread} ({n_seeds(record['runs'])})"
 
 
 def table(records: list[dict]) -> str:
     """The records as a Markdown table."""
     lines = [
-        "| method | trained | share | learning rate | steps | test accuracy | file |",
+        "| method | trained parameters | share | learning rate | steps | test accuracy | file |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in records:

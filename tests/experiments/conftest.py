@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from minitransformer.tasks.dataset import Split
+from peft.experiments.tasks import TASKS
 
 
 def first_rows(split: Split, n: int) -> Split:
@@ -16,3 +17,11 @@ def task(splits):
     """Sentiment with forty rows in each split."""
     whole = splits("sentiment")
     return replace(whole, **{name: first_rows(getattr(whole, name), 40) for name in ("train", "validation", "test")})
+
+
+@pytest.fixture
+def short(task, monkeypatch):
+    """The comparison on sentiment with those forty rows, and with entries of two steps."""
+    own = TASKS["sentiment"]
+    entries = {name: replace(entry, steps=2) for name, entry in own.entries.items()}
+    monkeypatch.setitem(TASKS, "sentiment", replace(own, splits=lambda: task, entries=entries))

@@ -8,20 +8,18 @@ import torch
 from peft.experiments import compare
 from peft.experiments.cli import main, selected
 from peft.experiments.results import read_rows
+from peft.experiments.tasks import RANDOM_BACKBONE, TASKS
 
 NAMES = ["full fine-tuning", "LoRA q,v r=4", "LoRA q,v r=4, B only", "prefix k,v n=16", "Houlsby adapter m=8"]
 SENTIMENT = ("compare", "--task", "sentiment")
 
 
 @pytest.fixture
-def few_steps(task, monkeypatch):
+def few_runs(short, monkeypatch):
     """Every entry has two steps and one rate."""
-    short = {
-        name: replace(entry, steps={"sentiment": 2}, learning_rates=entry.learning_rates[:1])
-        for name, entry in compare.ENTRIES.items()
-    }
-    monkeypatch.setattr(compare, "ENTRIES", short)
-    monkeypatch.setattr(compare, "TASKS", {"sentiment": lambda: task})
+    own = TASKS["sentiment"]
+    entries = {name: replace(entry, learning_rates=entry.learning_rates[:1]) for name, entry in own.entries.items()}
+    monkeypatch.setitem(TASKS, "sentiment", replace(own, entries=entries))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -35,6 +33,9 @@ def few_steps(task, monkeypatch):
         (["LoRA q,v r=4"], NAMES[1:2]),  # a whole name, with a comma in it, is that method and no other
         (["adapter", "full"], [NAMES[0], NAMES[4]]),
         (["LoRA q,v r=4, B only", "prefix"], NAMES[2:4]),
+        (["LoRA q,v"], NAMES[1:3]),  # how names begin, with the comma that they have
+        (["prefix k,v"], NAMES[3:4]),
+        (["lora q,v", "full,k"], NAMES[:4]),
     ],
 )
 def test_methods_are_named_in_whole_or_in_part(words, expected):
@@ -49,33 +50,33 @@ def test_an_unknown_method_is_refused_with_those_that_exist(capsys):
     assert "no method is called 'magic'" in capsys.readouterr().err
 
 
-def test_the_comparison_says_its_cost_and_leaves_a_table_a_file_and_a_figure(few_steps, tmp_path, capsys):
+def test_the_comparison_says_its_cost_and_leaves_a_table_a_file_and_a_figure(few_runs, tmp_path, capsys):
     command = [*SENTIMENT, "--methods", "full,adapter m=8", "--seeds", "2", "--out", str(tmp_path)]
     main(command)
     said = capsys.readouterr().out
     assert said.startswith("12 runs to do, 24 training steps: about 0 minutes")
     assert "| Houlsby adapter m=8 | 17,472 |" in said and "(2 seeds)" in said
-    rows = read_rows(tmp_path / "sentiment.csv", compare.COLUMNS)
+    rows = read_rows(tmp_path / "sentiment.csv")
     assert len(rows) == 12 and {row["seed"] for row in rows if row["stage"] == "final"} == {"1", "2"}
     assert (tmp_path / "sentiment.png").read_bytes()[:4] == b"\x89PNG"
     main(command)
     assert capsys.readouterr().out.startswith("nothing to do")
-    assert len(read_rows(tmp_path / "sentiment.csv", compare.COLUMNS)) == 12
+    assert len(read_rows(tmp_path / "sentiment.csv")) == 12
 
 
-def test_the_random_backbone_has_rows_of_its_own(few_steps, tmp_path, capsys):
+def test_the_random_backbone_has_rows_of_its_own(few_runs, tmp_path, capsys):
     main([*SENTIMENT, "--random-backbone", "--seeds", "1", "--out", str(tmp_path)])
-    rows = read_rows(tmp_path / "sentiment.csv", compare.COLUMNS)
+    rows = read_rows(tmp_path / "sentiment.csv")
     assert {row["backbone"] for row in rows} == {"random"}
-    assert {row["method"] for row in rows} == set(compare.RANDOM_BACKBONE)
+    assert {row["method"] for row in rows} == set(RANDOM_BACKBONE)
     assert (tmp_path / "sentiment_random.png").exists()
 
 
-def test_few_examples_have_a_file_of_their_own(few_steps, task, tmp_path, capsys, monkeypatch):
+def test_few_examples_have_a_file_of_their_own(few_runs, task, tmp_path, capsys, monkeypatch):
     seen, train = [], compare.fit
     monkeypatch.setattr(compare, "fit", lambda model, data, **rest: seen.append(data) or train(model, data, **rest))
     main([*SENTIMENT, "--methods", "lora+,full", "--seeds", "2", "--examples", "5", "--out", str(tmp_path)])
-    rows = read_rows(tmp_path / "sentiment_5.csv", compare.COLUMNS)
+    rows = read_rows(tmp_path / "sentiment_5.csv")
     assert {row["task"] for row in rows} == {"sentiment_5"} and (tmp_path / "sentiment_5.png").exists()
     assert not (tmp_path / "sentiment.csv").exists()
     assert [len(data) for data in seen] == [5] * 6  # two methods, each one choice and two final runs
@@ -89,11 +90,13 @@ def test_too_few_or_too_many_examples_are_refused(task, examples):
         compare.fewer(task.train, examples, seed=0)
 
 
-def test_options_of_the_toy_tasks_are_refused_for_real_text(tmp_path, capsys):
-    for option in (["--examples", "16"], ["--random-backbone"]):
-        with pytest.raises(SystemExit):
-            main(["compare", "--task", "quiz", *option, "--out", str(tmp_path)])
-        assert "are for the toy tasks, not for quiz" in capsys.readouterr().err
+def test_what_a_task_does_not_have_is_refused_before_any_run(short, task, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--task", "quiz", "--random-backbone", "--out", str(tmp_path)])
+    assert "quiz has no random backbone; it has pretrained" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*SENTIMENT, "--examples", "41", "--out", str(tmp_path)])
+    assert "examples=41: choose between 1 and the 40" in capsys.readouterr().err
 
 
 def test_no_seed_and_no_command(tmp_path, capsys):

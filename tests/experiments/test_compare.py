@@ -1,56 +1,63 @@
 """The sweep on the toy tasks, with few rows and two steps a run."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from minitransformer import Transformer
+from minitransformer.pretrained import toy_backbone
+from minitransformer.training import evaluate
 from peft import expected_parameters
 from peft.experiments import compare, sweep
-from peft.experiments.results import read_rows
+from peft.experiments.report import RESULTS
+from peft.experiments.results import COLUMNS, read_rows
+from peft.experiments.tasks import TASKS
 
-
-@pytest.fixture
-def short(task, monkeypatch):
-    """Three entries of two steps each."""
-    kept = ("full fine-tuning", "LoRA q,v r=4", "prefix k,v n=16")
-    entries = {name: replace(compare.ENTRIES[name], steps={"sentiment": 2}) for name in kept}
-    monkeypatch.setattr(compare, "ENTRIES", entries)
-    monkeypatch.setattr(compare, "TASKS", {"sentiment": lambda: task})
-    return kept
+NAMES = ("full fine-tuning", "LoRA q,v r=4", "prefix k,v n=16")
 
 
 def test_the_whole_sweep_and_going_on_with_it(short, tmp_path, monkeypatch):
-    out = tmp_path / "results" / "rows.csv"
-    study = compare.study("sentiment", short, progress=False)
+    out, entries = tmp_path / "results" / "rows.csv", TASKS["sentiment"].entries
+    study = compare.study("sentiment", NAMES, progress=False)
     rows = sweep.run(study, out, seeds=(1,))
-    assert rows == read_rows(out, compare.COLUMNS)
-    for name in short:
+    assert rows == read_rows(out)
+    assert [*rows[0]] == [*COLUMNS[:13], "test_by_kind", *COLUMNS[13:]]  # as in the files that there are
+    for name in NAMES:
         choice = [row for row in rows if row["method"] == name and row["stage"] == "choice"]
         (final,) = [row for row in rows if row["method"] == name and row["stage"] == "final"]
-        assert tuple(float(row["learning_rate"]) for row in choice) == compare.ENTRIES[name].learning_rates
+        assert tuple(float(row["learning_rate"]) for row in choice) == entries[name].learning_rates
         assert all(row["test_accuracy"] == row["test_by_kind"] == "" and row["seed"] == "0" for row in choice)
-        assert float(final["learning_rate"]) == sweep.chosen_learning_rate(rows, name, "pretrained")
+        assert float(final["learning_rate"]) == sweep.chosen_learning_rate(rows, name)
         assert 0.0 <= float(final["test_accuracy"]) <= 1.0 and int(final["steps"]) == 2
-        method = compare.ENTRIES[name].method
-        trained = expected_parameters(compare.backbone("pretrained").config, method) if method else 827_776
+        method = entries[name].method
+        trained = expected_parameters(toy_backbone().config, method) if method else 827_776
         assert int(final["trained_parameters"]) == trained and int(final["file_bytes"]) >= 4 * trained
 
     done, finished = [], compare.finished
     monkeypatch.setattr(compare, "finished", lambda key, *rest: done.append(key) or finished(key, *rest))
     again = sweep.run(study, out, seeds=(1, 2))
-    assert [(key["method"], key["stage"], key["seed"]) for key in done] == [(name, "final", "2") for name in short]
+    assert [(key["method"], key["stage"], key["seed"]) for key in done] == [(name, "final", "2") for name in NAMES]
     assert again[: len(rows)] == rows
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_files_that_there_are_hold_only_runs_that_the_table_plans(name):
+    """Where a run was made with a recipe, a rate or a number of steps that the table has not, it would be run again."""
+    for row in read_rows(RESULTS / f"{name}.csv"):
+        rate, seed = float(row["learning_rate"]), int(row["seed"])
+        assert row["method"] in TASKS[name].entries
+        planned = compare.planned(name, row["method"], row["stage"], rate, seed, row["backbone"])
+        assert planned.items() <= row.items()
+        assert rate in TASKS[name].entries[row["method"]].learning_rates
 
 
 @pytest.mark.parametrize("name", ["full fine-tuning", "LoRA q,v r=4"])
 def test_the_same_seed_gives_the_same_bits(task, name):
-    first, second = (compare.train(name, task, 1e-3, 2, seed=3, progress=False)[0] for _ in range(2))
+    first, second = (compare.train(task, name, 1e-3, 2, seed=3, progress=False)[0] for _ in range(2))
     for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    moved = compare.train(name, task, 1e-3, 2, seed=4, progress=False)[0]
+    moved = compare.train(task, name, 1e-3, 2, seed=4, progress=False)[0]
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), moved.parameters(), strict=True))
 
 
@@ -58,13 +65,13 @@ def test_the_entry_of_lora_plus_gives_b_its_own_rate(task):
     """After one step of AdamW every number has moved by its rate: B's four times as far as it does in plain LoRA."""
     moved = {}
     for name in ("LoRA q,v r=4", "LoRA+ q,v r=4"):
-        model, _ = compare.train(name, task, 1e-3, 1, seed=3, progress=False)
+        model, _ = compare.train(task, name, 1e-3, 1, seed=3, progress=False)
         moved[name] = model.blocks[0].attention.query.B.detach().abs().median().item()
     assert moved["LoRA+ q,v r=4"] == pytest.approx(4 * moved["LoRA q,v r=4"], rel=0.05)
 
 
 def test_the_random_backbone_has_the_shape_of_the_pretrained_one_and_none_of_its_weights():
-    random, pretrained = compare.backbone("random"), compare.backbone("pretrained")
+    random, pretrained = (compare.model_for("qa", "full fine-tuning", 0, kind) for kind in ("random", "pretrained"))
     assert random.config == pretrained.config
     query = "blocks.0.attention.query.weight"
     assert not torch.equal(random.state_dict()[query], pretrained.state_dict()[query])
@@ -72,22 +79,15 @@ def test_the_random_backbone_has_the_shape_of_the_pretrained_one_and_none_of_its
 
 
 def test_scores_by_kind_add_up_to_the_whole(task):
-    model = compare.backbone("pretrained")
+    model = toy_backbone()
     kinds = {kind: task.test.kinds.count(kind) for kind in task.kinds if kind in task.test.kinds}
-    scores = compare.by_kind(compare.right_on_test(model, task), task)
+    scores = compare.by_kind(model, task)
     right = sum(scores[kind] * count for kind, count in kinds.items())
-    from minitransformer.training import evaluate
-
     assert right / len(task.test) == pytest.approx(evaluate(model, task.test)["accuracy"])
 
 
-def test_zero_shot_among_the_answers_is_at_least_that_over_all_words(task):
-    scores = compare.zero_shot(task)
-    assert 0.0 <= scores["free"] <= scores["restricted"] <= 1.0
-
-
 def test_models_take_turns_when_their_steps_are_timed(task):
-    models = {name: compare.prepared(name, seed=1) for name in ("full fine-tuning", "LoRA q,v r=4")}
+    models = {name: compare.model_for("sentiment", name, seed=1) for name in ("full fine-tuning", "LoRA q,v r=4")}
     turns = []
     for name, model in models.items():
         own = partial(type(model).hidden, model)
@@ -99,4 +99,4 @@ def test_models_take_turns_when_their_steps_are_timed(task):
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'magic' is unknown; choose one of full fine-tuning"):
-        compare.prepared("magic", seed=0)
+        compare.model_for("sentiment", "magic", seed=0)

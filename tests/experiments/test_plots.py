@@ -12,8 +12,8 @@ import pytest
 
 from minitransformer.training import History
 from peft.experiments import plots
-from peft.experiments.compare import ENTRIES
-from peft.experiments.real_tasks import METHODS as REAL_TEXT_METHODS
+from peft.experiments.tasks import REAL_TEXT, TOY, UNTRAINED
+from peft.method import Method
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +26,36 @@ def named(axis):
     return bool(axis.get_xlabel() and axis.get_ylabel() and axis.get_title())
 
 
-@pytest.mark.parametrize("name", [*ENTRIES, *REAL_TEXT_METHODS])
+@pytest.mark.parametrize("name", [*TOY, *(name for name in REAL_TEXT if name != UNTRAINED)])
 def test_every_method_of_the_comparisons_has_the_colour_of_its_family(name):
     family = name.split()[0].lower()
     others = {"soft": "prompt", "gated": "prefix"} | dict.fromkeys(("houlsby", "pfeiffer", "parallel"), "adapter")
     others |= dict.fromkeys(("lora+", "rslora", "dora"), "lora") | dict.fromkeys(("bitfit", "ia3"), "inner")
     family = others.get(family, family)
-    assert plots.colour_of(name) == plots.COLOURS[family]
+    assert plots.colour_of(name) in ([plots.COLOURS[family]] if family in plots.COLOURS else plots.OTHERS)
     assert plots.colour_of("something else") not in plots.COLOURS.values()
+
+
+def test_any_other_method_has_a_colour_of_its_own_without_a_line_here(monkeypatch):
+    monkeypatch.setattr(Method, "registry", dict(Method.registry))
+    known = [name for name in Method.registry if plots.colour_of(name) in plots.OTHERS]  # of no family
+    grey = plots.colour_of("Steering n=4")
+
+    class Steering(Method):
+        def sites(self, modules):
+            return []
+
+        def wrap(self, name, module, model, generator):
+            raise NotImplementedError
+
+        def expected_parameters(self, config):
+            return 0
+
+    Method.registry["Turning"] = Steering
+    names = [*known, "Steering", "Turning"][-len(plots.OTHERS) :]
+    colours = [plots.colour_of(f"{name} n=4, 600 steps") for name in names]
+    assert len({*colours, grey, *plots.COLOURS.values()}) == len(names) + 1 + len(plots.COLOURS)
+    assert plots.colour_of("steerings") == grey  # whole words only
 
 
 # What an eye without one kind of cone sees of linear RGB: Machado et al. 2009, table 1, severity 1.
@@ -57,7 +79,8 @@ def lab(colour: str, eye) -> np.ndarray:
 
 @pytest.mark.parametrize("eye", EYES.values(), ids=EYES.keys())
 def test_any_two_families_differ_for_every_kind_of_colour_vision(eye):
-    seen = {name: lab(colour, eye) for name, colour in plots.COLOURS.items()}
+    colours = [*plots.COLOURS.values(), *plots.OTHERS]
+    seen = {colour: lab(colour, eye) for colour in colours}
     for one, other in itertools.combinations(seen, 2):
         assert np.linalg.norm(seen[one] - seen[other]) > 15, (one, other)
 

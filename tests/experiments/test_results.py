@@ -1,18 +1,17 @@
-"""Result files, and the README's table that is made from them."""
+"""Result files, and the tables and lists that are made from them."""
 
 import json
 import os
+import shutil
 
 import pytest
 
 from peft.experiments import report
-from peft.experiments.compare import COLUMNS
-from peft.experiments.results import read_rows, write_rows
+from peft.experiments.results import COLUMNS, read_rows, write_rows
 
 
 def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretrained"):
-    values = dict.fromkeys(COLUMNS, "")
-    return values | {
+    return dict.fromkeys(COLUMNS, "") | {
         "task": task, "backbone": backbone, "method": method, "stage": "final", "learning_rate": "0.005",
         "steps": "600", "seed": str(seed), "trained_parameters": "8192", "share": "0.009896",
         "test_accuracy": accuracy, "seconds_per_step": "0.1", "file_bytes": "34000",
@@ -22,23 +21,23 @@ def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretra
 def test_what_is_written_is_read_back(tmp_path):
     rows = [row("qa", 'a "quoted", name'), row("qa", seed=2)]
     path = tmp_path / "new" / "folder" / "rows.csv"
-    write_rows(path, rows[:1], COLUMNS)
-    write_rows(path, rows, COLUMNS)
-    assert read_rows(path, COLUMNS) == rows
+    write_rows(path, rows[:1])
+    write_rows(path, rows)
+    assert read_rows(path) == rows
     assert os.listdir(path.parent) == ["rows.csv"]
-    assert read_rows(tmp_path / "none.csv", COLUMNS) == []
+    assert read_rows(tmp_path / "none.csv") == []
 
 
 def test_a_file_with_other_columns_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="is not a results file of this command"):
-        read_rows(tmp_path / "other.csv", COLUMNS)
+        read_rows(tmp_path / "other.csv")
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "rows.csv"
-    write_rows(path, [row("qa")], COLUMNS)
+    write_rows(path, [row("qa")])
     before = path.read_bytes()
 
     def full_disk(*_):
@@ -46,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        write_rows(path, [row("qa"), row("qa", seed=2)], COLUMNS)
+        write_rows(path, [row("qa"), row("qa", seed=2)])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["rows.csv"]
 
@@ -57,72 +56,119 @@ def results(tmp_path):
     for task, accuracies in (("sentiment", ("1.0000", "0.9800")), ("qa", ("0.9000", "0.9200"))):
         rows = [row(task, seed=seed, accuracy=accuracy) for seed, accuracy in enumerate(accuracies)]
         rows.append(row(task, accuracy="0.5000", backbone="random"))
-        write_rows(tmp_path / f"{task}.csv", rows, COLUMNS)
+        write_rows(tmp_path / f"{task}.csv", rows)
     return tmp_path
 
 
-def test_the_report_has_a_line_for_each_method(results):
-    lines = report.report(results).splitlines()
-    assert lines[2] == "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | 91.0% ± 1.4% (2 seeds) |"
-    assert lines[3] == ("| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% (1 seed) | 50.0% (1 seed) |")
-    assert len(lines) == 4
+def test_the_table_has_a_line_for_each_method(results):
+    assert report.table(report.records_in(results), report.TOY_TASKS).splitlines() == [
+        "| method | trained parameters | share | Sentiment | Question answering |",
+        "|---|---:|---:|---:|---:|",
+        "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | 91.0% ± 1.4% (2 seeds) |",
+        "| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% (1 seed) | 50.0% (1 seed) |",
+    ]
 
 
-def test_a_method_that_was_not_run_is_not_hidden(results):
-    write_rows(results / "qa.csv", [row("qa", "another")], COLUMNS)
-    table = report.report(results)
-    assert "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | not run |" in table
+def test_a_method_that_was_not_run_is_not_hidden_and_one_that_is_no_part_of_the_comparison_is_marked(results):
+    write_rows(results / "qa.csv", [row("qa", "another")])
+    lines = report.table(report.records_in(results), report.TOY_TASKS).splitlines()
+    assert lines[2] == "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | not run |"
+    assert lines[3] == "| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% (1 seed) | not run |"
+    assert lines[4] == "| another | 8,192 | 0.99% | – | 90.0% (1 seed) |"
 
 
 def test_without_result_files_the_cure_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"missing or empty; run: python -m peft compare --task sentiment"):
-        report.report(tmp_path)
+    with pytest.raises(ValueError, match=r"no results in .*; run: python -m peft compare --task qa"):
+        report.records_in(tmp_path)
 
 
-def test_the_table_goes_between_its_markers_and_nothing_else_changes():
+def test_the_lists_of_the_readme_name_the_best_methods_and_what_they_compare_with(results):
+    def of(method, accuracy, share):
+        return row("qa", method, accuracy=accuracy) | {"share": share}
+
+    rows = [of("good", "0.9501", "0.03"), of("small", "0.9500", "0.01"), of("bad", "0.5", "0.02")]
+    rows += [of("best", "0.99", "0.5"), of("full fine-tuning", "0.97", "1"), row("qa", accuracy="1", backbone="random")]
+    write_rows(results / "qa.csv", rows)
+    sentiment, qa = report.result_lines(report.records_in(results))
+    assert sentiment == "* Sentiment, 2 seeds: LoRA q,v r=4 (trains 0.99%) 99.0%"
+    text, link = qa.split(" ([")
+    best = "best (trains 50.00%) 99.0%; small (trains 1.00%) 95.0%; good (trains 3.00%) 95.0%"
+    assert text == f"* Question answering, 1 seed: {best}; full fine-tuning 97.0%"
+    assert link.endswith("](notebooks/results/README.md))")
+
+
+RECORD = {
+    "settings": {"pairs": 2, "threads": 1, "batch": 3, "length": 4, "ours": "this", "theirs": "that 1.0"},
+    "seconds": {
+        "forward": {"ours": [0.1, 0.1, 0.4], "theirs": [0.2, 0.2, 0.2]},
+        "forward: LoRA q,v": {"ours": [0.1, 0.1, 0.1]},
+        "generate: 1 row": {"ours": [0.3, 0.3, 0.3], "theirs": [0.2, 0.2, 0.2]},
+        "something else": {"ours": [0.3, 0.3, 0.3], "theirs": [0.2, 0.2, 0.2]},
+    },
+    "memory": {
+        "step: LoRA q,v": {"ours": {"peak": 30}, "theirs": {"peak": 40}},
+        "step: LoRA all": {"ours": {"peak": 3}},
+    },
+}
+
+
+def test_what_was_not_measured_on_both_sides_is_left_out_of_the_lists():
+    assert report.speed_lines(RECORD) == [
+        "* Forward pass, ours / theirs: no method 0.50",
+        "* Generation, ours / theirs: 1 row 1.50",
+        "* Memory of training, ours / theirs: LoRA on q and v 0.75 "
+        "([every job, with its quartiles](notebooks/results/README.md))",
+    ]
+    assert report.speed_lines({"seconds": {}, "memory": {}}) == []
+
+
+def test_the_list_goes_between_its_markers_and_nothing_else_changes():
     text = f"head\n{report.START}\nold\n{report.END}\ntail\n"
-    once = report.written_into(text, "new")
-    assert once == f"head\n{report.START}\nnew\n{report.END}\ntail\n"
-    assert report.written_into(once, "new") == once
+    once = report.written_into(text, ["new", "lines"], report.START, report.END)
+    assert once == f"head\n{report.START}\nnew\nlines\n{report.END}\ntail\n"
+    assert report.written_into(once, ["new", "lines"], report.START, report.END) == once
     with pytest.raises(ValueError, match="has lost its markers"):
-        report.written_into("no markers here", "new")
+        report.written_into("no markers here", ["new"], report.START, report.END)
 
 
 def test_real_text_has_a_table_of_its_own_with_a_column_for_each_task(results):
-    columns = [column for column in COLUMNS if column != "test_by_kind"]
-
     def written(task, *methods):
-        rows = [row(task, method=method, seed=1, accuracy="0.8") for method in methods]
-        write_rows(results / f"{task}.csv", [{c: own[c] for c in columns} for own in rows], columns)
+        write_rows(results / f"{task}.csv", [row(task, method=method, seed=1, accuracy="0.8") for method in methods])
 
     written("rotten_tomatoes", "head only", "LoRA q,v r=8")
     written("quiz", "LoRA q,v r=8")
-    table = report.report(results).splitlines()[-4:]
-    assert table == [
-        "| method | share | Rotten Tomatoes, held-out films | Quiz clues with four answers, held-out shows |",
-        "|---|---:|---:|---:|",
-        "| head only | 0.99% | 80.0% (1 seed) | – |",
-        "| LoRA q,v r=8 | 0.99% | 80.0% (1 seed) | 80.0% (1 seed) |",
+    assert report.table(report.records_in(results), report.REAL_TASKS).splitlines()[2:] == [
+        "| head only | 8,192 | 0.99% | 80.0% (1 seed) | not run | – |",
+        "| LoRA q,v r=8 | 8,192 | 0.99% | 80.0% (1 seed) | not run | 80.0% (1 seed) |",
     ]
-    written("reuters_r8", "head only")
-    assert report.report(results).splitlines()[-1].split(" | ")[3] == "not run"
 
 
-def test_the_speed_report_has_the_table_and_what_it_was_made_with(tmp_path):
+def test_the_command_writes_both_files_and_says_when_one_is_not_current(results, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "repository"
+    shutil.copytree(results, root / "notebooks" / "results", ignore=shutil.ignore_patterns("repository"))
+    places = (report.START, report.END, report.SPEED_START, report.SPEED_END)
+    (root / "README.md").write_text("\n".join(["# Title", *places, "the end"]))
+    monkeypatch.setattr(report, "documents", lambda of=report.documents: of(root))
     with pytest.raises(ValueError, match=r"against_huggingface\.py writes it"):
-        report.speed_report(tmp_path)
-    record = {
-        "settings": {"pairs": 2, "threads": 1, "batch": 3, "length": 4, "ours": "this", "theirs": "that 1.0"},
-        "seconds": {"forward": {"ours": [0.1, 0.1], "theirs": [0.2, 0.2]}},
-        "memory": {},
-    }
-    (tmp_path / "benchmark.json").write_text(json.dumps(record))
-    lines = report.speed_report(tmp_path).splitlines()
-    assert lines[2].startswith("| forward | 100.0 | 200.0 | 0.50 (")
-    assert lines[-1] == "2 pairs, 1 threads, 3 rows of 4 tokens; ours: this; theirs: that 1.0."
+        report.main([])
+    (root / "notebooks" / "results" / "benchmark.json").write_text(json.dumps(RECORD))
+    with pytest.raises(SystemExit, match=r"README\.md does not say what the result files say: python -m peft report"):
+        report.main(["--check"])
+    report.main([])
+    report.main(["--check"])
+    readme, page = ((root / folder / "README.md").read_text() for folder in (".", "notebooks/results"))
+    assert "* Sentiment, 2 seeds" in readme and "* Forward pass" in readme and readme.startswith("# Title")
+    assert "| LoRA q,v r=4 | 8,192 |" in page and "| forward | 100.0 | 200.0 | 0.50 (" in page
+    assert "2 pairs, 1 threads, 3 rows of 4 tokens; ours: this; theirs: that 1.0." in page
+    (root / "notebooks" / "results" / "README.md").write_text(page + "by hand")
+    with pytest.raises(SystemExit, match=r"results.README\.md does not say"):
+        report.main(["--check"])
 
 
-def test_the_tables_in_the_readme_are_those_of_the_result_files():
-    text = (report.ROOT / "README.md").read_text()
-    assert report.written_into(text, report.report()) == text
-    assert report.written_into(text, report.speed_report(), report.SPEED_START, report.SPEED_END) == text
+def test_what_the_repository_says_is_what_its_result_files_say():
+    for path, text in report.documents().items():
+        assert path.read_text() == text, f"{path}: python -m peft report"
+    lists = (report.ROOT / "README.md").read_text()
+    for start, end in ((report.START, report.END), (report.SPEED_START, report.SPEED_END)):
+        lines = lists.split(start)[1].split(end)[0].strip().splitlines()
+        assert 1 <= len(lines) <= 5 and "notebooks/results/README.md" in lines[-1]

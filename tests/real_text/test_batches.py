@@ -3,6 +3,7 @@ import torch
 
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.tasks.real.batches import batches_of_like_length
+from peft.experiments.tasks import EPOCH, TASKS
 
 N = 70
 
@@ -52,3 +53,8 @@ def test_the_seed_decides_and_a_step_can_be_asked_for_again(dataset):
 def test_too_few_rows_or_no_window_is_refused(dataset, options):
     with pytest.raises(ValueError, match="give at least one batch of rows and a window of at least 1"):
         batches_of_like_length(dataset, **options)
+
+
+def test_the_comparison_knows_how_many_batches_each_of_its_tasks_has(task, reuters, quiz):
+    whole = {own.name: len(own.train) // TASKS[own.name].batch_size for own in (task, reuters, quiz)}
+    assert whole == EPOCH

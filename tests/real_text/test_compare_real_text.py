@@ -1,3 +1,5 @@
+"""The comparisons on real text: one sweep, on tiny tasks and a tiny encoder in place of the real ones."""
+
 import dataclasses
 
 import pytest
@@ -7,11 +9,12 @@ from minitransformer import Transformer, TransformerConfig
 from minitransformer.dual_encoder import DualEncoder
 from minitransformer.heads import SequenceClassifier
 from minitransformer.tasks.real.text import TextSplit, TextTask
+from minitransformer.training import History, evaluate, label_loss
 from peft import expected_parameters, parameter_table, trainable_parameters
-from peft.experiments import compare_real_text as real_text
-from peft.experiments import real_tasks, sweep
-from peft.experiments.results import read_rows
+from peft.experiments import compare, sweep, tasks
+from peft.experiments.results import COLUMNS, read_rows
 from peft.experiments.sweep import chosen_learning_rate, summaries
+from peft.experiments.tasks import FULL, HEAD, LORA_ALL, SOUP, TASKS, UNTRAINED
 
 CLASSES = ("rotten", "fresh")
 CONFIG = TransformerConfig(vocab_size=20, max_len=24, d_model=24, n_heads=2, n_layers=2, d_ff=24, causal=False)
@@ -44,38 +47,40 @@ def task(request, monkeypatch):
     """A tiny task of each kind and a tiny encoder in place of the real ones, so the packages are not needed."""
     make = SPLITS[request.param]
     task = TextTask("tiny", make(1, 0).classes, make(70, 0), make(20, 1), make(30, 2))
-    like = real_tasks.TASKS[LIKE[request.param]]
-    monkeypatch.setattr(real_tasks, "minilm", lambda: Transformer(CONFIG, seed=4))
-    tiny = real_tasks.RealTask("Tiny", lambda: task, like.model, like.entries, like.train_also)
-    monkeypatch.setitem(real_tasks.TASKS, "tiny", tiny)
+    like = TASKS[LIKE[request.param]]
+    monkeypatch.setattr(tasks, "minilm", lambda: Transformer(CONFIG, seed=4))
+    entries = {name: short(entry) for name, entry in like.entries.items()}
+    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(like, splits=lambda: task, entries=entries))
     return task
+
+
+def short(entry: tasks.Entry) -> tasks.Entry:
+    """Six steps for three epochs of two batches (70 rows fill two batches of 32), two for one."""
+    if not entry.steps:
+        return entry
+    return dataclasses.replace(entry, steps=6, choice_steps=2)
 
 
 only_classes = pytest.mark.parametrize("task", ["classes"], indirect=True)
 only_choices = pytest.mark.parametrize("task", ["choices"], indirect=True)
-TRAINED = [
-    (kind, name)
-    for kind, like in LIKE.items()
-    for name in real_tasks.TASKS[like].entries
-    if name != real_tasks.UNTRAINED
-]
+TRAINED = [(kind, name) for kind, like in LIKE.items() for name in TASKS[like].entries if name != UNTRAINED]
 
 
 def expected_trained(name, task):
     head = CONFIG.d_model * 2 + 2 if len(task.classes) == 2 else 0
-    method = real_tasks.TASKS["tiny"].entries[name].method
-    if name == real_tasks.SOUP:
+    method = TASKS["tiny"].entries[name].method
+    if name == SOUP:
         method = dataclasses.replace(method, rank=3 * method.rank)
-    if name == real_tasks.FULL:
+    if name == FULL:
         return sum(p.numel() for p in Transformer(CONFIG).parameters()) + head
     return head + (0 if method is None else expected_parameters(CONFIG, method))
 
 
 def test_the_whole_sweep_and_going_on_with_it(task, tmp_path, monkeypatch):
     out = tmp_path / "results" / "rows.csv"
-    entries = real_tasks.TASKS["tiny"].entries
-    rows = sweep.run(real_text.study("tiny", progress=False), out, seeds=(1,))
-    assert rows == read_rows(out, real_text.COLUMNS)
+    entries = TASKS["tiny"].entries
+    rows = sweep.run(compare.study("tiny", progress=False), out, seeds=(1,))
+    assert rows == read_rows(out) and tuple(rows[0]) == COLUMNS
     final = {row["method"]: row for row in rows if row["stage"] == "final"}
     assert list(final) == list(entries)
     for name, row in final.items():
@@ -83,36 +88,36 @@ def test_the_whole_sweep_and_going_on_with_it(task, tmp_path, monkeypatch):
         choice = [row for row in rows if row["method"] == name and row["stage"] == "choice"]
         assert tuple(float(row["learning_rate"]) for row in choice) == entry.learning_rates
         assert all(row["test_accuracy"] == "" and row["seed"] == "0" for row in choice)
-        assert float(row["learning_rate"]) == chosen_learning_rate(rows, name, "pretrained")
-        assert int(row["steps"]) == entry.epochs * entry.members * 2  # 70 rows fill two batches of 32
+        assert float(row["learning_rate"]) == chosen_learning_rate(rows, name)
+        assert int(row["steps"]) == entry.steps * entry.members
         assert int(row["trained_parameters"]) == expected_trained(name, task)
         assert 0.0 <= float(row["test_accuracy"]) <= 1.0
         assert int(row["file_bytes"]) > 4 * expected_trained(name, task)
     assert [record["method"] for record in summaries(rows)] == list(entries)
 
     done = []
-    finished = real_text.finished
-    monkeypatch.setattr(real_text, "finished", lambda key, *rest: done.append(key) or finished(key, *rest))
+    finished = compare.finished
+    monkeypatch.setattr(compare, "finished", lambda key, *rest: done.append(key) or finished(key, *rest))
     first = next(iter(entries))
-    again = sweep.run(real_text.study("tiny", (first,), progress=False), out, seeds=(1, 2))
+    again = sweep.run(compare.study("tiny", (first,), progress=False), out, seeds=(1, 2))
     assert [(key["method"], key["stage"], key["seed"]) for key in done] == [(first, "final", "2")]
     assert again[:-1] == rows
 
 
 @pytest.mark.parametrize(("task", "name"), TRAINED, indirect=["task"])
 def test_the_same_seed_gives_the_same_bits(task, name):
-    first, second = (real_text.train(name, 1e-2, task, 1, seed=3, progress=False)[0] for _ in range(2))
+    first, second = (compare.train(task, name, 1e-2, 2, seed=3, progress=False)[0] for _ in range(2))
     for key, tensor in trainable_parameters(first).items():
         assert torch.equal(tensor, trainable_parameters(second)[key])
 
 
 @only_classes
 def test_a_soup_is_the_mean_of_runs_with_seeds_of_their_own(task):
-    entry = real_tasks.TASKS["tiny"].entries[real_tasks.SOUP]
+    entry = TASKS["tiny"].entries[SOUP]
     assert [entry.seeds(run) for run in (1, 2)] == [[1, 2, 3], [4, 5, 6]]
-    assert real_tasks.Entry(None, (1e-3,)).seeds(5) == [5]
-    mixed, history = real_text.train_soup(real_tasks.SOUP, 1e-2, task, 2, entry.seeds(2), progress=False)
-    runs = [real_text.train(real_tasks.SOUP, 1e-2, task, 2, seed, progress=False) for seed in (4, 5, 6)]
+    assert tasks.Entry(None, (1e-3,), 1).seeds(5) == [5]
+    runs = [compare.train(task, SOUP, 1e-2, 4, seed, progress=False) for seed in (4, 5, 6)]
+    mixed, history = compare.mixed(runs, TASKS["tiny"].models["pretrained"](4))
     assert history.loss == [loss for _, own in runs for loss in own.loss] and history.seconds > 0
     mean = torch.stack([model.head.weight for model, _ in runs]).mean(dim=0)
     torch.testing.assert_close(mixed.head.weight, mean)
@@ -124,18 +129,36 @@ def test_a_soup_is_the_mean_of_runs_with_seeds_of_their_own(task):
 
 @only_classes
 def test_the_row_of_a_soup_is_that_of_its_mean(task):
-    key = real_text.planned(real_tasks.SOUP, "final", 1e-2, 2, task)
-    row = real_text.finished(key, task, progress=False)
-    entry = real_tasks.TASKS["tiny"].entries[real_tasks.SOUP]
-    mixed, _ = real_text.train_soup(real_tasks.SOUP, 1e-2, task, entry.epochs, [4, 5, 6], progress=False)
-    assert float(row["test_accuracy"]) == pytest.approx(real_text.score(mixed, task.test)["accuracy"], abs=1e-4)
+    key = compare.planned("tiny", SOUP, "final", 1e-2, 2, "pretrained")
+    assert key["steps"] == "18"
+    row = compare.finished(key, task, progress=False)
+    runs = [compare.train(task, SOUP, 1e-2, 6, seed, progress=False) for seed in (4, 5, 6)]
+    mixed, _ = compare.mixed(runs, TASKS["tiny"].models["pretrained"](4))
+    assert float(row["test_accuracy"]) == pytest.approx(evaluate(mixed, task.test, label_loss)["accuracy"], abs=1e-4)
     assert int(row["trained_parameters"]) == parameter_table(mixed).trained
+
+
+@pytest.mark.parametrize("name", [HEAD, FULL, LORA_ALL])
+@only_classes
+def test_few_examples_of_a_text_task_are_drawn_by_the_seed_and_nothing_else_is_seen(task, name, monkeypatch):
+    """Fewer than a batch: a step sees all of them, and each of them in every step."""
+    seen = []
+    monkeypatch.setattr(compare, "fit", lambda _, data, **rest: seen.append((data, rest["batch_size"])) or History())
+    compare.train(task, name, 1e-2, 3, seed=2, examples=5)
+    compare.train(task, name, 1e-2, 3, seed=3, examples=5)
+    drawn = compare.fewer(task.train, 5, seed=2)
+    for (data, batch_size), rows in zip(seen, (drawn, compare.fewer(task.train, 5, seed=3)), strict=True):
+        assert batch_size == 5
+        batch = data(0) if callable(data) else data
+        assert sorted(batch.targets.tolist()) == sorted(rows.targets.tolist())
+        if callable(data):
+            assert sorted(batch.tokens.flatten().tolist()) == sorted(rows.trimmed().tokens.flatten().tolist())
 
 
 @only_classes
 def test_head_only_moves_the_head_and_nothing_else(task):
-    model, _ = real_text.train(real_tasks.HEAD, 1e-2, task, 2, progress=False)
-    before = real_tasks.model_for("tiny", real_tasks.HEAD, seed=1)
+    model, _ = compare.train(task, HEAD, 1e-2, 4, seed=1, progress=False)
+    before = compare.model_for("tiny", HEAD, seed=1)
     assert list(trainable_parameters(model)) == ["head.weight", "head.bias"]
     assert not torch.equal(model.head.weight, before.head.weight)
     for ours, theirs in zip(model.transformer.parameters(), before.transformer.parameters(), strict=True):
@@ -144,8 +167,8 @@ def test_head_only_moves_the_head_and_nothing_else(task):
 
 @only_classes
 def test_stored_features_give_the_scores_and_gradients_of_the_whole_model(task):
-    model = real_tasks.model_for("tiny", real_tasks.HEAD, seed=1)
-    stored = real_text.StoredFeatures(model, task.train)
+    model = compare.model_for("tiny", HEAD, seed=1)
+    stored = compare.StoredFeatures(model, task.train)
     rows = torch.tensor([5, 0, 69])
     batch, chosen = task.train.rows(rows), stored.rows.rows(rows)
     assert torch.equal(chosen.targets, batch.targets)
@@ -156,37 +179,37 @@ def test_stored_features_give_the_scores_and_gradients_of_the_whole_model(task):
 
 
 def test_the_score_does_not_depend_on_the_order(task):
-    model = real_tasks.model_for("tiny", real_tasks.FULL, seed=1)
+    model = compare.model_for("tiny", FULL, seed=1)
     real, n = task.test, len(task.test)
     logits = model(real.tokens, real.padding_mask)
     right = int((logits.argmax(dim=1) == real.targets).sum())
-    result = real_text.score(model, real)
+    result = evaluate(model, real, label_loss)
     assert result["accuracy"] == pytest.approx(right / n)
     assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, real.targets).item(), abs=1e-5)
 
 
 def test_an_unknown_method_is_refused(task):
     with pytest.raises(ValueError, match=r"'magic' is unknown; choose one of .*full fine-tuning, LoRA"):
-        real_tasks.model_for("tiny", "magic", seed=0)
+        compare.model_for("tiny", "magic", seed=0)
 
 
 @only_choices
 def test_no_training_leaves_every_weight_and_still_answers(task):
-    model, history = real_text.train(real_tasks.UNTRAINED, 0.0, task, 0)
+    model, history = compare.train(task, UNTRAINED, 0.0, 0, seed=1)
     assert not history.loss and parameter_table(model).trained == 0
     for ours, theirs in zip(model.transformer.parameters(), Transformer(CONFIG, seed=4).parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert 0.0 <= real_text.score(model, task.test)["accuracy"] <= 1.0
+    assert 0.0 <= evaluate(model, task.test, label_loss)["accuracy"] <= 1.0
 
 
-@pytest.mark.parametrize("name", list(real_tasks.TASKS))
+@pytest.mark.parametrize("name", tasks.EPOCH)
 def test_every_task_has_models_of_its_kind_with_matched_sizes(name, monkeypatch):
     """On MiniLM's own shape, without its weights."""
     minilm = TransformerConfig(30_522, 512, 384, 12, 6, 1536, causal=False)
-    monkeypatch.setattr(real_tasks, "minilm", lambda: Transformer(CONFIG, seed=4))
-    setting = real_tasks.TASKS[name]
+    monkeypatch.setattr(tasks, "minilm", lambda: Transformer(CONFIG, seed=4))
+    setting = TASKS[name]
     for entry_name, entry in setting.entries.items():
-        model = real_tasks.model_for(name, entry_name, seed=0)
+        model = compare.model_for(name, entry_name, seed=0)
         assert isinstance(model, DualEncoder if name == "quiz" else SequenceClassifier)
-        if entry.method is not None and entry_name not in (real_tasks.LORA_ALL, real_tasks.SOUP):
+        if entry.method is not None and entry_name not in (LORA_ALL, SOUP):
             assert 73_000 < expected_parameters(minilm, entry.method) < 79_000

