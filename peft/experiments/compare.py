@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from minitransformer.generation import evaluation_mode
 from minitransformer.heads import SequenceClassifier
+from minitransformer.modes import evaluation_mode
 from minitransformer.tasks.dataset import Dataset, Task, by_length
 from minitransformer.tasks.real.batches import batches_of_like_length
 from minitransformer.tasks.real.text import TextTask
