@@ -59,7 +59,7 @@ class VeRA(LinearMethod):
         ValueError: a rank below 1, or an `initial_d` of 0 (with b = 0 as well, nothing could be learned).
     """
 
-    rank: int = 64
+    rank: int = 128
     initial_d: float | int = 0.1
 
     def __post_init__(self):
