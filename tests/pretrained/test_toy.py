@@ -143,13 +143,6 @@ def test_a_stage_ends_when_every_probe_it_names_is_reached():
     assert not CURRICULUM[-1].is_over({probe: 1.0 for probe in PROBES})
 
 
-def test_the_rate_warms_up_and_decays():
-    recipe = Recipe(steps=1000, warmup=100, learning_rate=1.0)
-    assert recipe.rate(0) == pytest.approx(0.01)
-    assert recipe.rate(500) == pytest.approx(0.5)
-    assert recipe.rate(1000) == pytest.approx(0.0)
-
-
 def test_a_written_backbone_is_read_back(tmp_path, small, monkeypatch):
     monkeypatch.setattr("minitransformer.training.pretrain.PROBE_ROWS", 4)
     model, history = small
