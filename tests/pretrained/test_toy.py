@@ -9,6 +9,7 @@ import torch
 from minitransformer.pretrained import toy_backbone, toy_record, toy_vocabulary
 from minitransformer.pretrained.toy import BACKBONE
 from minitransformer.tasks import probe_scores, sentiment_splits
+from minitransformer.tasks.toy.pretraining import pretraining_rows
 from minitransformer.tasks.toy.probes import PROBES, probe_rows
 from minitransformer.tasks.toy.world import LABELS
 from minitransformer.training.pretrain import (
@@ -108,6 +109,31 @@ def test_a_short_run_is_the_beginning_of_the_whole_run():
     whole, part = pretrain(recipe, progress=False)[1], pretrain(recipe, steps=50, progress=False)[1]
     assert [entry["step"] for entry in whole] == [50, 100] and [entry["step"] for entry in part] == [50]
     assert part[0]["loss"] == whole[0]["loss"]
+
+
+def test_the_first_step_moves_every_weight_by_the_first_rate_of_the_whole_recipe():
+    """Adam's first step is the learning rate, up or down: of a warm-up to 2e-3 in two steps, a third of it."""
+    recipe = replace(SMALL, weight_decay=0.0)
+    model, _ = pretrain(recipe, steps=1, progress=False)
+    start = Transformer(backbone_config(), seed=recipe.seed).state_dict()
+    moved = torch.cat([(tensor - start[name]).abs().flatten() for name, tensor in model.state_dict().items()])
+    assert moved.max().item() == pytest.approx(2e-3 / 3, rel=1e-3)
+
+
+def test_the_next_stage_begins_when_the_probes_say_so(monkeypatch):
+    mixtures, reported = [], []
+
+    def watched(vocabulary, mixture, *size, seed, step):
+        if seed == SMALL.seed:  # the held-out text has another
+            mixtures.append(mixture)
+        return pretraining_rows(vocabulary, mixture, *size, seed=seed, step=step)
+
+    monkeypatch.setattr("minitransformer.training.pretrain.pretraining_rows", watched)
+    monkeypatch.setattr("minitransformer.training.pretrain.probe_scores", lambda *_, **__: dict.fromkeys(PROBES, 1.0))
+    _, history = pretrain(replace(SMALL, probe_every=3), progress=False, on_probe=reported.append)
+    assert mixtures == [CURRICULUM[stage].mixture for stage in (0, 0, 0, 1, 1, 1, 2, 2)]
+    assert [(entry["step"], entry["stage"]) for entry in history] == [(3, 1), (6, 2), (8, 3)]
+    assert [entry["held_out_loss"] for entry in history] == [entry["held_out_loss"] for entry in reported]
 
 
 def test_pretraining_learns_and_puts_the_threads_back():
