@@ -89,9 +89,11 @@ def test_each_call_gives_a_copy_of_its_own(backbone):
     assert torch.equal(toy_backbone().embedding.token.weight, backbone.embedding.token.weight)
 
 
-def test_every_position_was_trained(backbone):
+def test_every_position_was_trained_but_the_last_which_no_next_word_is_read_from(backbone):
     fresh = Transformer(backbone.config).embedding.position.weight
-    assert ((backbone.embedding.position.weight - fresh).norm(dim=1) > 0.1).all()
+    cosine = torch.cosine_similarity(backbone.embedding.position.weight, fresh, dim=1)
+    assert (cosine[:-1] < 0.995).all()
+    assert cosine[-1] > 0.999999  # weight decay only made it shorter
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(small):
