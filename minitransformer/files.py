@@ -1,12 +1,24 @@
-"""Writing a file whole or not at all, so that a full disk or a kill leaves the old one; and knowing tensors again."""
+"""Files of tensors with one JSON record: written whole or not at all, and refused when a single bit is wrong.
+
+The file is safetensors, never pickle, since a pickle can run code. Its header holds the record, and in it a checksum of
+everything.
+"""
 
 import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialize
 from torch import Tensor
+
+UNREADABLE = (
+    SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError,
+)  # fmt: skip
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -35,3 +47,31 @@ def fingerprint(tensors: dict[str, Tensor], heading: str = "") -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def pack(tensors: dict[str, Tensor], record: dict, key: str) -> bytes:
+    """The bytes of a file: the tensors, and under `key` of the header the record with its checksum.
+
+    One key only, since safetensors writes several in no fixed order: the same contents give the same bytes.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksum = fingerprint(tensors, heading=json.dumps(record, sort_keys=True))
+    return serialize(tensors, metadata={key: json.dumps({**record, "checksum": checksum}, sort_keys=True)})
+
+
+def unpack(data: bytes, key: str) -> tuple[dict[str, Tensor], dict, bool]:
+    """The tensors, the record, and whether all is sound: the bytes are the ones that `pack` writes of such contents.
+
+    Comparing bytes covers the checksum, and also what a reader of safetensors would skip.
+
+    Raises:
+        ValueError: not a file of tensors with a record under that key, or one that is cut off.
+    """
+    try:
+        length = int.from_bytes(data[:8], "little")
+        record = dict(json.loads(json.loads(data[8 : 8 + length])["__metadata__"][key]))
+        record.pop("checksum", None)
+        tensors = parse(data)
+        return tensors, record, pack(tensors, record, key) == data
+    except UNREADABLE as error:
+        raise ValueError(f"no tensors with a record {key!r} can be read from these bytes") from error

@@ -6,24 +6,20 @@ everything. The file is written whole or not at all, and it is compared byte by 
 written as, so a flipped bit anywhere is noticed.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from minitransformer.files import fingerprint, write_whole
+from minitransformer.files import fingerprint, pack, unpack, write_whole
 from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
 from peft.merging.merge import is_merged, merge
 from peft.method import Method
 from peft.sites import in_order, merged_wrappers, named_tensors
 
 FORMAT = "peft-from-scratch 1"
-KEY = "peft"  # one metadata key only: safetensors writes several in no fixed order
+KEY = "peft"  # of the record in the file's header
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -33,7 +29,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         ValueError: nothing is attached, or a tensor holds a NaN or an infinity.
         OSError: the file cannot be written; an older one is as it was.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state_dict(model).items()}
+    tensors = state_dict(model)
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ValueError(f"{broken[0]} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
@@ -43,7 +39,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "base": base_hash(model),
         "merged": is_merged(model),
     }
-    write_whole(path, _file_bytes(tensors, record))
+    write_whole(path, pack(tensors, record, KEY))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -91,16 +87,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """
     data = Path(path).read_bytes()
     try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        record = json.loads(header["__metadata__"][KEY])
-        tensors = parse(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+        tensors, record, sound = unpack(data, KEY)
+    except ValueError as error:
         raise ValueError(f"{path} is not a file that peft.save wrote, or it is cut off or damaged") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if record.get("format") != FORMAT:
         raise ValueError(f"{path} has another format than {FORMAT!r}; save it again with this version")
-    checksum = record.pop("checksum", None)
-    if checksum != _checksum(tensors, record) or _file_bytes(tensors, record) != data:
+    if not sound:
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; take another copy")
     return {name: tensors[name] for name in in_order(tensors)}, record
 
@@ -173,12 +165,3 @@ def base_hash(model: nn.Module) -> str:
 
 def _record(entry: Attached) -> dict:
     return {"recipe": entry.method.as_dict(), "seed": entry.seed, "train_also": list(entry.train_also)}
-
-
-def _checksum(tensors: dict[str, Tensor], record: dict) -> str:
-    return fingerprint(tensors, heading=json.dumps(record, sort_keys=True))
-
-
-def _file_bytes(tensors: dict[str, Tensor], record: dict) -> bytes:
-    signed = {**record, "checksum": _checksum(tensors, record)}
-    return serialize(tensors, metadata={KEY: json.dumps(signed, sort_keys=True)})

@@ -1,14 +1,12 @@
-"""Training and evaluation: one loop for pretraining, full fine-tuning and every PEFT method."""
+"""Training and evaluation: one loop for pretraining, full fine-tuning and every PEFT method.
 
-from minitransformer.training.loop import (
-    History,
-    check_optimizer,
-    evaluate,
-    fit,
-    learning_rate_factor,
-    predict,
-    training_step,
-)
+Read in this order: loop, objectives, evaluation, plan. The others are what surrounds a run: progress, checks, resume,
+distributed. `pretrain` is a program: it trains the toy backbone.
+"""
+
+from minitransformer.training.checks import check_optimizer
+from minitransformer.training.evaluation import evaluate, predict
+from minitransformer.training.loop import fit, training_step
 from minitransformer.training.objectives import (
     Objective,
     Score,
@@ -17,6 +15,8 @@ from minitransformer.training.objectives import (
     label_loss,
     next_token_loss,
 )
+from minitransformer.training.plan import learning_rate_factor
+from minitransformer.training.progress import History
 
 __all__ = [
     "History",

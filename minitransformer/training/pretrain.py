@@ -1,6 +1,6 @@
 """Pretraining of the toy backbone, from nothing: next-token prediction on generated text.
 
-    python -m minitransformer.training.pretrain                    the shipped file, in under half an hour
+    python -m minitransformer.training.pretrain                    a new backbone, in under half an hour
     python -m minitransformer.training.pretrain --steps 200 --out /tmp/short.safetensors
 
 The curriculum has three stages. The first is rich in bare pairs, which make the model form its induction
@@ -8,31 +8,34 @@ circuit; the second practises the two steps from an object to its place; the thi
 step from one to the next is taken when the probes say that the circuit exists, not after a number of steps:
 with the pairs gone too early, stories alone never form it.
 
-Same machine, same number of threads: same bits.
+Same machine, same number of threads: same bits. The record beside the shipped weights tells the run they come from.
 """
 
 import argparse
 import json
-import math
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.toy import BACKBONE
+from minitransformer.tasks.dataset import Dataset
 from minitransformer.tasks.toy.pretraining import pretraining_rows
 from minitransformer.tasks.toy.probes import probe_scores
 from minitransformer.tasks.toy.world import WORDS, world_vocabulary
+from minitransformer.training.evaluation import evaluate
+from minitransformer.training.loop import fit
+from minitransformer.training.objectives import next_token_loss
+from minitransformer.training.plan import learning_rate_factor
 from minitransformer.transformer import Transformer
 
 
@@ -60,6 +63,7 @@ CURRICULUM = (
     Stage({"story": 0.60, "review": 0.15, "pairs": 0.02, "chains": 0.06, "errands": 0.14, "facts": 0.03}),
 )
 PROBE_ROWS = 500  # for each of the recorded probe scores
+ENTRY_EVERY = 50  # steps between two entries of the history
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Recipe:
 
     steps: int = 6_500
     n_rows: int = 20
-    length: int = 128  # the whole position table, so that every position is trained
+    length: int = 128  # the whole position table; its last row is the only one that never learns
     learning_rate: float = 2e-3
     warmup: int = 100
     betas: tuple[float, float] = (0.9, 0.98)
@@ -78,11 +82,6 @@ class Recipe:
     probe_rows: int = 250  # rows of each probe during the run; more rows make the gate less of a gamble
     seed: int = 0
     threads: int = 1
-
-    def rate(self, step: int) -> float:
-        """The learning rate at a step: linear warm-up, then a cosine down to 0."""
-        warm = min(1.0, (step + 1) / self.warmup)
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 def backbone_config() -> TransformerConfig:
@@ -97,16 +96,13 @@ def backbone_config() -> TransformerConfig:
 
 def next_token_cross_entropy(model: Transformer, tokens: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """The mean cross-entropy of every token given those before it in its row."""
-    return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    return next_token_loss(model, _whole_rows(tokens)).loss
 
 
-@torch.no_grad()
 def held_out_loss(model: Transformer, recipe: Recipe, n_rows: int = 100) -> float:
     """The loss on text of the last stage that no run with another held-out seed has seen."""
-    vocabulary = world_vocabulary()
-    mixture = CURRICULUM[-1].mixture
-    rows = pretraining_rows(vocabulary, mixture, n_rows, recipe.length, seed=recipe.seed + 1_000_000, step=0)
-    return next_token_cross_entropy(model, rows).item()
+    text = _text(len(CURRICULUM) - 1, n_rows, recipe.length, seed=recipe.seed + 1_000_000, step=0)
+    return evaluate(model, text, next_token_loss)["loss"]
 
 
 def pretrain(
@@ -117,8 +113,9 @@ def pretrain(
 ) -> tuple[Transformer, list[dict[str, Any]]]:
     """Run the recipe, or only its first `steps` steps; return the model and its history.
 
-    The history has one entry every 50 steps with `step`, `stage`, `loss` (mean of the 50) and, where the
-    probes ran, `held_out_loss` and `probes`. The thread count is set for the run and put back.
+    The history has an entry every 50 steps and wherever the probes ran, with `step`, `stage`, `loss` (the mean since
+    the entry before) and, of the probes, `held_out_loss` and `probes`, which `on_probe` gets as they come. The thread
+    count is set for the run and put back.
 
     Raises:
         ValueError: `steps` is not between 1 and the recipe's number of steps.
@@ -130,45 +127,65 @@ def pretrain(
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
-        return _run(recipe, steps, progress, on_probe)
+        model = Transformer(backbone_config(), seed=recipe.seed)
+        curriculum = Curriculum(model, recipe, on_probe)
+        losses = fit(
+            model, curriculum, steps=steps, objective=next_token_loss, learning_rate=recipe.learning_rate,
+            schedule=lambda step: learning_rate_factor(step, recipe.steps, recipe.warmup, "cosine"),
+            betas=recipe.betas, weight_decay=recipe.weight_decay, clip=recipe.clip, seed=recipe.seed,
+            progress=progress, description="pretraining",
+        ).loss  # fmt: skip
+        curriculum.probe(steps)
+        return model, curriculum.history(losses)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(recipe: Recipe, steps: int, progress: bool, on_probe) -> tuple[Transformer, list[dict[str, Any]]]:
-    vocabulary = world_vocabulary()
-    model = Transformer(backbone_config(), seed=recipe.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
-    stage, losses, history = 0, [], []
-    bar = {"desc": "pretraining", "file": sys.stdout, "ncols": 100, "mininterval": 0.5, "disable": not progress}
-    for step in tqdm(range(steps), **bar):
-        rows = pretraining_rows(
-            vocabulary, CURRICULUM[stage].mixture, recipe.n_rows, recipe.length, seed=recipe.seed, step=step
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        loss = next_token_cross_entropy(model, rows)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+class Curriculum:
+    """The batch of each step of a run, for `fit`. When the probes of the model pass, the next stage begins."""
 
-        losses.append(loss.item())
-        if (step + 1) % 50 and step + 1 < steps:
-            continue
-        entry: dict[str, Any] = {"step": step + 1, "stage": stage + 1, "loss": sum(losses) / len(losses)}
-        losses = []
-        if (step + 1) % recipe.probe_every == 0 or step + 1 == steps:
-            entry["held_out_loss"] = held_out_loss(model, recipe)
-            entry["probes"] = probe_scores(model, n_rows=recipe.probe_rows)
-            if CURRICULUM[stage].is_over(entry["probes"]):
-                stage += 1
-            if on_probe is not None:
-                on_probe(entry)
-        history.append(entry)
-    return model, history
+    def __init__(self, model: Transformer, recipe: Recipe, on_probe: Callable[[dict[str, Any]], None] | None = None):
+        self.model, self.recipe, self.on_probe = model, recipe, on_probe
+        self.stage = 0
+        self.stages: list[int] = []  # of each step
+        self.probed: dict[int, dict[str, Any]] = {}  # by the number of steps done
+
+    def __call__(self, step: int) -> Dataset:
+        if step and step % self.recipe.probe_every == 0:
+            self.probe(step)
+        self.stages.append(self.stage)
+        return _text(self.stage, self.recipe.n_rows, self.recipe.length, seed=self.recipe.seed, step=step)
+
+    def probe(self, done: int) -> None:
+        """Ask the probes after so many steps, and go to the next stage if this one is over."""
+        found = {
+            "held_out_loss": held_out_loss(self.model, self.recipe),
+            "probes": probe_scores(self.model, n_rows=self.recipe.probe_rows),
+        }
+        self.probed[done] = found
+        if self.on_probe is not None:
+            self.on_probe({"step": done, "stage": self.stage + 1, **found})
+        if CURRICULUM[self.stage].is_over(found["probes"]):
+            self.stage += 1
+
+    def history(self, losses: list[float]) -> list[dict[str, Any]]:
+        """The entries of the run, from the loss of each step."""
+        entries, before = [], 0
+        for done in sorted({*range(ENTRY_EVERY, len(losses) + 1, ENTRY_EVERY), *self.probed}):
+            entry = {"step": done, "stage": self.stages[done - 1] + 1, "loss": mean(losses[before:done])}
+            entries.append(entry | self.probed.get(done, {}))
+            before = done
+        return entries
+
+
+def _text(stage: int, n_rows: int, length: int, seed: int, step: int) -> Dataset:
+    mixture = CURRICULUM[stage].mixture
+    return _whole_rows(pretraining_rows(world_vocabulary(), mixture, n_rows, length, seed=seed, step=step))
+
+
+def _whole_rows(tokens: Int[Tensor, "B T"]) -> Dataset:
+    """Rows without padding; their targets are their own words, so the ones of the data set are of no use."""
+    return Dataset(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens[:, -1])
 
 
 def write(model: Transformer, history: list[dict[str, Any]], recipe: Recipe, file: Path) -> None:

@@ -9,31 +9,20 @@ The file is safetensors, written whole or not at all, with a checksum and the se
 settings, other data or another frozen base does not go on from it by accident.
 """
 
-import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from minitransformer.files import fingerprint, write_whole
+from minitransformer.files import fingerprint, pack, unpack, write_whole
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training.distributed import is_writer
+from minitransformer.training.progress import Best, History, RunState
 
-FORMAT = "minitransformer run 1"
-KEY = "run"
-Best = tuple[tuple[float, float], int, dict[str, Tensor]]  # rank, steps done, trained weights
-
-
-@dataclass
-class RunState:
-    """Where a run stands after `step` optimizer steps."""
-
-    step: int
-    history: dict
-    best: Best | None = None
+FORMAT = "minitransformer run 2"
+KEY = "run"  # of the record in the file's header
 
 
 @dataclass(frozen=True)
@@ -42,35 +31,28 @@ class RunFile:
 
     Args:
         path: of the file.
-        every: steps between two saves.
         settings: everything that decides the result, as JSON values; a file with other settings is refused.
     """
 
     path: Path
-    every: int
     settings: dict
 
-    def is_due(self, step: int, steps: int) -> bool:
-        """Whether to save after `step` of `steps`: at the interval, and at the end."""
-        return step % self.every == 0 or step == steps
-
-    def save(self, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write the whole state.
+    def save(self, run: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the whole state; of several processes only one does.
 
         Raises:
             OSError: the file cannot be written; an older one is as it was.
         """
+        if not is_writer():
+            return
         values, tensors = _optimizer_state(optimizer)
         tensors |= {f"model.{name}": tensor for name, tensor in _moving(model).items()}
         tensors |= _random_states()
-        record = {"step": state.step, "history": state.history, "optimizer": values, "settings": self.settings}
-        if state.best is not None:
-            (accuracy, negative_loss), step, weights = state.best
-            record["best"] = {"rank": [accuracy, negative_loss], "step": step}
-            tensors |= {f"best.{name}": tensor for name, tensor in weights.items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        record |= {"format": FORMAT, "checksum": _checksum(tensors, record)}
-        write_whole(self.path, serialize(tensors, metadata={KEY: json.dumps(record)}))
+        record = {"format": FORMAT, "settings": self.settings, "history": asdict(run.history), "optimizer": values}
+        if run.best is not None:
+            record["best"] = {"merit": run.best.merit, "step": run.best.step}
+            tensors |= {f"best.{name}": tensor for name, tensor in run.best.weights.items()}
+        write_whole(self.path, pack(tensors, record, KEY))
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState | None:
         """Put model, optimizer and random generator where the run stood; None if there is no file yet.
@@ -81,30 +63,25 @@ class RunFile:
         if not self.path.exists():
             return None
         tensors, record = self._read()
-        best = record.get("best")
         saved = {name: tensors[f"model.{name}"] for name in _moving(model)}
         optimizer.load_state_dict(_loadable(optimizer, record["optimizer"], tensors))
         _set_random_states(tensors)
         with torch.no_grad():
             for name, tensor in _moving(model).items():
                 tensor.copy_(saved[name])
-        if best is not None:
+        run = RunState(History(**record["history"]))
+        if "best" in record:
             weights = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
-            best = (tuple(best["rank"]), best["step"], weights)
-        return RunState(record["step"], record["history"], best)
+            run.best = Best(tuple(record["best"]["merit"]), record["best"]["step"], weights)
+        return run
 
     def _read(self) -> tuple[dict[str, Tensor], dict]:
         try:
-            data = self.path.read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            record = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
-            tensors = parse(data)
-            checksum = record.pop("checksum")
-            form = record.pop("format")
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+            tensors, record, sound = unpack(self.path.read_bytes(), KEY)
+        except ValueError as error:
             message = f"{self.path} is not the file of a run, or it is damaged; delete it to start anew"
             raise ValueError(message) from error
-        if form != FORMAT or checksum != _checksum(tensors, record):
+        if record.get("format") != FORMAT or not sound:
             raise ValueError(f"{self.path} is damaged, or of another version; delete it to start anew")
         wanted, found = json.loads(json.dumps(self.settings)), record["settings"]
         other = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
@@ -114,6 +91,35 @@ class RunFile:
                 f"checkpoint file"
             )
         return tensors, record
+
+
+def settings_of(model: nn.Module, train, validation, optimizer: torch.optim.Optimizer, objective, **options) -> dict:
+    """What decides the result of a run, as JSON values: its options, and marks by which the rest is known again.
+
+    Tensors are known by their bytes; functions only by their names.
+    """
+    named = {name: p for name, p in model.named_parameters()}
+    hyperparameters = {key for group in optimizer.param_groups for key in group} - {"params"}
+    return {
+        **{name: _name(value) if callable(value) else value for name, value in options.items()},
+        "objective": _name(objective),
+        "frozen base": fingerprint({name: p for name, p in named.items() if not p.requires_grad}),
+        "list of trained tensors": {name: list(p.shape) for name, p in named.items() if p.requires_grad},
+        "training data": _mark(train),
+        "validation data": _mark(validation),
+        "optimizer": type(optimizer).__name__,
+        **{key: [repr(group.get(key)) for group in optimizer.param_groups] for key in sorted(hyperparameters)},
+    }
+
+
+def _mark(data) -> str:
+    if not isinstance(data, Dataset):
+        return _name(data)
+    return fingerprint({"tokens": data.tokens, "real": data.padding_mask, "targets": data.targets})
+
+
+def _name(function) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _moving(model: nn.Module) -> dict[str, Tensor]:
@@ -131,10 +137,6 @@ def _set_random_states(tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["random.cpu"])
     for device in range(torch.cuda.device_count()):
         torch.cuda.set_rng_state(tensors[f"random.cuda.{device}"], device)
-
-
-def _checksum(tensors: dict[str, Tensor], record: dict) -> str:
-    return hashlib.sha256(f"{fingerprint(tensors)} {json.dumps(record, sort_keys=True)}".encode()).hexdigest()
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor]]:

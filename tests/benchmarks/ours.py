@@ -32,7 +32,6 @@ from safetensors.torch import load_file
 import peft
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.fast.generation import ThinLinear, for_rows, linear_map, relaying_pays
-from minitransformer.fast.memory import keep_freed_memory
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.objectives import answer_loss, word_score
 
@@ -165,5 +164,4 @@ JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.i
 }
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as `fit` does
     serve(JOBS, int(sys.argv[1]), "this repository")

@@ -11,6 +11,7 @@ from reference.method_cases import RECIPES, SETS, assert_same, fingerprint, outp
 from safetensors.torch import load_file, save_file
 
 import peft
+from minitransformer.files import pack
 from peft import LoRA, checkpoint
 
 SMALL = LoRA(rank=1, targets=("blocks.0.attention.query",), train=("B",))
@@ -146,7 +147,7 @@ def rewritten(path, change_tensors=None, change_record=None):
         change_tensors(tensors)
     if change_record:
         change_record(record)
-    path.write_bytes(checkpoint._file_bytes(tensors, record))
+    path.write_bytes(pack(tensors, record, checkpoint.KEY))
 
 
 NAME = "blocks.0.attention.query.A"

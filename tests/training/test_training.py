@@ -246,6 +246,11 @@ def test_the_schedule_is_a_warm_up_and_a_decay(schedule, decay, step):
     assert learning_rate_factor(step, steps=30, warmup=4, schedule=schedule) == pytest.approx(expected)
 
 
+def test_a_schedule_may_be_a_function_of_the_step():
+    options = {"steps": 4, "learning_rate": 0.5, "schedule": lambda step: 2.0**-step, "progress": False}
+    assert fit(transformer(), DATA, **options).learning_rate == [0.5, 0.25, 0.125, 0.0625]
+
+
 def test_fit_follows_the_schedule_from_the_optimizers_rates_and_restores_them():
     model = transformer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -1,0 +1,54 @@
+"""Evaluation: a model's mean loss and accuracy on a data set, and its answers, with dropout off."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from minitransformer.modes import evaluation_mode
+from minitransformer.tasks.dataset import Dataset, by_length
+from minitransformer.training.distributed import n_processes, rank, total
+from minitransformer.training.objectives import Objective, answer_logits, answer_loss
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: Dataset, objective: Objective = answer_loss, batch_size: int = 64
+) -> dict[str, float]:
+    """Mean loss and accuracy over a dataset, with dropout off; every module's mode is restored.
+
+    Rows of like length share a batch, so that little padding is computed.
+
+    Several processes take turns with the batches, so all of them must call it; each gets the result of all.
+
+    Raises:
+        ValueError: there is nothing to score.
+    """
+    loss = correct = count = 0.0
+    order = by_length(dataset)
+    with evaluation_mode(model):
+        for start in range(rank() * batch_size, len(dataset), n_processes() * batch_size):
+            score = objective(model, dataset.rows(order[start : start + batch_size]).trimmed())
+            if score.count:  # the mean loss over no answers is NaN
+                loss += score.loss.item() * score.count
+                correct += score.correct
+                count += score.count
+    loss, correct, count = total(loss, correct, count)
+    if count == 0:
+        raise ValueError("the data set asks nothing: it is empty, or no row is long enough to have a next word")
+    return {"loss": loss / count, "accuracy": correct / count}
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataset: Dataset, choices: list[int] | None = None, batch_size: int = 64
+) -> Int[Tensor, "N"]:
+    """The answer word of each row, in the order of the rows: the best of all words, or of `choices` only."""
+    answers = torch.empty_like(dataset.targets)
+    with evaluation_mode(model):
+        for rows in by_length(dataset).split(batch_size):
+            logits = answer_logits(model, dataset.rows(rows).trimmed())
+            if choices is None:
+                answers[rows] = logits.argmax(dim=-1)
+            else:
+                answers[rows] = torch.tensor(choices, device=logits.device)[logits[:, choices].argmax(dim=-1)]
+    return answers

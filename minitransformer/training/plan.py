@@ -1,0 +1,83 @@
+"""The plan of a run: which rows and which learning rate each step has.
+
+Both are functions of the step and the seed alone, so a run that goes on after a stop has to keep neither.
+
+Sources: warm-up, Vaswani et al. 2017, section 5.3; cosine decay, Loshchilov & Hutter 2017, equation 5 without restarts.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from minitransformer.modes import modes_restored
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training.distributed import rank
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def batches(
+    train: Dataset | Callable[[int], Dataset], steps: range, batch_size: int, seed: int
+) -> Iterator[tuple[int, Dataset]]:
+    """Each step with its batch. Of a data set, each epoch walks the rows in an order that (seed, epoch) decide.
+
+    Raises:
+        ValueError: the data set is empty.
+    """
+    if callable(train):
+        yield from ((step, train(step)) for step in steps)
+        return
+    if len(train) == 0:
+        raise ValueError("the training set is empty")
+    per_epoch = max(1, len(train) // batch_size)
+    ordered = None  # the epoch whose order is at hand
+    for step in steps:
+        epoch, position = divmod(step, per_epoch)
+        if epoch != ordered:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order, ordered = torch.randperm(len(train), generator=generator), epoch
+        yield step, train.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str | Callable[[int], float]) -> float:
+    """The share of the peak learning rate that `step` (from 0) uses: linear warm-up, then the decay.
+
+    A `schedule` that is a function says it all by itself.
+    """
+    if callable(schedule):
+        return schedule(step)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)  # from 0 at the peak towards 1
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0 if schedule == "constant" else 1.0 - done
+
+
+def set_rates(optimizer: torch.optim.Optimizer, peaks: list[float], factor: float) -> None:
+    """Give each of the optimizer's groups this share of its peak rate."""
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * factor
+
+
+def is_due(every: int | None, done: int, steps: int) -> bool:
+    """Whether something is due after `done` of `steps`: at its interval, if it has one, and at the end."""
+    return done == steps or (every is not None and done % every == 0)
+
+
+@contextmanager
+def left_as_found(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> Iterator[None]:
+    """Inside, dropout follows from the seed, elsewhere in each process.
+
+    Afterwards the modules' modes, the optimizer's rates and the random state are as they were, also after an exception.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    try:
+        with modes_restored(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + rank())
+            yield
+    finally:
+        set_rates(optimizer, peaks, 1.0)
