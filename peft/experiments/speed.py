@@ -1,7 +1,7 @@
 """The benchmark's figures as a table: what `tests/benchmarks/against_huggingface.py` wrote, for the README.
 
-All jobs of both sides took turns, so the ratios are taken turn by turn: what else the machine did in the meantime fell
-on all. The *limit* is what nobody can leave out. Of a training step: the same frozen model's forward pass with a
+Both sides of a job took turns, so the ratios are taken turn by turn: what else the machine did in the meantime fell on
+both. The *limit* is what nobody can leave out. Of a training step: the same frozen model's forward pass with a
 backward pass that only goes through activations, which any method must pay. Of a forward pass and of generation: norms,
 the product with every weight, and attention, one after another, with nothing between them.
 """

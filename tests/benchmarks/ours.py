@@ -92,11 +92,12 @@ def own_loss_step(method: peft.Method | None) -> Job:
 def fit_step(method: peft.Method | None, build: Callable[[], Dataset] = full_batch, objective=next_token_loss) -> Job:
     """A training step as `fit` does it with its default settings, without its record and its bar."""
     model, batch = with_method(method), build()
-    optimizer = torch.optim.AdamW(trained(model), lr=RATE, weight_decay=0.0)
+    trainable = trained(model)
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
 
     def step() -> None:
         model.train()
-        training_step(model, batch, objective, optimizer, trained(model), 1.0, 0)
+        training_step(model, batch, objective, optimizer, trainable, 1.0, 0)
 
     return step
 
