@@ -1,12 +1,14 @@
-"""Our side of the benchmark: `python tests/benchmarks/ours.py THREADS WEIGHTS`, asked by `against_huggingface.py`."""
+"""Our side of the benchmark: `ours.py THREADS WEIGHTS`, started and asked by `against_huggingface.py`.
 
+PYTHONPATH says which checkout is measured. Only names that every layout of the repository has are imported.
+"""
+
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +20,25 @@ from jobs import (
     MAX_LEN,
     NEW_TOKENS,
     RANK,
+    RATE,
     SIZES,
     Job,
     N,
     mixed_lengths,
+    next_word_loss,
+    plain_loop,
     serve,
-    stepper,
     tokens,
+    trained,
     without_gradient,
 )
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from minitransformer.fast.generation import ThinLinear, for_rows, linear_map, relaying_pays
-from minitransformer.tasks.dataset import Dataset
-from minitransformer.training.objectives import answer_loss, word_score
+from minitransformer.tasks import Dataset
+from minitransformer.training import answer_loss, next_token_loss, training_step
 
 CONFIG = TransformerConfig(**SIZES, max_len=MAX_LEN, activation="relu")
 LORA = peft.LoRA(rank=RANK, alpha=ALPHA)
@@ -46,8 +51,7 @@ METHODS = {
     "prompt": peft.PromptTuning(length=N),
     "Pfeiffer adapter": peft.BottleneckAdapter(bottleneck=16, placement="pfeiffer"),
 }
-
-
+OWN_LOSS = [name for name in ("full fine-tuning", "LoRA q,v", "LoRA all") if hasattr(Transformer, "loss")]
 PASSES = [BEGINNING] + [1] * (NEW_TOKENS - 1)  # of generation: the beginning, then word by word
 
 
@@ -63,31 +67,48 @@ def with_method(method: peft.Method | None) -> Transformer:
     return base().train() if method is None else peft.attach(base(), method).train()
 
 
-def next_word_loss(model: Transformer, batch: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every next word in nats."""
-    return word_score(model, model.hidden(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).loss
+def full_batch() -> Dataset:
+    """Every word of a full batch is asked for."""
+    return Dataset(tokens(), torch.ones(BATCH, LENGTH, dtype=torch.bool), tokens()[:, -1])
 
 
-def training(method: peft.Method | None) -> Job:
-    """A training step on a full batch."""
+def answer_batch() -> Dataset:
+    """Rows of mixed lengths, padded on the left, with one answer each."""
+    return Dataset(tokens(), mixed_lengths(), tokens(BATCH, 1, seed=1)[:, 0])
+
+
+def plain_step(method: peft.Method | None) -> Job:
+    """A training step with logits and PyTorch's cross-entropy."""
     model, batch = with_method(method), tokens()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return stepper(lambda: next_word_loss(model, batch), trained)
+    return plain_loop(model, lambda: next_word_loss(model(batch), batch))
+
+
+def own_loss_step(method: peft.Method | None) -> Job:
+    """The same step with the model's own loss."""
+    model, batch = with_method(method), tokens()
+    targets = F.pad(batch[:, 1:], (0, 1), value=-100)
+    return plain_loop(model, lambda: model.loss(batch, targets))
+
+
+def fit_step(method: peft.Method | None, build: Callable[[], Dataset] = full_batch, objective=next_token_loss) -> Job:
+    """A training step as `fit` does it with its default settings, without its record and its bar."""
+    model, batch = with_method(method), build()
+    trainable = trained(model)
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
+
+    def step() -> None:
+        model.train()
+        training_step(model, batch, objective, optimizer, trainable, 1.0, 0)
+
+    return step
 
 
 def limit() -> Job:
     """What any method must pay: the frozen forward pass, and a backward pass that only goes through activations."""
-    model, batch = base().requires_grad_(False), tokens()
-    entering = model.embedding.look_up(batch).detach().requires_grad_()
-    model.embedding.look_up = lambda _: entering
-    return stepper(lambda: next_word_loss(model, batch), [])
-
-
-def answer_step() -> Job:
-    """A training step with the loss on one answer of each row, rows of mixed lengths."""
-    model = with_method(LORA)
-    batch = Dataset(tokens(), mixed_lengths(), tokens(BATCH, 1, seed=1)[:, 0])
-    return stepper(lambda: answer_loss(model, batch).loss, list(peft.trainable_parameters(model).values()))
+    model, batch = base().requires_grad_(False), full_batch()
+    entering = model.embedding(batch.tokens).requires_grad_()
+    model.embedding.register_forward_hook(lambda *_: entering)
+    return plain_loop(model, lambda: next_token_loss(model, batch).loss)
 
 
 def forward(method: peft.Method | None = None, merged: bool = False, rows: int = BATCH, length: int = LENGTH) -> Job:
@@ -104,16 +125,24 @@ def generation(rows: int) -> Job:
     return without_gradient(lambda: model.generate(batch, NEW_TOKENS))
 
 
+def linear(*layers: nn.Linear, relaid: bool) -> Callable[[Tensor], Tensor]:
+    """The layers of one input as one product; `relaid` stores their weights as [d_in, d_out]."""
+    weight, bias = torch.cat([layer.weight for layer in layers]).T, torch.cat([layer.bias for layer in layers])
+    return partial(torch.addmm, bias, mat2=weight.contiguous() if relaid else weight)
+
+
 def least(rows: int, lengths: Sequence[int], last_only: bool = False) -> Job:
     """What no implementation can leave out of passes over so many new tokens each: norms, the product with every
     weight, and attention, each after the one that it waits for. Nothing lies between them: no embedding, no activation,
-    no sum, no cache that is written. The weights are laid out beforehand as is best for so many rows."""
+    no sum, no cache that is written. The weights are laid out beforehand as is best for so many rows: up to eight read
+    a weight equally well either way, and a dozen passes pay for a new layout."""
     model, n_heads, d_model = base(), SIZES["n_heads"], SIZES["d_model"]
-    lay_out = partial(ThinLinear, relaid=relaying_pays(rows, len(lengths)))
+    relaid = rows > 8 and len(lengths) >= 16
     parts = [(b.attention, b.feedforward) for b in model.blocks]
     groups = [((a.query, a.key, a.value), (a.output,), (f.up,), (f.down,)) for a, f in parts]
-    layers = [[lay_out(*map(linear_map, group)) for group in layer] for layer in groups]
-    norm, head = for_rows(model.norm), lay_out((model.embedding.token.weight, None))
+    layers = [[linear(*group, relaid=relaid) for group in layer] for layer in groups]
+    norm = partial(torch.layer_norm, normalized_shape=(d_model,), weight=model.norm.weight, bias=model.norm.bias)
+    head = model.embedding.token.weight.T.contiguous() if relaid else model.embedding.token.weight.T
     inputs = {(n, d): torch.randn(rows * n, d) for n in {1, *lengths} for d in (d_model, SIZES["d_ff"])}
     room = [torch.randn(2, rows, n_heads, sum(lengths), d_model // n_heads) for _ in layers]
 
@@ -127,7 +156,7 @@ def least(rows: int, lengths: Sequence[int], last_only: bool = False) -> Job:
                 output(x)
                 up(norm(x))
                 down(hidden)
-            head(norm(inputs[1, d_model] if last_only else x))
+            norm(inputs[1, d_model] if last_only else x) @ head
 
     return without_gradient(run)
 
@@ -146,9 +175,12 @@ def attaching() -> Job:
     return lambda: peft.detach(peft.attach(model, LORA))
 
 
-JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.items()} | {
+JOBS = {
+    **{f"plain loop: {name}": partial(plain_step, method) for name, method in METHODS.items()},
+    **{f"model.loss: {name}": partial(own_loss_step, METHODS[name]) for name in OWN_LOSS},
+    **{f"fit: {name}": partial(fit_step, method) for name, method in METHODS.items()},
+    "fit: LoRA q,v, one answer a row": partial(fit_step, LORA, answer_batch, answer_loss),
     "step: limit": limit,
-    "step: LoRA q,v, one answer a row": answer_step,
     "forward: limit": partial(least, BATCH, [LENGTH]),
     "forward": forward,
     "forward: LoRA q,v": partial(forward, LORA),
@@ -164,4 +196,5 @@ JOBS = {f"step: {name}": partial(training, method) for name, method in METHODS.i
 }
 
 if __name__ == "__main__":
+    assert Path(peft.__file__).is_relative_to(os.environ["PYTHONPATH"]), f"another peft is installed: {peft.__file__}"
     serve(JOBS, int(sys.argv[1]), "this repository")

@@ -1,36 +1,37 @@
 """Hugging Face's side of the benchmark: transformers' OPT and their peft, in an environment of its own.
 
-Asked by `against_huggingface.py`; it imports nothing of this repository but `jobs.py`.
+Started and asked by `against_huggingface.py`; it imports nothing of this repository but `jobs.py`.
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path = [str(HERE)] + [path for path in sys.path if Path(path or ".").resolve() not in (HERE, HERE.parents[1])]
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from jobs import (  # noqa: E402
+import torch
+import transformers
+from jobs import (
     ALPHA,
     BATCH,
     BEGINNING,
     MAX_LEN,
     NEW_TOKENS,
     RANK,
+    RATE,
     SIZES,
     Job,
     N,
     mixed_lengths,
+    next_word_loss,
+    plain_loop,
     serve,
-    stepper,
     tokens,
+    trained,
     without_gradient,
 )
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-import peft  # noqa: E402
+import peft
 
 NAMES = {
     "embedding.token": "model.decoder.embed_tokens",
@@ -85,27 +86,53 @@ def base() -> transformers.OPTForCausalLM:
 
 def with_method(name: str):
     """The model ready for training."""
-    config = METHODS[name]
-    return (base() if config is None else peft.get_peft_model(base(), config())).train()
+    model, config = base(), METHODS[name]
+    model.config.use_cache = False  # as their Trainer does
+    return (model if config is None else peft.get_peft_model(model, config())).train()
 
 
-def training(name: str) -> Job:
-    """A training step on a full batch."""
-    model, batch = with_method(name), tokens()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return stepper(lambda: model(input_ids=batch, labels=batch).loss, trained)
+def full_batch() -> dict[str, Tensor]:
+    """Every word of a full batch is asked for."""
+    return {"input_ids": tokens(), "labels": tokens()}
 
 
-def answer_step() -> Job:
-    """A training step with the loss on one answer of each row, rows of mixed lengths padded on the left."""
-    model, mask = with_method("LoRA q,v"), mixed_lengths()
-    batch = torch.where(mask, tokens(), 1)
-    text = torch.cat([batch[:, 1:], tokens(BATCH, 1, seed=1)], dim=1)
+def answer_batch() -> dict[str, Tensor]:
+    """Rows of mixed lengths, padded on the left, with one answer each."""
+    mask = mixed_lengths()
+    text = torch.cat([torch.where(mask, tokens(), 1)[:, 1:], tokens(BATCH, 1, seed=1)], dim=1)
     seen = torch.cat([mask[:, 1:], torch.ones(BATCH, 1, dtype=torch.bool)], dim=1).long()
     labels = torch.full_like(text, -100)
     labels[:, -1] = text[:, -1]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return stepper(lambda: model(input_ids=text, attention_mask=seen, labels=labels).loss, trained)
+    return {"input_ids": text, "attention_mask": seen, "labels": labels}
+
+
+def plain_step(name: str) -> Job:
+    """A training step with logits and PyTorch's cross-entropy."""
+    model, batch = with_method(name), tokens()
+    return plain_loop(model, lambda: next_word_loss(model(input_ids=batch).logits, batch))
+
+
+def own_loss_step(name: str) -> Job:
+    """The same step with the model's own loss."""
+    model, batch = with_method(name), full_batch()
+    return plain_loop(model, lambda: model(**batch).loss)
+
+
+def trainer_step(name: str, build: Callable[[], dict[str, Tensor]] = full_batch) -> Job:
+    """A training step as `transformers.Trainer` does it with its default settings, without its logging."""
+    model, batch = with_method(name), build()
+    optimizer = torch.optim.AdamW(trained(model), lr=RATE, weight_decay=0.0, fused=True)
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, 10**6)
+
+    def step() -> None:
+        model.train()
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        model.zero_grad()
+
+    return step
 
 
 def forward(name: str = "full fine-tuning", merged: bool = False, rows: int = BATCH, length: int = 128) -> Job:
@@ -143,8 +170,11 @@ def attaching() -> Job:
     return attach
 
 
-JOBS = {f"step: {name}": partial(training, name) for name in METHODS} | {
-    "step: LoRA q,v, one answer a row": answer_step,
+JOBS = {
+    **{f"plain loop: {name}": partial(plain_step, name) for name in METHODS},
+    **{f"model.loss: {name}": partial(own_loss_step, name) for name in METHODS},
+    **{f"fit: {name}": partial(trainer_step, name) for name in METHODS},
+    "fit: LoRA q,v, one answer a row": partial(trainer_step, "LoRA q,v", answer_batch),
     "forward": forward,
     "forward: LoRA q,v": partial(forward, "LoRA q,v"),
     "forward: LoRA q,v, merged": partial(forward, "LoRA q,v", merged=True),
