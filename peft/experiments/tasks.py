@@ -34,6 +34,7 @@ from peft.methods.ia3 import IA3
 from peft.methods.lora import ALL_LINEARS, LoRA
 from peft.methods.prefix import PrefixTuning
 from peft.methods.prompt import PromptTuning
+from peft.methods.vera import VeRA
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ TOY = {
     "LoRA+ q,v r=4": toy(LoRA(rank=4, alpha=8), (1e-3, 2e-3), 300, 600, ratio=4.0),
     "rsLoRA q,v r=16": toy(LoRA(rank=16, alpha=8, rank_stabilized=True), (2e-3, 5e-3), 300, 600),
     "DoRA q,v r=4": toy(DoRA(rank=4, alpha=8), (2e-3, 5e-3), 300, 600),
+    "VeRA q,v r=128": toy(VeRA(rank=128), (5e-2, 1e-1), 300, 1200),
     "Houlsby adapter m=8": toy(BottleneckAdapter(bottleneck=8, placement="houlsby"), (5e-3, 1e-2), 300, 2400),
     "Pfeiffer adapter m=8": toy(BottleneckAdapter(bottleneck=8, placement="pfeiffer"), (5e-3, 1e-2), 300, 1200),
     "parallel adapter m=8": toy(BottleneckAdapter(bottleneck=8, placement="parallel"), (5e-3, 1e-2), 300, 1200),

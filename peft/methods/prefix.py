@@ -163,26 +163,20 @@ class PrefixAttention(Wrapper):
         return self.base.keys_and_values(x)
 
 
+@dataclass
 class PrefixContext(Context):
-    """P_k and P_v [1 or B, H, n, d_head] in front of all that a layer sees anyway: its input, and what `behind` brings.
+    """P_k and P_v in front of all that a layer sees anyway: its input, and what `behind` brings."""
 
-    Args:
-        key, value: P_k and P_v, in heads.
-        behind: another context, such as a KV cache.
-        gate: one for each head, [H]: the prefix then has a softmax of its own.
-        visible: False where a row lacks a position, [B, n].
-    """
+    key: Float[Tensor, "#B H n d_head"]
+    value: Float[Tensor, "#B H n d_head"]
+    behind: Context | None = None  # another context, such as a KV cache
+    gate: Float[Tensor, " H"] | None = None  # one for each head: the prefix then has a softmax of its own
+    visible: Bool[Tensor, "B n"] | None = None  # False where a row lacks a position
 
-    def __init__(
-        self,
-        key: Float[Tensor, "#B H n d_head"],
-        value: Float[Tensor, "#B H n d_head"],
-        behind: Context | None = None,
-        gate: Float[Tensor, " H"] | None = None,
-        visible: Bool[Tensor, "B n"] | None = None,
-    ):
-        self.key, self.value, self.behind, self.gate, self.visible = key, value, behind, gate, visible
-        self.grows = behind is not None and behind.grows
+    @property
+    def grows(self) -> bool:
+        """Whether a cache stands behind."""
+        return self.behind is not None and self.behind.grows
 
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `Context.attend`: the tokens behind first, the prefix in front of them."""
