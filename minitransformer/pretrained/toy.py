@@ -2,7 +2,7 @@
 
 `backbone.safetensors` holds the weights, `backbone.json` the record: config, words, recipe, versions, losses and
 probe scores.
-`python -m minitransformer.training.pretrain` makes both from nothing.
+`python -m minitransformer.pretrained.pretrain` makes both from nothing.
 """
 
 import json
@@ -26,7 +26,7 @@ def toy_record(file: Path = BACKBONE) -> dict[str, Any]:
     """
     record = file.with_suffix(".json")
     if not record.exists():
-        raise ValueError(f"{record} is missing: make it by `python -m minitransformer.training.pretrain`")
+        raise ValueError(f"{record} is missing: make it by `python -m minitransformer.pretrained.pretrain`")
     return json.loads(record.read_text())
 
 
@@ -45,10 +45,10 @@ def toy_backbone(file: Path = BACKBONE) -> Transformer:
     if config.vocab_size != len(toy_vocabulary(file)):
         raise ValueError(
             f"{file.name} was trained on {config.vocab_size} words, but its record lists "
-            f"{len(toy_vocabulary(file))}: train it again by `python -m minitransformer.training.pretrain`"
+            f"{len(toy_vocabulary(file))}: train it again by `python -m minitransformer.pretrained.pretrain`"
         )
     if not file.exists():
-        raise ValueError(f"{file} is missing: make it by `python -m minitransformer.training.pretrain`")
+        raise ValueError(f"{file} is missing: make it by `python -m minitransformer.pretrained.pretrain`")
     model = Transformer(config)
     model.load_state_dict(load_file(file))
     return model

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minitransformer.embedding import without_padding
-from minitransformer.vocabulary import Vocabulary, pad_rows
+from minitransformer.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,22 @@ class Dataset:
 def by_length(dataset: Dataset) -> Int[Tensor, " N"]:
     """The numbers of the rows, short ones first: cut into batches in this order, little padding is computed."""
     return dataset.lengths.argsort(stable=True)
+
+
+def pad_rows(rows: list[list[int]], pad_id: int) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
+    """Rows of unequal length -> one tensor padded on the right to the longest, and its padding mask.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no rows to pad: give at least one")
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    padding_mask = torch.arange(tokens.shape[1])[None, :] < lengths[:, None]
+    return tokens, padding_mask
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from minitransformer import Transformer
-from minitransformer.dual_encoder import DualEncoder
 from minitransformer.heads import SequenceClassifier
 from minitransformer.pretrained import toy_backbone
 from minitransformer.pretrained.minilm import minilm
 from minitransformer.tasks import Task, qa_splits, sentiment_splits
+from minitransformer.tasks.real.dual_encoder import DualEncoder
 from minitransformer.tasks.real.quiz import quiz_splits
 from minitransformer.tasks.real.reuters import reuters_splits
 from minitransformer.tasks.real.rotten_tomatoes import rotten_tomatoes_splits

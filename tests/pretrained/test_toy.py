@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from minitransformer.pretrained import toy_backbone, toy_record, toy_vocabulary
-from minitransformer.pretrained.toy import BACKBONE
-from minitransformer.tasks import probe_scores, sentiment_splits
-from minitransformer.tasks.toy.pretraining import pretraining_rows
-from minitransformer.tasks.toy.probes import PROBES, probe_rows
-from minitransformer.tasks.toy.world import LABELS
-from minitransformer.training.pretrain import (
+from minitransformer.pretrained.pretrain import (
     CURRICULUM,
     Recipe,
     Stage,
@@ -22,6 +17,11 @@ from minitransformer.training.pretrain import (
     pretrain,
     write,
 )
+from minitransformer.pretrained.toy import BACKBONE
+from minitransformer.tasks import probe_scores, sentiment_splits
+from minitransformer.tasks.toy.pretraining import pretraining_rows
+from minitransformer.tasks.toy.probes import PROBES, probe_rows
+from minitransformer.tasks.toy.world import LABELS
 from minitransformer.transformer import Transformer
 
 SMALL = Recipe(steps=8, n_rows=2, length=32, warmup=2, probe_every=8, probe_rows=4, threads=1)
@@ -130,8 +130,8 @@ def test_the_next_stage_begins_when_the_probes_say_so(monkeypatch):
             mixtures.append(mixture)
         return pretraining_rows(vocabulary, mixture, *size, seed=seed, step=step)
 
-    monkeypatch.setattr("minitransformer.training.pretrain.pretraining_rows", watched)
-    monkeypatch.setattr("minitransformer.training.pretrain.probe_scores", lambda *_, **__: dict.fromkeys(PROBES, 1.0))
+    monkeypatch.setattr("minitransformer.pretrained.pretrain.pretraining_rows", watched)
+    monkeypatch.setattr("minitransformer.pretrained.pretrain.probe_scores", lambda *_, **__: dict.fromkeys(PROBES, 1.0))
     _, history = pretrain(replace(SMALL, probe_every=3), progress=False, on_probe=reported.append)
     assert mixtures == [CURRICULUM[stage].mixture for stage in (0, 0, 0, 1, 1, 1, 2, 2)]
     assert [(entry["step"], entry["stage"]) for entry in history] == [(3, 1), (6, 2), (8, 3)]
@@ -172,7 +172,7 @@ def test_a_stage_ends_when_every_probe_it_names_is_reached():
 
 
 def test_a_written_backbone_is_read_back(tmp_path, small, monkeypatch):
-    monkeypatch.setattr("minitransformer.training.pretrain.PROBE_ROWS", 4)
+    monkeypatch.setattr("minitransformer.pretrained.pretrain.PROBE_ROWS", 4)
     model, history = small
     file = tmp_path / "small.safetensors"
     write(model, history, SMALL, file)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minitransformer import Transformer, TransformerConfig
-from minitransformer.dual_encoder import DualEncoder
 from minitransformer.heads import SequenceClassifier
+from minitransformer.tasks.real.dual_encoder import DualEncoder
 from minitransformer.tasks.real.text import TextSplit, TextTask
 from minitransformer.training import History, evaluate, label_loss
 from peft import expected_parameters, parameter_table, trainable_parameters

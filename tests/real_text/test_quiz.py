@@ -59,7 +59,7 @@ def test_tokens_belong_to_the_texts(quiz, tokenizer):
 
 def test_the_encoder_answers_far_better_than_chance_before_any_training(quiz, model):
     """The order of texts and targets cannot be wrong then."""
-    from minitransformer.dual_encoder import DualEncoder
+    from minitransformer.tasks.real.dual_encoder import DualEncoder
     from minitransformer.training import evaluate, label_loss
 
     assert evaluate(DualEncoder(model), quiz.test.rows(slice(100)), objective=label_loss)["accuracy"] > 0.6

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitransformer.dual_encoder import DualEncoder
+from minitransformer.tasks.real.dual_encoder import DualEncoder
 
 TEXTS = 4  # a question and three answers
 

@@ -1,7 +1,7 @@
 """Pretraining of the toy backbone, from nothing: next-token prediction on generated text.
 
-    python -m minitransformer.training.pretrain                    a new backbone, in under half an hour
-    python -m minitransformer.training.pretrain --steps 200 --out /tmp/short.safetensors
+    python -m minitransformer.pretrained.pretrain                    a new backbone, in under half an hour
+    python -m minitransformer.pretrained.pretrain --steps 200 --out /tmp/short.safetensors
 
 The curriculum has three stages. The first is rich in bare pairs, which make the model form its induction
 circuit; the second practises the two steps from an object to its place; the third is rich in stories. The
