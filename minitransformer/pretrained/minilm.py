@@ -56,9 +56,7 @@ def minilm_tokenizer():
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"tokenizers is not installed; install it by `{PIP_INSTALL} tokenizers`"
-        ) from error
+        raise ModuleNotFoundError(f"tokenizers is not installed; install it by `{PIP_INSTALL} tokenizers`") from error
     tokenizer = Tokenizer.from_buffer(_read("model/tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
