@@ -15,8 +15,8 @@ class _Block(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([2.0, -1.0, 0.5], dtype=dtype), requires_grad=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:
-        return self.weight * x if mask is None else self.weight * x * mask + (cache is not None)
+    def forward(self, x: Tensor, mask: Tensor | None = None, context=None) -> Tensor:
+        return self.weight * x if mask is None else self.weight * x * mask + (context is not None)
 
 
 @checker
@@ -39,17 +39,17 @@ def check_forward(forward) -> str:
         "the vector multiplies; a steering vector is added": steered.base(x) * vector,
     }
     same(called(forward, steered, x), expected, hints, "the output")
-    mask, cache = torch.tensor([[[1.0], [1.0], [0.0], [1.0]]]), object()
+    mask, context = torch.tensor([[[1.0], [1.0], [0.0], [1.0]]]), object()
     ignored = {"the block takes more than x: hand it all the other arguments as well": expected}
-    same(called(forward, steered, x, mask, cache), steered.base(x, mask, cache) + vector, ignored, "with a mask")
+    same(called(forward, steered, x, mask, context), steered.base(x, mask, context) + vector, ignored, "with a mask")
     steered.enabled = False
     hint = {"it adds the vector although self.enabled is False: `disabled` would not give the base": expected}
     got = called(forward, steered, x)
     same(got, steered.base(x), hint, "the output while disabled")
     require(torch.equal(got, steered.base(x)), "while disabled it must be the base's output, bit for bit")
-    masked = called(forward, steered, x, mask, cache)
+    masked = called(forward, steered, x, mask, context)
     hint = {"while disabled, too, the block needs all its other arguments": steered.base(x)}
-    same(masked, steered.base(x, mask, cache), hint, "with a mask, while disabled")
+    same(masked, steered.base(x, mask, context), hint, "with a mask, while disabled")
     half = called(forward, Steered(torch.bfloat16), x.bfloat16())
     require(
         half.dtype == torch.bfloat16,
