@@ -50,6 +50,7 @@ def test_times_that_give_no_bandwidth_are_refused(times):
         scaling.fitted_link(times, 2)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_their_link(monkeypatch):
     found = scaling.measured_link()
     assert found.measured and 1e-7 < found.latency < 1 and 1e6 < found.bandwidth < 1e12

@@ -8,13 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.method_cases import RECIPES, SETS, UNCHANGED_AT_THE_START, batch, loss_of, outputs, train_a_little
+from reference.method_cases import (
+    RECIPES,
+    SETS,
+    UNCHANGED_AT_THE_START,
+    batch,
+    each_of,
+    loss_of,
+    outputs,
+    train_a_little,
+)
 
 import peft
 from minitransformer import Transformer, TransformerConfig
 
-every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-every_set = pytest.mark.parametrize("recipes", SETS.values(), ids=SETS.keys())
+every_recipe = each_of("recipe", RECIPES)
+every_set = each_of("recipes", SETS)
 
 
 def attach_all(model, recipes, seed=0):

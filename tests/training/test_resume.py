@@ -129,6 +129,7 @@ def test_the_optimizer_of_the_caller_resumes_too(tmp_path):
     assert_same(bits(*run(tmp_path / "run")), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_twenty_five_random_sigkills(uninterrupted, tmp_path):
@@ -169,6 +170,7 @@ torch.save(bits(*train("lora", sys.argv[3], every=1)), sys.argv[4])
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_where_a_killed_one_stopped(uninterrupted, tmp_path):
     root = Path(__file__).resolve().parents[2]
     run, done = tmp_path / "run", tmp_path / "done"
