@@ -56,6 +56,7 @@ def test_two_processes_measure_their_link(monkeypatch):
     assert found.measured and 1e-7 < found.latency < 1 and 1e6 < found.bandwidth < 1e12
 
 
+@pytest.mark.slow
 def test_alone_there_is_nothing_to_measure():
     done = subprocess.run([sys.executable, "-m", "peft.experiments.scaling"], capture_output=True, text=True)
     assert done.returncode == 1 and "torchrun --nproc-per-node 2" in done.stderr

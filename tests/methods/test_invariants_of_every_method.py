@@ -64,7 +64,10 @@ def test_even_a_prefix_of_zeros_changes_the_output_because_it_dilutes_the_softma
 
 
 @every_set
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [pytest.param(False, id="plain"), pytest.param(True, id="checkpointing", marks=pytest.mark.slow)],
+)
 def test_declared_tensors_of_every_layer_learn_and_all_others_stay(tiny, recipes, checkpointing):
     """Three real steps, an evaluation pass before and between them; gradients looked at by hand, not by the audit."""
     model = attach_all(tiny(gradient_checkpointing=checkpointing).train(), recipes)

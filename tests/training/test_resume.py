@@ -83,7 +83,8 @@ class Interruption(Exception):
 
 
 # Around a checkpoint, in the middle and in the last step; each kind of run at two of these places.
-PLACES = [(name, at) for number, name in enumerate(RECIPES) for at in ((1, 4, 5, 59)[number % 4], 23 + number)]
+PLACES = [(name, (1, 4, 5, 59)[number % 4]) for number, name in enumerate(RECIPES)]
+PLACES += [pytest.param(name, 23 + number, marks=pytest.mark.slow) for number, name in enumerate(RECIPES)]
 
 
 @pytest.mark.parametrize(("name", "at"), PLACES)
