@@ -36,7 +36,6 @@ def test_it_says_whether_it_could():
     assert keep_freed_memory() is knows_how()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not knows_how(), reason="only the GNU C library can be told to keep freed memory")
 def test_memory_that_is_asked_for_again_is_there():
     def faults(mode):
