@@ -2,7 +2,7 @@
 
     python tests/mutation_check.py                                    every equation: peft/functional.py, some minutes
     python tests/mutation_check.py peft/methods/lora.py peft/merging/merge.py         other files
-    python tests/mutation_check.py --sample 20 --seed 0 peft/*.py     twenty mutants of each, drawn at random
+    python tests/mutation_check.py --sample 20 --seed 0 peft/*/*.py   twenty mutants of each, drawn at random
 
 Not part of the test run. Each mutant is one change of one place: another operator, a constant moved, a condition turned
 round, the parts of a concatenation swapped, two arguments swapped, a call or a method left out. It runs against the
@@ -29,7 +29,7 @@ TESTS = {  # files of tests/methods, or paths below tests
     "lora": "lora lora_variants counting attach_detach",
     "dora": "lora_variants invariants_of_every_method",
     "lora_plus": "lora_variants",
-    "mergeable": "lora lora_variants",
+    "linear": "lora lora_variants",
     "merge": "lora lora_variants invariants_of_every_method",
     "combine": "lora_variants museum",
     "prefix": "prefix_tuning attach_detach counting invariants_of_every_method",
@@ -45,12 +45,13 @@ TESTS = {  # files of tests/methods, or paths below tests
     "audit": "audit",
     "counting": "counting lora_variants",
     "checkpoint": "files lora_variants",
-    "mixed": "task_bank",
-    "task_bank": "task_bank",
-    "sweep": "comparison/test_sweep.py comparison/test_compare.py comparison/test_commands.py",
-    "results": "comparison/test_results.py comparison/test_sweep.py",
-    "doctor": "comparison/test_doctor.py",
+    "mixed": "many_tasks",
+    "task_bank": "many_tasks",
+    "sweep": "experiments/test_sweep.py experiments/test_compare.py experiments/test_commands.py",
+    "results": "experiments/test_results.py experiments/test_sweep.py",
+    "doctor": "experiments/test_doctor.py",
 }
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", ""]  # in this process, the slow tests too
 SECONDS = 240  # a mutant that takes longer, in an endless loop perhaps, counts as caught
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 COMPARISONS = {ast.Is: ast.IsNot, ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.In: ast.NotIn}
@@ -179,7 +180,7 @@ def passes(copy_of_root: Path, target: str, source: str) -> bool:
         os.dup2(1, 2)
         sys.dont_write_bytecode = True
         sys.path[0] = str(copy_of_root)
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests_of(target)])))
+        os._exit(int(pytest.main([*OPTIONS, *tests_of(target)])))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -207,7 +208,8 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="so many mutants of each file, drawn at random; all of them without")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    targets = [f"peft/{Path(file).name}" for file in options.files if Path(file).stem in TESTS]
+    files = [Path(file).resolve().relative_to(ROOT).as_posix() for file in options.files]
+    targets = [file for file in files if Path(file).stem in TESTS]
     survivors, tried = [], 0
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory) / "work"

@@ -6,7 +6,6 @@ The outputs of a cell are joined, progress bars keep their last state only. A di
 notebook, so that a test can tell when code was changed and not run again, and the seconds it took, for notebook 00.
 """
 
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -14,19 +13,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from stored import digest, last_state
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-
-
-def digest(notebook: NotebookNode) -> str:
-    """SHA-256 of all code in the notebook, in its order."""
-    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return hashlib.sha256(code.encode()).hexdigest()
-
-
-def last_state(text: str) -> str:
-    """The text as a terminal would show it: what a carriage return overwrote is gone."""
-    return "\n".join(line.removesuffix("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
 
 def tidied(outputs: list[NotebookNode]) -> list[NotebookNode]:

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import pytest
+from course.stored import read
 from course.wrong_answers import WRONG_ANSWERS
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
@@ -25,7 +25,7 @@ class Exercise:
 
 def exercises_of(path: Path) -> list[Exercise]:
     """All cells that end in a checker, each with the solution that is folded away below it."""
-    found, imports, cells = [], [], nbformat.read(path, as_version=4).cells
+    found, imports, cells = [], [], read(path).cells
     for place, cell in enumerate(cells):
         if cell.cell_type != "code":
             continue

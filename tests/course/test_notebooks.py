@@ -7,9 +7,8 @@ import io
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from course.execute import digest, last_state
+from course.stored import digest, last_state, read
 from matplotlib.image import imread
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
@@ -18,7 +17,7 @@ each_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), 
 
 @each_notebook
 def test_outputs_come_from_the_code_that_is_stored(path):
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     assert notebook.metadata.executed.code_sha256 == digest(notebook), (
         f"code in {path.name} was changed after it ran; python tests/course/execute.py notebooks/{path.name}"
     )
@@ -26,7 +25,7 @@ def test_outputs_come_from_the_code_that_is_stored(path):
 
 @each_notebook
 def test_every_cell_ran_once_in_order_and_without_an_error(path):
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     shown = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
@@ -35,7 +34,7 @@ def test_every_cell_ran_once_in_order_and_without_an_error(path):
 
 @each_notebook
 def test_it_says_what_for_whence_and_how_long_and_asserts_what_it_claims(path):
-    cells = nbformat.read(path, as_version=4).cells
+    cells = read(path).cells
     head, code = cells[0].source, "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     assert all(word in head for word in ("you can**", "**Before**", "**Takes**")), head
     assert "environment.check()" in code
@@ -45,7 +44,7 @@ def test_it_says_what_for_whence_and_how_long_and_asserts_what_it_claims(path):
 
 @each_notebook
 def test_its_figures_are_opaque_so_that_a_dark_page_does_not_swallow_black_letters(path):
-    outputs = [o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])]
+    outputs = [o for cell in read(path).cells for o in cell.get("outputs", [])]
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert pictures or path.stem == "11_bug_museum"
     for picture in pictures:
@@ -68,7 +67,7 @@ def functions_of_the_packages() -> list[set[str]]:
 
 @each_notebook
 def test_it_pastes_nothing_from_the_packages(path):
-    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    code = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
     for name, lines in longer_functions(code).items():
         assert not any(len(lines & others) > 0.6 * len(lines) for others in functions_of_the_packages()), name
 

@@ -39,6 +39,7 @@ def run(python: Path, *arguments: str, cwd: Path, **environment: str) -> subproc
     )
 
 
+@pytest.mark.slow
 def test_the_other_peft_is_noticed_and_every_way_that_the_doctor_names_works(hosted, tmp_path):
     """The doctor fails and names its cures; a notebook's first cell fails without, and passes with each of them."""
     result = run(hosted, "-m", "peft", "doctor", cwd=ROOT)

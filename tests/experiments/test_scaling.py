@@ -50,11 +50,13 @@ def test_times_that_give_no_bandwidth_are_refused(times):
         scaling.fitted_link(times, 2)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_their_link(monkeypatch):
     found = scaling.measured_link()
     assert found.measured and 1e-7 < found.latency < 1 and 1e6 < found.bandwidth < 1e12
 
 
+@pytest.mark.slow
 def test_alone_there_is_nothing_to_measure():
     done = subprocess.run([sys.executable, "-m", "peft.experiments.scaling"], capture_output=True, text=True)
     assert done.returncode == 1 and "torchrun --nproc-per-node 2" in done.stderr

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from reference.method_cases import RECIPES, SETS, assert_same, fingerprint, outputs, train_a_little
+from reference.method_cases import RECIPES, SETS, assert_same, each_of, fingerprint, outputs, train_a_little
 from safetensors.torch import load_file, save_file
 
 import peft
@@ -33,7 +33,7 @@ def refused(model, path, message):
     assert_same(before, fingerprint(model))
 
 
-@pytest.mark.parametrize("recipes", SETS.values(), ids=SETS.keys())
+@each_of("recipes", SETS)
 def test_a_saved_method_gives_the_same_outputs_in_another_model(tiny, tmp_path, recipes):
     model = tiny()
     for number, recipe in enumerate(recipes):
@@ -295,6 +295,7 @@ def mutated(data, generator):
     return bytes(damaged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("present", [False, True], ids=["fresh model", "same recipe attached"])
 def test_a_thousand_random_defects_none_accepted_none_crashes_and_the_outputs_stay(decoder, tmp_path, present):
     generator, path = random.Random(5), tmp_path / "method"

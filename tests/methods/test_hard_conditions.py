@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.method_cases import RECIPES, SETS, batch, loss_of, outputs, train_a_little
+from reference.method_cases import RECIPES, SETS, batch, each_of, loss_of, outputs, train_a_little
 
 import peft
 
-every_set = pytest.mark.parametrize("recipes", SETS.values(), ids=SETS.keys())
-every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+every_set = each_of("recipes", SETS)
+every_recipe = each_of("recipe", RECIPES)
 COMPILED = ("lora all", "prefix hidden", "prompt", "dora + gated prefix + ia3", "everything")
 
 
@@ -26,6 +26,7 @@ def prompt_length(recipes):
     return sum(recipe.length for recipe in recipes if isinstance(recipe, peft.PromptTuning))
 
 
+@pytest.mark.slow
 def test_compiled_models_give_the_same_outputs_and_gradients():
     script = Path(__file__).with_name("compile_all.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

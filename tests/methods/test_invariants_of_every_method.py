@@ -8,13 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.method_cases import RECIPES, SETS, UNCHANGED_AT_THE_START, batch, loss_of, outputs, train_a_little
+from reference.method_cases import (
+    RECIPES,
+    SETS,
+    UNCHANGED_AT_THE_START,
+    batch,
+    each_of,
+    loss_of,
+    outputs,
+    train_a_little,
+)
 
 import peft
 from minitransformer import Transformer, TransformerConfig
 
-every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-every_set = pytest.mark.parametrize("recipes", SETS.values(), ids=SETS.keys())
+every_recipe = each_of("recipe", RECIPES)
+every_set = each_of("recipes", SETS)
 
 
 def attach_all(model, recipes, seed=0):
@@ -55,7 +64,10 @@ def test_even_a_prefix_of_zeros_changes_the_output_because_it_dilutes_the_softma
 
 
 @every_set
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [pytest.param(False, id="plain"), pytest.param(True, id="checkpointing", marks=pytest.mark.slow)],
+)
 def test_declared_tensors_of_every_layer_learn_and_all_others_stay(tiny, recipes, checkpointing):
     """Three real steps, an evaluation pass before and between them; gradients looked at by hand, not by the audit."""
     model = attach_all(tiny(gradient_checkpointing=checkpointing).train(), recipes)

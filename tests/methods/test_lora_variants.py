@@ -108,7 +108,9 @@ every_mergeable = pytest.mark.parametrize("recipe", [RECIPES[name] for name in M
 
 
 @every_mergeable
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 def test_merged_equals_apart_and_a_hundred_cycles_leave_no_trace(decoder, recipe, dtype):
     model = train_a_little(peft.attach(decoder().to(dtype), recipe), size=0.1)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -242,6 +242,7 @@ class Life(RuleBasedStateMachine):
             assert torch.equal(outputs(model), before)
 
 
+@pytest.mark.slow
 def test_random_lives():
     config = settings(
         max_examples=62, stateful_step_count=40, deadline=None, derandomize=True, database=None,

@@ -54,6 +54,7 @@ def test_the_held_out_loss_is_the_recorded_one(backbone, record):
     assert held_out_loss(backbone, Recipe()) == pytest.approx(record["held_out_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_probe_scores_are_the_recorded_ones_and_high(backbone, record):
     scores = probe_scores(backbone, n_rows=record["probe_rows"])
     assert set(scores) == set(PROBES)
@@ -106,6 +107,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(small):
     assert not torch.equal(one.embedding.token.weight, other.embedding.token.weight)
 
 
+@pytest.mark.slow
 def test_a_short_run_is_the_beginning_of_the_whole_run():
     recipe = replace(SMALL, steps=100, probe_every=100)
     whole, part = pretrain(recipe, progress=False)[1], pretrain(recipe, steps=50, progress=False)[1]

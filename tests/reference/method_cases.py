@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 
 import peft
@@ -59,6 +60,17 @@ SETS = {name: (recipe,) for name, recipe in RECIPES.items()} | {
     ),
     "dora + gated prefix + ia3": (RECIPES["dora"], RECIPES["prefix gated"], RECIPES["ia3"]),
 }
+# Other options of a method that is there already: where what is shown does not depend on them, they are slow.
+VARIANTS = {
+    "lora rank-stabilised", "lora layer 1", "prefix kv normal", "prefix hidden normal", "prefix gated hidden",
+    "prefix layer 1", "prompt normal", "houlsby layer 0", "bitfit layer 1", "ia3 layer 0",
+}  # fmt: skip
+
+
+def each_of(argument, cases):
+    """`pytest.mark.parametrize` over RECIPES or SETS, the variants marked as slow."""
+    marks = {name: [pytest.mark.slow] if name in VARIANTS else [] for name in cases}
+    return pytest.mark.parametrize(argument, [pytest.param(cases[n], id=n, marks=marks[n]) for n in cases])
 
 
 def batch(vocab_size=23, rows=3, length=6, seed=1):

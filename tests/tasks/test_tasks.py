@@ -35,7 +35,7 @@ def texts(split):
     return {split.text(index) for index in range(len(split))}
 
 
-def test_train_validation_and_test_are_disjoint(task):
+def test_train_validation_and_test_are_disjoint(task, unchecked):
     train, validation, test = texts(task.train), texts(task.validation), texts(task.test)
     assert (len(train), len(validation), len(test)) == (10_000, 1_000, 2_000)
     assert not train & validation and not train & test and not validation & test

@@ -83,7 +83,8 @@ class Interruption(Exception):
 
 
 # Around a checkpoint, in the middle and in the last step; each kind of run at two of these places.
-PLACES = [(name, at) for number, name in enumerate(RECIPES) for at in ((1, 4, 5, 59)[number % 4], 23 + number)]
+PLACES = [(name, (1, 4, 5, 59)[number % 4]) for number, name in enumerate(RECIPES)]
+PLACES += [pytest.param(name, 23 + number, marks=pytest.mark.slow) for number, name in enumerate(RECIPES)]
 
 
 @pytest.mark.parametrize(("name", "at"), PLACES)
@@ -129,6 +130,7 @@ def test_the_optimizer_of_the_caller_resumes_too(tmp_path):
     assert_same(bits(*run(tmp_path / "run")), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_twenty_five_random_sigkills(uninterrupted, tmp_path):
@@ -169,6 +171,7 @@ torch.save(bits(*train("lora", sys.argv[3], every=1)), sys.argv[4])
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_where_a_killed_one_stopped(uninterrupted, tmp_path):
     root = Path(__file__).resolve().parents[2]
     run, done = tmp_path / "run", tmp_path / "done"

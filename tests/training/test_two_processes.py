@@ -10,6 +10,8 @@ import torch
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
+pytestmark = pytest.mark.slow  # each starts processes
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[int, dict]:
