@@ -6,7 +6,8 @@ Read in this order: functional (all the arithmetic), method, methods/ (lora, pre
 from peft import methods
 from peft.attach import attach, attached, detach, disabled, load_state_dict, state_dict, trainable_parameters
 from peft.audit import AuditError, gradient_audit
-from peft.checkpoint import describe, load, save
+from peft.checkpoint import load, save
+from peft.contents import describe
 from peft.counting import expected_parameters, parameter_table
 from peft.many_tasks.task_bank import TaskBank
 from peft.merging.combine import combine

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = ("minitransformer", "peft")
 SEAMS = [  # the only files outside of a `fast` folder that hand over to a fast form
     "minitransformer/generation.py",
-    "minitransformer/training/objectives.py",
+    "minitransformer/transformer.py",
     "peft/methods/lora.py",
 ]
 OPTIONAL = {"tokenizers"}  # packages that may be absent, and so are imported where they are needed

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from minitransformer.environment import HERE, IN_FRONT, install
+from minitransformer.pretrained import toy_backbone
 from minitransformer.pretrained.installed import INSTALL
 
 FOR_EVERYTHING = ("torch", "numpy", "matplotlib", "safetensors", "tqdm", "jaxtyping")
@@ -88,8 +89,6 @@ def _version(distribution: str) -> str | None:
 
 def on_backbone() -> Finding:
     """Whether the shipped backbone is there and whole."""
-    from minitransformer.pretrained import toy_backbone
-
     try:
         n = sum(p.numel() for p in toy_backbone().parameters())
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.attach import attached, state_dict
-from peft.checkpoint import read
+from peft.contents import read
 from peft.method import Method
 from peft.methods.dora import DoRA
 from peft.methods.lora import LoRA

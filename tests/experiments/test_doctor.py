@@ -110,6 +110,6 @@ def test_a_damaged_backbone_is_noticed(monkeypatch):
     def damaged():
         raise ValueError("toy.safetensors is damaged")
 
-    monkeypatch.setattr("minitransformer.pretrained.toy_backbone", damaged)
+    monkeypatch.setattr("peft.experiments.doctor.toy_backbone", damaged)
     finding = doctor.on_backbone()
     assert not finding.right and "toy.safetensors is damaged" in finding.what and "clone" in finding.cure

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import peft
 from minitransformer.files import pack
-from peft import LoRA, checkpoint
+from peft import LoRA, checkpoint, contents
 
 SMALL = LoRA(rank=1, targets=("blocks.0.attention.query",), train=("B",))
 
@@ -72,7 +72,7 @@ def test_one_flipped_bit_anywhere_is_noticed(small, tmp_path, decoder):
         damaged[place] ^= 1 << generator.randrange(8)
         broken.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"damaged|another format"):
-            checkpoint.read(broken)
+            contents.read(broken)
     model = decoder()
     for place in generator.sample(range(len(data)), 20):
         damaged = bytearray(data)
@@ -96,7 +96,7 @@ def test_a_file_cut_off_or_prolonged_anywhere_is_refused(small, tmp_path, decode
     for end in [*range(0, len(data), 7), len(data) - 1]:
         broken.write_bytes(data[:end])
         with pytest.raises(ValueError, match="damaged"):
-            checkpoint.read(broken)
+            contents.read(broken)
     for more in (b"\0", b" ", data):
         broken.write_bytes(data + more)
         refused(decoder(), broken, "damaged")
@@ -142,12 +142,12 @@ def test_safetensors_files_of_others_are_refused(decoder, tmp_path):
 
 def rewritten(path, change_tensors=None, change_record=None):
     """A file with another content and a checksum that fits it: what only a wrong program could write."""
-    tensors, record = checkpoint.read(path)
+    tensors, record = contents.read(path)
     if change_tensors:
         change_tensors(tensors)
     if change_record:
         change_record(record)
-    path.write_bytes(pack(tensors, record, checkpoint.KEY))
+    path.write_bytes(pack(tensors, record, contents.KEY))
 
 
 NAME = "blocks.0.attention.query.A"
