@@ -1,19 +1,16 @@
 """The README promises commands, files and code: they must exist and work, in English and in Chinese."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
-import types
 from hashlib import sha256
 from pathlib import Path
 
-import pytest
-import torch
 from PIL import Image
 
-import peft
-from minitransformer import Transformer, TransformerConfig
 from peft.experiments.report import END, SPEED_END, SPEED_START, START
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,40 +108,64 @@ def code_after(heading):
     return re.search(r"```python\n(.*?)```", README.split(f"## {heading}\n", 1)[1], re.DOTALL).group(1)
 
 
-@pytest.fixture
-def own_method():
-    """The recipe of the README's example, as a reader would type it; forgotten again afterwards."""
-    known, space = dict(peft.Method.registry), {"__name__": "query_scale"}
-    sys.modules["query_scale"] = types.ModuleType("query_scale")
-    exec(code_after("A method of your own"), space)
-    yield space["QueryScale"]
-    peft.Method.registry.clear()
-    peft.Method.registry.update(known)
-    del sys.modules["query_scale"]
+# What the README says of its own method, in a package that has it by one new file and one line.
+ALL_OF_IT = """
+import torch
+import peft
+from minitransformer import Transformer, TransformerConfig
+from peft import QueryScale
+from peft.experiments.plots import colour_of
 
-
-def test_the_example_of_a_method_of_ones_own_does_all_that_the_readme_says(own_method, tmp_path):
-    config = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
-    model, tokens = Transformer(config).eval(), torch.tensor([[3, 1, 4, 1, 5]])
-    base = model(tokens)
-    peft.attach(model, own_method())
+config = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
+model, tokens = Transformer(config).eval(), torch.tensor([[3, 1, 4, 1, 5]])
+base = model(tokens)
+peft.attach(model, QueryScale())
+assert torch.equal(model(tokens), base)
+assert peft.parameter_table(model).trained == peft.expected_parameters(config, QueryScale()) == 2 * 16
+peft.gradient_audit(model, lambda m: m(tokens).logsumexp(-1).mean())
+with torch.no_grad():
+    for p in peft.trainable_parameters(model).values():
+        p.mul_(2.0)
+changed = model(tokens)
+assert not torch.allclose(changed, base)
+with peft.disabled(model):
     assert torch.equal(model(tokens), base)
-    assert peft.parameter_table(model).trained == peft.expected_parameters(config, own_method()) == 2 * 16
-    peft.gradient_audit(model, lambda m: m(tokens).logsumexp(-1).mean())
+peft.save(model, "own")
+assert peft.describe("own").recipes == ("QueryScale()",)
+assert torch.equal(peft.load(Transformer(config).eval(), "own")(tokens), changed)
+both = []
+for recipes in ((QueryScale(), peft.LoRA(rank=2)), (peft.LoRA(rank=2), QueryScale())):
+    twin = Transformer(config).eval()
+    for recipe in recipes:
+        peft.attach(twin, recipe)
     with torch.no_grad():
-        for p in peft.trainable_parameters(model).values():
-            p.mul_(2.0)
-    changed = model(tokens)
-    assert not torch.allclose(changed, base)
-    with peft.disabled(model):
-        assert torch.equal(model(tokens), base)
-    peft.save(model, tmp_path / "own")
-    assert peft.describe(tmp_path / "own").recipes == ("QueryScale()",)
-    assert torch.equal(peft.load(Transformer(config).eval(), tmp_path / "own")(tokens), changed)
-    peft.attach(model, peft.LoRA(rank=2))
-    peft.attach(model, peft.PrefixTuning(length=2))
-    peft.detach(model)
-    assert torch.equal(model(tokens), base)
+        for p in peft.trainable_parameters(twin).values():
+            p.fill_(0.5)
+    both.append(twin(tokens))
+assert torch.equal(*both)
+peft.attach(model, peft.LoRA(rank=2))
+peft.attach(model, peft.PrefixTuning(length=2))
+peft.detach(model)
+assert torch.equal(model(tokens), base)
+assert colour_of("QueryScale") not in ("#777777", colour_of("VeRA"))
+print("all of it")
+"""
+
+
+def test_one_file_and_one_line_are_a_method_of_ones_own(tmp_path):
+    for package in ("minitransformer", "peft"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    promise = r"One new file, `(peft/methods/\w+\.py)`, .* one line in `peft/methods/__init__\.py`"
+    name = re.search(promise, README).group(1)
+    (tmp_path / name).write_text(code_after("A method of your own"))
+    init = tmp_path / "peft" / "methods" / "__init__.py"
+    last = "from peft.methods.vera import VeRA\n"
+    assert init.read_text().count(last) == 1
+    init.write_text(init.read_text().replace(last, f"from peft.methods.{Path(name).stem} import QueryScale\n{last}"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALL_OF_IT]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "all of it\n", done.stderr
 
 
 def test_the_ten_lines_run(tmp_path, monkeypatch, capsys, splits):
