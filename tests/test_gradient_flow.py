@@ -17,7 +17,7 @@ from reference.random_weights import randomize
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from peft import IA3, BitFit, BottleneckAdapter, DoRA, LoRA, PrefixTuning, PromptTuning
+from peft import IA3, BitFit, BottleneckAdapter, DoRA, LoRA, PrefixTuning, PromptTuning, VeRA
 
 N_LAYERS = 2
 LOW_RANK = ("attention.query.A", "attention.query.B", "attention.value.A", "attention.value.B")
@@ -57,6 +57,13 @@ CASES = {
         (*LOW_RANK, "attention.query.magnitude", "attention.value.magnitude"),
         waits_for="B",
         waiting=("A",),
+    ),
+    "VeRA": Case(
+        VeRA(rank=6),
+        "d and b learn in every layer, A and B are shared and frozen",
+        tuple(f"attention.{site}.{name}" for site in ("query", "value") for name in "db"),
+        waits_for="b",
+        waiting=("d",),
     ),
     "prefix of keys and values": Case(
         PrefixTuning(length=3), "P_k and P_v learn in every layer", ("attention.key", "attention.value")
