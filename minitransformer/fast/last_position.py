@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.attention import Context, Mask
+from minitransformer.block import Block
 from minitransformer.fast.watched import is_watched
 from minitransformer.heads import picked
 
@@ -37,9 +38,9 @@ def at_position(
     block: nn.Module, x: Float[Tensor, "B T d_model"], mask: Mask, context: Context | None, asked: Int[Tensor, "B"]
 ) -> Float[Tensor, "B 1 d_model"]:
     """`block(x, mask, context)` at one position of each row."""
-    read = getattr(block.attention, "keys_and_values", None)
     known = None
-    if context is None and read is not None and not is_watched(*block.modules()):
+    if type(block) is Block and context is None and not is_watched(*block.modules()):
+        read = getattr(block.attention, "keys_and_values", lambda _: None)
         known = read(block.norm_attention(x) if block.pre_norm else x)
     if known is None:
         return picked(block(x, mask, context), asked)

@@ -69,6 +69,19 @@ def test_where_it_may_the_last_block_computes_one_position_only(decoder):
     assert shapes == [tokens.shape[1], 1]
 
 
+class Steered(peft.Wrapper):
+    """Works on what a block gives, all positions of it."""
+
+    def forward(self, x, *rest):
+        return self.base(x, *rest).cumsum(dim=1)
+
+
+def test_what_wraps_a_whole_block_sees_every_position(decoder):
+    model, (tokens, mask) = decoder().double(), batch()
+    model.blocks[-1] = Steered(model.blocks[-1])
+    check(model, tokens, mask)
+
+
 def test_behind_a_cache_too(decoder):
     model, (tokens, _) = decoder().double(), batch()
     cache = KVCache(2)
