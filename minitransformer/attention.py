@@ -169,14 +169,16 @@ def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
         return out
 
     @torch.no_grad()
-    def look(attention: Attention, inputs: tuple, _: Tensor) -> None:
-        x, mask, context = (*inputs, None, None)[:3]
+    def look(attention: Attention, inputs: tuple, named: dict, _: Tensor) -> None:
+        given = dict(zip(("x", "mask", "context"), inputs, strict=False)) | named
+        x, mask, context = given["x"], given.get("mask"), given.get("context")
         if context is not None and context.grows:
             raise ValueError("attention weights cannot be recorded with a KV cache; give the whole text at once")
         q, k, v = attention.split_heads(attention.query(x)), *attention.keys_and_values(x)
         (note if context is None else partial(context.attend, note))(q, k, v, mask)
 
-    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Attention)]
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
     try:
         yield weights
     finally:

@@ -61,24 +61,24 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
         model.trainable_before = trainability(model)
         model.attached = []
         model.requires_grad_(False)
+    for name in also:
+        modules[name].requires_grad_(True)
     for name, wrapper in wrappers.items():
         wrapper.training = modules[name].training
         wrap(sites[name], wrapper)
-    for name in also:
-        modules[name].requires_grad_(True)
     model.attached.append(Attached(method, seed, tuple(train_also)))
     return model
 
 
-def trainability(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
-    """Which tensors require a gradient."""
-    return [(p, p.requires_grad) for p in model.parameters()]
+def trainability(model: nn.Module) -> dict[str, bool]:
+    """Which tensors require a gradient, by name."""
+    return {name: p.requires_grad for name, p in named_tensors(model).items()}
 
 
-def restore_trainability(before: list[tuple[nn.Parameter, bool]]) -> None:
-    """Make every tensor trainable or not, as it was."""
-    for parameter, requires_grad in before:
-        parameter.requires_grad_(requires_grad)
+def restore_trainability(model: nn.Module, before: dict[str, bool]) -> None:
+    """Make every tensor trainable or not, as it was; one that came later stays as it is."""
+    for name, parameter in named_tensors(model).items():
+        parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -95,7 +95,7 @@ def detach(model: nn.Module) -> nn.Module:
             for wrapper in site.wrappers:
                 wrapper.release()
             unwrap(site)
-    restore_trainability(model.trainable_before)
+    restore_trainability(model, model.trainable_before)
     del model.attached, model.trainable_before
     return model
 

@@ -84,6 +84,11 @@ def linear_map(module: nn.Module) -> LinearMap | None:
     return (module.weight, module.bias) if type(module) is nn.Linear else None
 
 
+def keys_and_values(module: nn.Module, x: Tensor) -> KeysAndValues | None:
+    """The keys and values that an attention layer, or the one in a wrapper, makes of x; None if it does not say."""
+    return module.keys_and_values(x) if isinstance(module, Wrapper) or type(module) is Attention else None
+
+
 def can_hold(weight: Tensor, *changes: Tensor) -> bool:
     """Whether these changes can be written into the weight: 16 bits would round a small one away."""
     return weight.dtype in (torch.float32, torch.float64) and all(change.dtype == weight.dtype for change in changes)

@@ -98,6 +98,15 @@ def block_names(modules: dict[str, nn.Module]) -> list[str]:
     return [name for name, module in modules.items() if isinstance(module, Block)]
 
 
+def layer_of(name: str, blocks: list[str]) -> int | None:
+    """The number, in its own stack, of the block in which a module or tensor lies; None outside of blocks."""
+    own = next((block for block in blocks if name.startswith(f"{block}.")), None)
+    if own is None:
+        return None
+    stack = own.rpartition(".")[0]
+    return [block for block in blocks if block.rpartition(".")[0] == stack].index(own)
+
+
 def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int, ...] | None) -> list[str]:
     """Those of the names that lie in the blocks of these numbers; all of them where `layers` is None.
 
@@ -107,16 +116,12 @@ def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int
     if layers is None:
         return names
     blocks = block_names(modules)
+    present = {layer_of(f"{block}.", blocks) for block in blocks}
     for layer in layers:
-        if layer >= len(blocks):
-            present = ", ".join(map(str, range(len(blocks)))) or "none"
-            raise ValueError(f"layers={layers} names block {layer}; there are {present}")
-    return [name for name in names if name.startswith(tuple(f"{blocks[layer]}." for layer in layers))]
-
-
-def layer_of(name: str, blocks: list[str]) -> int | None:
-    """The number of the block that a module or tensor of that name lies in; None outside of the blocks."""
-    return next((number for number, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        if layer not in present:
+            there = ", ".join(map(str, sorted(present))) or "none"
+            raise ValueError(f"layers={layers} names block {layer}; there are {there}")
+    return [name for name in names if layer_of(name, blocks) in layers]
 
 
 def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.feedforward import activate
-from peft.method import KeysAndValues, Wrapper, unwrapped
+from peft.method import KeysAndValues, Wrapper, keys_and_values, unwrapped
 from peft.methods.prefix import PrefixContext
 
 
@@ -129,7 +129,7 @@ class MixedPrefix(MixedWrapper):
 
     def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
         """The frozen layer's."""
-        return self.base.keys_and_values(x)
+        return keys_and_values(self.base, x)
 
 
 class MixedAdapter(MixedWrapper):
@@ -160,4 +160,4 @@ class MixedAdapter(MixedWrapper):
 
     def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
         """Of an attention layer that the bottlenecks stand behind."""
-        return self.base.keys_and_values(x) if self.joined == "after" else None
+        return keys_and_values(self.base, x) if self.joined == "after" else None

@@ -140,7 +140,7 @@ class TaskBank(nn.Module):
         for site in sites_of(self.model).values():
             if site.wrappers:
                 unwrap(site)
-        restore_trainability(self.trainable_before)
+        restore_trainability(self.model, self.trainable_before)
         return self.model
 
     @staticmethod

@@ -85,7 +85,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     for site in sites_of(twin).values():
         if site.wrappers:
             unwrap(site)
-    restore_trainability(twin.trainable_before)
+    restore_trainability(twin, twin.trainable_before)
     del twin.attached, twin.trainable_before
     return twin
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minitransformer.config import ACTIVATIONS, TransformerConfig
 from peft.functional import bottleneck
-from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, normal, parameter_like, unwrapped
+from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
 
 # What each placement wraps in a block, and how the wrapper joins it: behind it, beside it, or in front of it.
@@ -126,4 +126,4 @@ class Adapter(Wrapper):
 
     def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
         """Of an attention layer that the bottleneck stands behind."""
-        return self.base.keys_and_values(x) if self.joined == "after" else None
+        return keys_and_values(self.base, x) if self.joined == "after" else None

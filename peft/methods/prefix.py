@@ -32,7 +32,7 @@ from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
 from minitransformer.modes import evaluation_mode
 from peft.functional import gated_prefix, prefix_attention
-from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, normal, parameter_like, unwrapped
+from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
 from peft.methods.real_words import attention_input_of_words
 from peft.methods.reparameterization import made_by_mlp, mlp_start
 from peft.sites import in_layers
@@ -139,7 +139,7 @@ class PrefixAttention(Wrapper):
         if self.recipe.at == "kv":
             return self.key, self.value
         frozen = unwrapped(self.base)
-        hidden = self.hidden.to(next(frozen.parameters()).dtype)
+        hidden = self.hidden.to(next(unwrapped(frozen.key).parameters()).dtype)
         return frozen.key(hidden), frozen.value(hidden)
 
     def forward(
@@ -160,7 +160,7 @@ class PrefixAttention(Wrapper):
 
     def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
         """The frozen layer's."""
-        return self.base.keys_and_values(x)
+        return keys_and_values(self.base, x)
 
 
 @dataclass

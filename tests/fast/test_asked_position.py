@@ -5,7 +5,7 @@ import torch
 from reference.method_cases import SETS, batch, train_a_little
 
 import peft
-from minitransformer.attention import recorded
+from minitransformer.attention import Attention, recorded
 from minitransformer.cache import KVCache
 from minitransformer.feedforward import FeedForward
 
@@ -80,6 +80,21 @@ def test_what_wraps_a_whole_block_sees_every_position(decoder):
     model, (tokens, mask) = decoder().double(), batch()
     model.blocks[-1] = Steered(model.blocks[-1])
     check(model, tokens, mask)
+
+
+class Shifted(Attention):
+    def forward(self, x, *rest):
+        return super().forward(x, *rest) + x.cumsum(dim=1)
+
+
+@pytest.mark.parametrize("recipe", [None, peft.PrefixTuning(length=3), peft.BottleneckAdapter(bottleneck=2)], ids=str)
+def test_attention_of_another_class_sees_every_position(decoder, recipe):
+    model = decoder().double()
+    for block in model.blocks:
+        block.attention.__class__ = Shifted
+    if recipe is not None:
+        train_a_little(peft.attach(model, recipe))
+    check(model, *batch())
 
 
 def test_behind_a_cache_too(decoder):

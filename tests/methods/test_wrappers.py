@@ -124,3 +124,48 @@ def test_names_of_the_readers_own_that_ours_also_use_mean_nothing(decoder):
     tensors = peft.sites.named_tensors(model)
     assert names <= set(tensors) and "base.weight" in tensors
     assert all(name.startswith("blocks.1.") for name in peft.trainable_parameters(model))
+
+
+class TwoStacks(torch.nn.Module):
+    def __init__(self, left, right):
+        super().__init__()
+        self.left, self.right = left, right
+
+
+@pytest.mark.parametrize(
+    "recipe", [LoRA(rank=2, layers=(1,)), peft.IA3(layers=(1,)), peft.BitFit(layers=(1,))], ids=str
+)
+def test_the_blocks_of_every_stack_are_counted_from_zero(decoder, recipe):
+    model = peft.attach(TwoStacks(decoder(), decoder(seed=1)), kind(layers=(1,)))
+    blocks = {".".join(name.split(".")[:3]) for name in peft.trainable_parameters(model)}
+    assert blocks == {"left.blocks.1", "right.blocks.1"}
+    with pytest.raises(ValueError, match="names block 2; there are 0, 1"):
+        peft.attach(TwoStacks(decoder(), decoder()), kind(layers=(2,)))
+
+
+def test_detaching_finds_a_tensor_that_was_replaced(decoder):
+    model = decoder()
+    model.embedding.position.weight.requires_grad_(False)
+    peft.attach(model, LoRA(rank=2))
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    peft.detach(model)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["embedding.position.weight"]
+
+
+@pytest.mark.parametrize("recipe", [LoRA(rank=2), peft.DoRA(rank=2), peft.VeRA(rank=4), peft.BitFit()], ids=str)
+@pytest.mark.parametrize("prefix_first", [True, False])
+def test_a_prefix_of_hidden_states_beside_another_method_on_a_model_in_half_precision(decoder, recipe, prefix_first):
+    recipes = [peft.PrefixTuning(length=2, at="hidden"), recipe]
+    outputs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = decoder().bfloat16().to(dtype)
+        for number, method in enumerate(recipes if prefix_first else reversed(recipes)):
+            peft.attach(model, method, seed=number)
+        outputs.append(model(torch.tensor([[3, 1, 4]])).float())
+    torch.testing.assert_close(*outputs, rtol=0.1, atol=0.02)
+
+
+def test_a_factor_that_the_recipe_freezes_stays_frozen_in_a_block_that_is_trained_whole(decoder):
+    model = peft.attach(decoder(), LoRA(rank=2, train=("B",)), train_also=("blocks.1",))
+    assert not model.blocks[1].attention.query.A.requires_grad
+    assert model.blocks[1].attention.query.B.requires_grad and model.blocks[1].norm_attention.weight.requires_grad

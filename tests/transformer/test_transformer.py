@@ -142,6 +142,23 @@ def test_recorded_weights_are_those_of_the_pass_and_nobody_records_afterwards(ti
     assert all(torch.equal(*pair) for pair in zip(weights, model.attention_weights(TOKENS), strict=True))
 
 
+def test_recorded_weights_know_a_mask_that_comes_by_name(tiny):
+    model = tiny()
+    expected = model.attention_weights(TOKENS)
+
+    class ByName(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x, mask=None, context=None):
+            return self.base(x, mask=mask, context=context)
+
+    for block in model.blocks:
+        block.attention = ByName(block.attention)
+    assert all(torch.equal(*pair) for pair in zip(model.attention_weights(TOKENS), expected, strict=True))
+
+
 def test_the_loss_of_a_model_is_the_cross_entropy_of_its_logits(tiny):
     model = tiny().double()
     targets = TOKENS.roll(-1, dims=1)
