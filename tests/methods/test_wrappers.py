@@ -132,15 +132,14 @@ class TwoStacks(torch.nn.Module):
         self.left, self.right = left, right
 
 
-@pytest.mark.parametrize(
-    "recipe", [LoRA(rank=2, layers=(1,)), peft.IA3(layers=(1,)), peft.BitFit(layers=(1,))], ids=str
-)
-def test_the_blocks_of_every_stack_are_counted_from_zero(decoder, recipe):
-    model = peft.attach(TwoStacks(decoder(), decoder(seed=1)), kind(layers=(1,)))
+@pytest.mark.parametrize("kind", [LoRA, peft.IA3, peft.BitFit, peft.BottleneckAdapter, peft.VeRA, peft.PrefixTuning])
+def test_the_blocks_of_every_stack_are_counted_from_zero(decoder, kind):
+    options = {"init": "normal"} if kind is peft.PrefixTuning else {}
+    model = peft.attach(TwoStacks(decoder(), decoder(seed=1)), kind(layers=(1,), **options))
     blocks = {".".join(name.split(".")[:3]) for name in peft.trainable_parameters(model)}
     assert blocks == {"left.blocks.1", "right.blocks.1"}
     with pytest.raises(ValueError, match="names block 2; there are 0, 1"):
-        peft.attach(TwoStacks(decoder(), decoder()), kind(layers=(2,)))
+        peft.attach(TwoStacks(decoder(), decoder()), kind(layers=(2,), **options))
 
 
 def test_detaching_finds_a_tensor_that_was_replaced(decoder):
