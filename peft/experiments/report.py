@@ -22,17 +22,16 @@ TOY_TASKS, REAL_TASKS = ("sentiment", "qa"), ("rotten_tomatoes", "reuters_r8", "
 RANDOM = ", random backbone"
 
 # For the README: the jobs of the benchmark in each line, and what they are called there.
-STEPS = {
-    "step: full fine-tuning": "full fine-tuning",
-    "step: LoRA q,v": "LoRA on q and v",
-    "step: LoRA all": "LoRA on all linear maps",
-}
+METHODS = {"full fine-tuning": "full fine-tuning", "LoRA q,v": "LoRA on q and v", "LoRA all": "LoRA on all linear maps"}
+FIT = {f"fit: {job}": name for job, name in METHODS.items()}
+LORAS = {"forward: 16 LoRAs, 16 rows": "16 LoRAs in a batch", "forward: 64 LoRAs, 64 rows of 16": "64 LoRAs"}
 SPEED = {
-    "Forward pass": {"forward": "no method", "forward: LoRA q,v": "LoRA", "forward: LoRA q,v, merged": "merged LoRA"},
-    "Training step": STEPS,
+    "Forward pass": {"forward": "no method", "forward: LoRA q,v": "LoRA", "forward: LoRA q,v, merged": "merged"}
+    | LORAS,
+    "Training step in a plain loop": {f"plain loop: {job}": name for job, name in METHODS.items()},
+    "Training step of `fit` and of a loop like their Trainer's": FIT,
     "Generation": {"generate: 1 row": "1 row", "generate: 16 rows": "16 rows"},
-    "Many tasks": {"forward: 16 LoRAs, 16 rows": "16 LoRAs", "forward: 64 LoRAs, 64 rows of 16": "64 LoRAs"},
-    "Memory of training": STEPS,
+    "Memory of the same steps of `fit`": FIT,
 }
 
 PAGE = """# Results

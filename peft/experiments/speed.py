@@ -13,7 +13,6 @@ from pathlib import Path
 
 # The job that is the limit of others, by how their names begin; the first that fits counts.
 LIMITS = {
-    "step: LoRA q,v, one answer": None,  # fewer words are asked for than in the limit
     "fit: LoRA q,v, one answer": None,
     "step: ": "step: limit",
     "plain loop: ": "step: limit",

@@ -61,7 +61,7 @@ def test_a_job_that_one_side_lacks_is_timed_on_the_other():
 def test_the_table_has_medians_the_ratio_of_each_pair_the_limit_and_memory():
     record = {
         "seconds": {
-            "step: LoRA": {"ours": [0.1, 0.2, 0.3], "theirs": [0.2, 0.2, 0.2]},
+            "plain loop: LoRA": {"ours": [0.1, 0.2, 0.3], "theirs": [0.2, 0.2, 0.2]},
             "step: limit": {"ours": [0.1, 0.16, 0.2]},
             "fit: prefix": {"ours": [0.2, 0.32, 0.5]},
             "fit: LoRA q,v, one answer a row": {"ours": [0.1, 0.1, 0.1]},
@@ -70,10 +70,10 @@ def test_the_table_has_medians_the_ratio_of_each_pair_the_limit_and_memory():
             "forward: limit": {"ours": [0.05, 0.08, 0.1]},
             "generate: 1 row": {"ours": [0.1, 0.1, 0.1]},
         },
-        "memory": {"step: LoRA": {"ours": {"peak": 50.0}, "theirs": {"peak": 100.0}}},
+        "memory": {"plain loop: LoRA": {"ours": {"peak": 50.0}, "theirs": {"peak": 100.0}}},
     }
     assert speed.table(record).split("\n")[2:] == [
-        "| step: LoRA | 200.0 | 200.0 | 1.00 (0.50 to 1.50) | 1.25 | 50 | 100 | 0.50 |",
+        "| plain loop: LoRA | 200.0 | 200.0 | 1.00 (0.50 to 1.50) | 1.25 | 50 | 100 | 0.50 |",
         "| step: limit | 160.0 | – | – | 1.00 | – | – | – |",
         "| fit: prefix | 320.0 | – | – | 2.00 | – | – | – |",
         "| fit: LoRA q,v, one answer a row | 100.0 | – | – | – | – | – | – |",

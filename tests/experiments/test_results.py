@@ -106,8 +106,8 @@ RECORD = {
         "something else": {"ours": [0.3, 0.3, 0.3], "theirs": [0.2, 0.2, 0.2]},
     },
     "memory": {
-        "step: LoRA q,v": {"ours": {"peak": 30}, "theirs": {"peak": 40}},
-        "step: LoRA all": {"ours": {"peak": 3}},
+        "fit: LoRA q,v": {"ours": {"peak": 30}, "theirs": {"peak": 40}},
+        "fit: LoRA all": {"ours": {"peak": 3}},
     },
 }
 
@@ -116,7 +116,7 @@ def test_what_was_not_measured_on_both_sides_is_left_out_of_the_lists():
     assert report.speed_lines(RECORD) == [
         "* Forward pass, ours / theirs: no method 0.50",
         "* Generation, ours / theirs: 1 row 1.50",
-        "* Memory of training, ours / theirs: LoRA on q and v 0.75 "
+        "* Memory of the same steps of `fit`, ours / theirs: LoRA on q and v 0.75 "
         "([every job, with its quartiles](notebooks/results/README.md))",
     ]
     assert report.speed_lines({"seconds": {}, "memory": {}}) == []
