@@ -13,6 +13,7 @@ sides, and each map takes the first d_in columns and d_out rows. Trained: r + d_
 Start: A and B from Kaiming's uniform distribution, d = 0.1, b = 0, so that the update is zero (sections 3.2 and 4.1).
 
 Differs from the paper: A and B are kept in the file, once, where the paper keeps the seed that they can be drawn from.
+Being one parameter of many layers, they cannot be sharded block by block (FSDP's `fully_shard`): shard the whole model.
 """
 
 import math
