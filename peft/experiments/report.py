@@ -22,7 +22,11 @@ TOY_TASKS, REAL_TASKS = ("sentiment", "qa"), ("rotten_tomatoes", "reuters_r8", "
 RANDOM = ", random backbone"
 
 # For the README: the jobs of the benchmark in each line, and what they are called there.
-METHODS = {"full fine-tuning": "full fine-tuning", "LoRA q,v": "LoRA on q and v", "LoRA all": "LoRA on all linear maps"}
+METHODS = {
+    "full fine-tuning": "full fine-tuning",
+    "LoRA q,v": "LoRA on q and v",
+    "LoRA all": "LoRA on all linear layers",
+}
 FIT = {f"fit: {job}": name for job, name in METHODS.items()}
 LORAS = {"forward: 16 LoRAs, 16 rows": "16 LoRAs in a batch", "forward: 64 LoRAs, 64 rows of 16": "64 LoRAs"}
 SPEED = {

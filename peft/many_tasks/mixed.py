@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.feedforward import activate
 from peft.method import KeysAndValues, Wrapper, keys_and_values, unwrapped
+from peft.methods.adapter import Joined
 from peft.methods.prefix import PrefixContext
 
 
@@ -132,10 +133,10 @@ class MixedPrefix(MixedWrapper):
         return keys_and_values(self.base, x)
 
 
-class MixedAdapter(MixedWrapper):
+class MixedAdapter(MixedWrapper, Joined):
     """h_b + s bottleneck(h_b) with each row's own `down_…` and `up_…`. Houlsby et al. 2019, section 2.1."""
 
-    order = 3
+    order = Joined.order
 
     def __init__(self, base: nn.Module, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
         super().__init__(base, own, n_tasks, rows)
@@ -150,14 +151,3 @@ class MixedAdapter(MixedWrapper):
         inner = torch.baddbmm(self.down_bias[place][:, None], h.to(self.down_bias.dtype), self.down_weight[place].mT)
         out = torch.baddbmm(self.up_bias[place][:, None], activate(inner, self.activation), self.up_weight[place].mT)
         return ((self.scale[place] * has_one)[:, None, None] * out).to(h.dtype)
-
-    def forward(self, x: Float[Tensor, "B T d_in"], *rest) -> Float[Tensor, "B Q d_out"]:
-        """The wrapped module with the bottlenecks joined; further arguments are the wrapped module's."""
-        if self.joined == "before":
-            return self.base(x + self.added(x))
-        h = self.base(x, *rest)
-        return h + self.added(h if self.joined == "after" else x)
-
-    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
-        """Of an attention layer that the bottlenecks stand behind."""
-        return keys_and_values(self.base, x) if self.joined == "after" else None

@@ -18,6 +18,7 @@ LayerNorm is left out.
 """
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -90,10 +91,32 @@ class BottleneckAdapter(LayerwiseMethod):
         return self.n_blocks(config) * per_layer * (2 * d * self.bottleneck + self.bottleneck + d)
 
 
-class Adapter(Wrapper):
-    """A bottleneck behind, beside or in front of a frozen module, with explicit `down_…` and `up_…` tensors."""
+class Joined(Wrapper):
+    """What a bottleneck adds, behind, beside or in front of a frozen module: `joined` says where, `added` how much."""
 
     order = 3
+    joined: str
+
+    @abstractmethod
+    def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """What is added to h."""
+
+    def forward(self, x: Float[Tensor, "*rows d_in"], *rest) -> Float[Tensor, "*out d_out"]:
+        """The wrapped module with the bottleneck joined; further arguments are the wrapped module's."""
+        if not self.enabled:
+            return self.base(x, *rest)
+        if self.joined == "before":
+            return self.base(x + self.added(x))
+        h = self.base(x, *rest)
+        return h + self.added(h if self.joined == "after" else x)
+
+    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
+        """Of an attention layer that the bottleneck stands behind."""
+        return keys_and_values(self.base, x) if self.joined == "after" else None
+
+
+class Adapter(Joined):
+    """A bottleneck behind, beside or in front of a frozen module, with explicit `down_…` and `up_…` tensors."""
 
     def __init__(self, base: nn.Module, recipe: BottleneckAdapter, d: int, generator: torch.Generator):
         super().__init__(base)
@@ -114,16 +137,3 @@ class Adapter(Wrapper):
         tensors = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         out = bottleneck(h.to(self.down_weight.dtype), *tensors, self.recipe.activation, self.recipe.scale)
         return out.to(h.dtype)
-
-    def forward(self, x: Float[Tensor, "*rows d_in"], *rest) -> Float[Tensor, "*out d_out"]:
-        """The wrapped module with the bottleneck joined; further arguments are the wrapped module's."""
-        if not self.enabled:
-            return self.base(x, *rest)
-        if self.joined == "before":
-            return self.base(x + self.added(x))
-        h = self.base(x, *rest)
-        return h + self.added(h if self.joined == "after" else x)
-
-    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
-        """Of an attention layer that the bottleneck stands behind."""
-        return keys_and_values(self.base, x) if self.joined == "after" else None
