@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minitransformer.attention import attention_mask, recorded
 from minitransformer.block import Block
 from minitransformer.cache import KVCache
+from minitransformer.call import checkpointed
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, values_are_read
 from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
-from minitransformer.fast.watched import is_watched
+from minitransformer.fast.stand_in import may_stand_in
 from minitransformer.generation import generate
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
@@ -99,12 +99,11 @@ class Transformer(nn.Module):
         steps: list[Callable] = list(self.blocks)
         if asked is not None:
             steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)
-        # Recomputed, a block would extend the cache twice. The non-reentrant form: the other gives no gradient where
-        # the block's input needs none, which is so for the first block of every frozen model.
+        # Recomputed, a block would extend the cache twice.
         recompute = self.config.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for i, step in enumerate(steps):
             context = None if cache is None else cache.layers[i]
-            x = checkpoint(step, x, mask, context, use_reentrant=False) if recompute else step(x, mask, context)
+            x = checkpointed(step, x, mask, context) if recompute else step(x, mask, context)
         return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
@@ -135,8 +134,8 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Mean cross-entropy of the words `targets` from the hidden states that should say them, and how many score
         highest; in the fast form where it may stand in, and pays."""
-        plain_head = self.is_plain and type(self.head) is LMHead
-        if plain_head and not is_watched(self.head) and pays(hidden, self.embedding.token.weight):
+        known = self.is_plain and type(self.head) is LMHead and pays(hidden, self.embedding.token.weight)
+        if known and may_stand_in(hidden, self.head, self.embedding.token):
             return fast_cross_entropy(hidden, self.embedding.token.weight, targets, self.head.logit_scale)
         logits = self.lm_head(hidden)
         return F.cross_entropy(logits, targets), (logits.argmax(dim=-1) == targets).sum()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft.method import Method, Wrapper
+from peft.method import Method, Wrapper, switched_off
 from peft.sites import all_wrappers, find, merged_wrappers, named_sites, named_tensors, sites_of, unwrap, wrap
 
 
@@ -102,7 +102,8 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model computes what the frozen base computes, bit for bit. Nests; restored after an exception.
+    """Inside, the model computes in this thread what the frozen base computes, bit for bit. Nests; ends with an
+    exception too.
 
     Modules named in `train_also` are not part of it: they stay as training left them.
 
@@ -111,14 +112,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     _require_attached(model)
     wrappers = [wrapper for at_site in all_wrappers(model).values() for wrapper in at_site]
-    before = [wrapper.enabled for wrapper in wrappers]
-    try:
-        for wrapper in wrappers:
-            wrapper.enabled = False
+    with switched_off(*wrappers):
         yield model
-    finally:
-        for wrapper, enabled in zip(wrappers, before, strict=True):
-            wrapper.enabled = enabled
 
 
 def declared(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ them, `expected_parameters` says in closed form how many numbers that trains.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.attention import Attention
+from minitransformer.call import CALL, telling
 from minitransformer.config import TransformerConfig
 
 LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
@@ -38,7 +40,11 @@ class Wrapper(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.enabled = True
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it takes part in this pass; off inside `disabled`."""
+        return id(self) not in CALL.told
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -68,6 +74,11 @@ class Wrapper(nn.Module):
     def keys_and_values(self, x: Tensor) -> KeysAndValues | None:
         """As of the attention layer inside, [B, H, S, d_head] each, if that is given the wrapper's own input."""
         return None
+
+
+def switched_off(*wrappers: Wrapper) -> AbstractContextManager:
+    """Inside, these wrappers compute in this thread what their `base` computes."""
+    return telling({id(wrapper): wrapper for wrapper in wrappers})
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

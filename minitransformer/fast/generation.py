@@ -29,7 +29,7 @@ from minitransformer.attention import Attention
 from minitransformer.block import Block
 from minitransformer.cache import KVCache, LayerCache
 from minitransformer.embedding import Embedding, positions
-from minitransformer.fast.watched import is_watched
+from minitransformer.fast.stand_in import may_stand_in
 from minitransformer.feedforward import FeedForward, activate
 from minitransformer.heads import LMHead
 
@@ -208,9 +208,8 @@ class FastSteps:
 
     def __init__(self, model: nn.Module, cache: KVCache, more: int):
         fused = getattr(model, "is_plain", False) and model.config.attention == "fused"
-        plain = fused and not is_watched(*model.modules())
-        filled = plain and len(model.blocks) == len(cache.layers) and all(own.key is not None for own in cache.layers)
-        known(model if filled and not torch.is_autocast_enabled(cache.layers[0].key.device.type) else None)
+        filled = fused and len(model.blocks) == len(cache.layers) and all(own.key is not None for own in cache.layers)
+        known(model if filled and may_stand_in(cache.layers[0].key, *model.modules()) else None)
         parts = [parts_of(block) for block in model.blocks]  # all are known before anything is laid out
         relaid = relaying_pays(len(cache.layers[0].key), more)
         self.model, self.cache = model, cache

@@ -19,17 +19,16 @@ through it; the plain form can be both.
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 CHUNK = 2**20  # logits at a time: 4 MiB
 WORTH_IT = 2**20  # logits in all: with fewer the plain form is as good
 
 
 def pays(hidden: Tensor, embedding: Tensor) -> bool:
-    """Whether the fast form may stand in for the plain one: in one full precision, not sharded; and costs less."""
-    plain = type(embedding) in (Tensor, nn.Parameter) and not torch.is_autocast_enabled(hidden.device.type)
+    """Whether the fast form serves: in one full precision, and where it costs less."""
     full = hidden.dtype == embedding.dtype and hidden.dtype in (torch.float32, torch.float64)
-    return plain and full and len(hidden) * len(embedding) >= WORTH_IT
+    return full and len(hidden) * len(embedding) >= WORTH_IT
 
 
 def fast_cross_entropy(

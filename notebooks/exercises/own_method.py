@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from exercises.verdict import called, checker, given, require, same
 from minitransformer import TransformerConfig
 from peft import ALL_LINEARS, LoRA, Wrapper, expected_parameters
+from peft.method import switched_off
 
 
 class _Block(nn.Module):
@@ -42,12 +43,11 @@ def check_forward(forward) -> str:
     mask, context = torch.tensor([[[1.0], [1.0], [0.0], [1.0]]]), object()
     ignored = {"the block takes more than x: hand it all the other arguments as well": expected}
     same(called(forward, steered, x, mask, context), steered.base(x, mask, context) + vector, ignored, "with a mask")
-    steered.enabled = False
     hint = {"it adds the vector although self.enabled is False: `disabled` would not give the base": expected}
-    got = called(forward, steered, x)
+    with switched_off(steered):
+        got, masked = called(forward, steered, x), called(forward, steered, x, mask, context)
     same(got, steered.base(x), hint, "the output while disabled")
     require(torch.equal(got, steered.base(x)), "while disabled it must be the base's output, bit for bit")
-    masked = called(forward, steered, x, mask, context)
     hint = {"while disabled, too, the block needs all its other arguments": steered.base(x)}
     same(masked, steered.base(x, mask, context), hint, "with a mask, while disabled")
     half = called(forward, Steered(torch.bfloat16), x.bfloat16())

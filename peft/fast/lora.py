@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.fast.watched import is_watched
+from minitransformer.fast.stand_in import may_stand_in
 from peft.method import Wrapper
 
 
@@ -41,17 +41,17 @@ def fast_lora(
     return FastLoRA.apply(x, frozen_weight, bias, A, B, float(scale))
 
 
-def may_stand_in(layer: Wrapper, x: Tensor) -> bool:
+def is_known(layer: Wrapper, x: Tensor) -> bool:
     """Whether the fast form may stand in for a LoRA layer's plain one here, so that nobody could tell.
 
     It may round a plain, frozen linear map of the factors' own precision that nobody watches, where no dropout falls
     on x.
     """
     base = layer.base
-    plain = type(base) is nn.Linear and not (layer.training and layer.recipe.dropout) and not is_watched(base)
-    if not plain or any([p.requires_grad for p in base.parameters()]):
+    plain = type(base) is nn.Linear and not (layer.training and layer.recipe.dropout)
+    if not plain or not may_stand_in(x, layer, base) or any([p.requires_grad for p in base.parameters()]):
         return False
-    return x.dtype == base.weight.dtype == layer.A.dtype and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype == base.weight.dtype == layer.A.dtype
 
 
 class FastLoRA(torch.autograd.Function):

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from peft.fast.lora import fast_lora, may_stand_in
+from peft.fast.lora import fast_lora, is_known
 from peft.functional import lora_update, lora_weight
 from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
@@ -124,7 +124,7 @@ class LoRALinear(MergeableLinear):
         """W0 x + b + (alpha / r) B A dropout(x). Hu et al. 2022, equation 3."""
         if self.merged or not self.enabled:
             return self.unchanged(x)
-        if type(self) is LoRALinear and x.numel() >= self.many and may_stand_in(self, x):
+        if type(self) is LoRALinear and x.numel() >= self.many and is_known(self, x):
             return fast_lora(x, self.base.weight, self.base.bias, self.A, self.B, self.scale)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         y = self.base(x)

@@ -10,6 +10,7 @@ from minitransformer import Transformer, TransformerConfig
 from minitransformer.cache import KVCache
 from minitransformer.fast.generation import fast_steps, linear_map
 from peft.functional import lora_update
+from peft.method import switched_off
 from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
 
@@ -113,8 +114,8 @@ def test_two_changes_of_one_weight_keep_the_plain_form():
         outer.B.normal_()
     model.blocks[0].attention.query = outer
     assert linear_map(outer) is None and not compare(model)
-    outer.enabled = False
-    assert linear_map(outer)[0] is not query.base.weight and compare(model)
+    with switched_off(outer):
+        assert linear_map(outer)[0] is not query.base.weight and compare(model)
 
 
 def test_what_wraps_an_unknown_module_is_unknown():

@@ -11,6 +11,7 @@ import peft
 from peft import LoRA
 from peft.fast.lora import fast_lora
 from peft.functional import lora_update
+from peft.method import switched_off
 from peft.methods import lora as lora_module
 from peft.methods.lora import LoRALinear
 
@@ -136,7 +137,6 @@ def changed(change):
 
 X = torch.ones(9, D_IN)
 PLAIN = {
-    "disabled": changed(lambda lora: setattr(lora, "enabled", False)),
     "merged": changed(lambda lora: lora.write(lora.changed_weight())),
     "dropout in training": layer(LoRA(rank=2, dropout=0.5)).train(),
     "the weight is trained": changed(lambda lora: lora.base.weight.requires_grad_(True)),
@@ -151,6 +151,12 @@ PLAIN = {
 @pytest.mark.parametrize("case", PLAIN)
 def test_the_plain_form_is_used_where_the_fast_one_would_be_wrong(case):
     assert not takes_the_fast_form(PLAIN[case], X.to(next(PLAIN[case].base.parameters()).dtype))
+
+
+def test_the_plain_form_is_used_where_the_method_is_off():
+    lora = layer()
+    with switched_off(lora):
+        assert not takes_the_fast_form(lora, X)
 
 
 def test_dropout_is_off_in_evaluation_so_the_fast_form_is_used():

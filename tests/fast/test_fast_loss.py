@@ -133,8 +133,6 @@ def test_it_pays_where_there_are_many_logits_in_full_precision():
     embedding = torch.zeros(8, 2)
     assert pays(many, embedding) and not pays(few, embedding)
     assert not pays(many.bfloat16(), embedding.bfloat16()) and not pays(many.double(), embedding)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not pays(many, embedding)
 
 
 def model_and_batch(**changes):

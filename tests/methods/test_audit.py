@@ -6,6 +6,7 @@ from reference.method_cases import RECIPES, assert_same, fingerprint, loss_of, o
 
 import peft
 from peft import AuditError
+from peft.method import switched_off
 
 
 def audited(model, message, loss=loss_of, error=AuditError):
@@ -62,9 +63,8 @@ def test_it_notices_a_prefix_that_is_computed_once_and_kept(tiny, name, when):
 def test_it_notices_a_disabled_method(tiny):
     model = peft.attach(tiny(), RECIPES["houlsby"])
     peft.attach(model, RECIPES["lora"])
-    for block in model.blocks:
-        block.attention.enabled = False
-    audited(model, r"attention\.down_weight should learn")
+    with switched_off(*(block.attention for block in model.blocks)):
+        audited(model, r"attention\.down_weight should learn")
 
 
 def test_it_notices_a_loss_that_is_not_a_number(tiny):

@@ -1,0 +1,45 @@
+"""What a forward pass needs to know beside its arguments: which methods are off, which row is under which task.
+
+It belongs to the pass and its thread: another thread does not see it, and a block that is computed again for its
+gradient (`checkpointed`) sees what it saw the first time, wherever and whenever that happens.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
+
+
+class _Call(threading.local):  # not contextvars: torch.compile cannot trace them
+    def __init__(self):  # runs in every thread
+        self.told: Mapping = {}
+
+
+CALL = _Call()
+
+
+@contextmanager
+def telling(told: Mapping) -> Iterator[None]:
+    """Inside, `CALL.told` holds these entries as well, in this thread. Nests; restored after an exception."""
+    before, CALL.told = CALL.told, {**CALL.told, **told}
+    try:
+        yield
+    finally:
+        CALL.told = before
+
+
+def checkpointed(step: Callable, *inputs):
+    """`step(*inputs)`, of which nothing is kept for the backward pass: it is computed again there.
+
+    The non-reentrant form: the other gives no gradient where no input needs one, as in the first block of every frozen
+    model.
+    """
+    told = dict(CALL.told)
+    return checkpoint(partial(_as_told, told, step) if told else step, *inputs, use_reentrant=False)
+
+
+def _as_told(told: Mapping, step: Callable, *inputs):
+    with telling(told):
+        return step(*inputs)
