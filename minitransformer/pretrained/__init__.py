@@ -1,7 +1,8 @@
 """Pretrained weights: the toy backbone that ships with the package, and readers of Hugging Face's checkpoints."""
 
 from minitransformer.pretrained.bert import from_bert
+from minitransformer.pretrained.folder import from_pretrained
 from minitransformer.pretrained.gpt2 import from_gpt2
 from minitransformer.pretrained.toy import toy_backbone, toy_record, toy_vocabulary
 
-__all__ = ["from_bert", "from_gpt2", "toy_backbone", "toy_record", "toy_vocabulary"]
+__all__ = ["from_bert", "from_gpt2", "from_pretrained", "toy_backbone", "toy_record", "toy_vocabulary"]

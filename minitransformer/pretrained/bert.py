@@ -6,18 +6,29 @@ the sum of the embeddings is normalised; the masked language model's head is tie
 Left out knowingly: the pooler and the next-sentence head, which sit on top of the hidden states.
 """
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
+    check_architecture,
     check_options,
-    fill,
+    check_tied,
+    filled,
     read_activation,
     read_dropout,
-    without_copies,
-    without_prefix,
 )
+from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
+
+CLASSES = r"Bert(Model|LMHeadModel|For\w+)"
+FORM = Form(
+    model="BERT",
+    base="bert",
+    roots=r"embeddings\.|encoder\.layer\.\d+\.",
+    example="embeddings.word_embeddings.weight",
+    not_used=r"pooler\.|cls\.seq_relationship\.|embeddings\.(position_ids|token_type_ids)$",
+)
 
 # Our module -> Hugging Face's.
 EMBEDDING = {
@@ -39,13 +50,12 @@ BLOCK = {  # below blocks.{i} and encoder.layer.{i}
 HEAD = {
     "head.dense": "cls.predictions.transform.dense",
     "head.norm": "cls.predictions.transform.LayerNorm",
-    "head": "cls.predictions",  # its bias, one number per word
+    "head": "cls.predictions",  # its bias, one number for each word
 }
-COPIES = {  # repeated in older files
+COPIES = {  # of tied weights: either or both may be saved
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-NOT_USED = ("pooler.", "cls.seq_relationship.", "embeddings.position_ids")
 
 SIZES = (
     "vocab_size",
@@ -60,40 +70,34 @@ SUPPORTED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
+    "is_encoder_decoder": False,
     "pruned_heads": False,  # as is an empty dict
 }
 
 
-def from_bert(state_dict: dict[str, Tensor], config: dict) -> Transformer:
-    """A BERT with these weights, in evaluation mode (`fit` switches to training by itself).
+def from_bert(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> Transformer:
+    """A BERT with these weights, float32, in evaluation mode (`fit` switches to training by itself).
 
     Args:
-        state_dict: of `BertModel`, `BertForMaskedLM` or `BertForPreTraining`, names as Hugging Face writes them,
-            with or without the prefix "bert.". With `cls.predictions.*` the model scores words (lm_head="bert");
-            without, it gives hidden states only (lm_head="none").
+        state_dict: of `BertModel` or a class on top of it, names as Hugging Face writes them. What training puts round
+            a model (`module.`, `_orig_mod.`, `model.`) or a state dict ({"state_dict": …}) is seen through. With
+            `cls.predictions.*` the model scores words (lm_head="bert"); without, it gives hidden states only
+            (lm_head="none").
         config: the contents of config.json.
+        leave_out: beginnings of names that are not wanted, such as ("classifier.",) or ("cls.",).
 
     Raises:
-        ValueError: an option that we do not compute; a tensor that is missing, unexpected, or of a wrong shape.
+        ValueError: an option that we do not compute; a tensor that is missing, unexpected, of a wrong shape, or no
+            weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
-    tensors = _used(state_dict)
-    has_head = any(name.startswith("cls.predictions.") for name in state_dict)
-    check_options(config, SIZES, SUPPORTED | ({"tie_word_embeddings": True} if has_head else {}))
-    model = Transformer(_our_config(config, "bert" if has_head else "none"))
-    fill(model, tensors, _names(config["num_hidden_layers"]))
-    return model.eval()
-
-
-def _used(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that have a place in our model."""
-    tensors = {_modern(name): tensor for name, tensor in without_prefix(state_dict, "bert.").items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NOT_USED)}
-    return without_copies(tensors, COPIES)
-
-
-def _modern(name: str) -> str:
-    """The first BERT files call a LayerNorm's weight and bias gamma and beta."""
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    check_options(config, SIZES, SUPPORTED)
+    check_architecture(config, "bert", CLASSES)
+    tensors = left_out(plain_tensors(state_dict, FORM), leave_out)
+    check_weights(tensors)
+    if has_head := any(name.startswith("cls.predictions.") for name in tensors):
+        check_tied(config, "cls.")
+    our_config = _our_config(config, "bert" if has_head else "none")
+    return filled(our_config, one_of_each(tensors, COPIES), _names(config["num_hidden_layers"]))
 
 
 def _names(n_layers: int) -> dict[str, str]:
@@ -103,7 +107,7 @@ def _names(n_layers: int) -> dict[str, str]:
     return EMBEDDING | layers | HEAD
 
 
-def _our_config(config: dict, lm_head: str) -> TransformerConfig:
+def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=config["vocab_size"],
         max_len=config["max_position_embeddings"],

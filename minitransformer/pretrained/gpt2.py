@@ -8,20 +8,32 @@ Two habits of the released code show in the file: a linear map stores its weight
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
+    check_architecture,
     check_options,
     check_shape,
-    fill,
+    check_tied,
+    filled,
     read_activation,
     read_dropout,
-    without_copies,
-    without_prefix,
 )
+from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
+
+CLASSES = r"GPT2(Model|LMHeadModel|DoubleHeadsModel|For\w+)"
+FORM = Form(
+    model="GPT-2",
+    base="transformer",
+    roots=r"wte\.|wpe\.|h\.\d+\.|ln_f\.",
+    example="wte.weight",
+    not_used=r"h\.\d+\.attn\.(bias|masked_bias)$",  # the causal mask, stored in older files
+)
 
 # Our module -> Hugging Face's, once `c_attn` is split and the linear maps are transposed.
 EMBEDDING = {
@@ -39,8 +51,8 @@ BLOCK = {  # below blocks.{i} and h.{i}
     "feedforward.down": "mlp.c_proj",
 }
 LAST = {"norm": "ln_f"}
-COPIES = {"lm_head.weight": "wte.weight"}
-MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, stored in older files
+HEAD = "lm_head.weight"
+COPIES = {HEAD: "wte.weight"}  # of the tied weight: either or both may be saved
 
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer")
 SUPPORTED = {
@@ -48,33 +60,67 @@ SUPPORTED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
+    "is_encoder_decoder": False,
     "pruned_heads": False,  # as is an empty dict
+}
+ALIASES = {  # names that Hugging Face takes as well
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 
 
-def from_gpt2(state_dict: dict[str, Tensor], config: dict) -> Transformer:
-    """A GPT-2 with these weights, in evaluation mode (`fit` switches to training by itself).
+def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> Transformer:
+    """A GPT-2 with these weights, float32, in evaluation mode (`fit` switches to training by itself).
 
     Args:
-        state_dict: of `GPT2Model` or `GPT2LMHeadModel`, names as Hugging Face writes them, with or without the
-            prefix "transformer.".
+        state_dict: of `GPT2Model` or a class on top of it, names as Hugging Face writes them. What training puts round
+            a model (`module.`, `_orig_mod.`, `model.`) or a state dict ({"state_dict": …}) is seen through. The head is
+            tied, saved or not; where the config says that it is not, or it is left out, the model gives hidden states
+            only (lm_head="none").
         config: the contents of config.json.
+        leave_out: beginnings of names that are not wanted, such as ("score.",) or ("lm_head.",).
 
     Raises:
-        ValueError: an option that we do not compute; a tensor that is missing, unexpected, or of a wrong shape.
+        ValueError: an option that we do not compute; a tensor that is missing, unexpected, of a wrong shape, or no
+            weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
+    config = _with_their_names(config)
     check_options(config, SIZES, SUPPORTED)
-    model = Transformer(_our_config(config))
-    tensors = without_copies(without_prefix(state_dict, "transformer."), COPIES)
-    tensors = {name: tensor for name, tensor in tensors.items() if not MASK_BUFFERS.fullmatch(name)}
-    fill(model, _split(_transposed(tensors), config["n_embd"]), _names(config["n_layer"]))
-    return model.eval()
+    check_architecture(config, "gpt2", CLASSES)
+    saved = plain_tensors(state_dict, FORM)
+    tensors = left_out(saved, leave_out)
+    check_weights(tensors)
+    if HEAD in tensors:
+        check_tied(config, "lm_head.")
+    is_tied = HEAD in tensors or (HEAD not in saved and config.get("tie_word_embeddings", True))
+    pieces = _split(_transposed(one_of_each(tensors, COPIES)), config["n_embd"])
+    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, _names(config["n_layer"]))
+
+
+def _with_their_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config without aliases.
+
+    Raises:
+        ValueError: an option has one value under its name and another under an alias.
+    """
+    if not isinstance(config, Mapping):
+        return config  # `check_options` says what is wanted
+    config = dict(config)
+    for alias, name in ALIASES.items():
+        value = config.pop(alias, None)
+        if value is not None and config.setdefault(name, value) != value:
+            raise ValueError(
+                f"config has {alias}={value!r} and {name}={config[name]!r}, which are one; keep the right one"
+            )
+    return config
 
 
 def _transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the linear maps from [in, out] to [out, in]."""
-    return {name: t.T if re.search(r"\.c_(attn|proj|fc)\.weight$", name) else t for name, t in tensors.items()}
+    linear = re.compile(r"\.c_(attn|proj|fc)\.weight$")
+    return {name: t.T if linear.search(name) and t.ndim == 2 else t for name, t in tensors.items()}
 
 
 def _split(tensors: dict[str, Tensor], d_model: int) -> dict[str, Tensor]:
@@ -97,7 +143,7 @@ def _names(n_layers: int) -> dict[str, str]:
     return EMBEDDING | layers | LAST
 
 
-def _our_config(config: dict) -> TransformerConfig:
+def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=config["vocab_size"],
         max_len=config["n_positions"],
@@ -110,5 +156,5 @@ def _our_config(config: dict) -> TransformerConfig:
         norm="pre",
         activation=read_activation(config.get("activation_function", "gelu_new")),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        lm_head="tied",
+        lm_head=lm_head,
     )

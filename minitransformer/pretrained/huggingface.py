@@ -4,8 +4,15 @@ A checkpoint that fits only in part still runs and gives wrong numbers, so every
 or be known to be of no use, and every option that we do not compute must have the value that makes no difference.
 """
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from minitransformer.config import TransformerConfig
+from minitransformer.transformer import Transformer
 
 # Hugging Face's name -> ours. The tanh forms differ in how they are computed, not in what.
 ACTIVATIONS = {
@@ -13,26 +20,63 @@ ACTIVATIONS = {
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
 }
+NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
 
 
-def check_options(config: dict, sizes: tuple[str, ...], supported: dict) -> None:
+def check_options(config: Mapping[str, Any], sizes: tuple[str, ...], supported: dict) -> None:
     """Raise ValueError unless `config` states every size, and no option has an unsupported value.
 
     Args:
         config: the contents of config.json, as a dict.
-        sizes: the options that must be there.
+        sizes: the options that must be there, each a whole number from 1.
         supported: option -> the one value we compute, which is also the value where the option is left out.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config is a dict, the contents of config.json, got {type(config).__name__}; read the file by json.loads, "
+            f"or call to_dict() on a config of Hugging Face's"
+        )
     absent = [name for name in sizes if name not in config]
     if absent:
         raise ValueError(f"config lacks {', '.join(absent)}; pass the whole config.json of the checkpoint as a dict")
-    for name, value in supported.items():
+    for name in sizes:
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"config has {name}={config[name]!r}, which is no size; pass the checkpoint's config.json")
+    for name, value in (supported | NOT_QUANTISED).items():
         given = config.get(name, value)
         if given != value and not (value is False and not given):
             raise ValueError(f"config has {name}={given!r}, but only {value!r} is supported; choose such a checkpoint")
+
+
+def check_tied(config: Mapping[str, Any], head: str) -> None:
+    """Raise ValueError where the config says that the language-model head that is there has a weight of its own."""
+    given = config.get("tie_word_embeddings", True)
+    if given is not True:
+        raise ValueError(
+            f"config has tie_word_embeddings={given!r}, but only True is supported for a language-model head; choose "
+            f"such a checkpoint, or leave the head out (leave_out=({head!r},)) if only hidden states are wanted"
+        )
+
+
+def check_architecture(config: Mapping[str, Any], model_type: str, classes: str) -> None:
+    """Raise ValueError where a config without a model_type names classes of another architecture.
+
+    Args:
+        config: the contents of config.json, as a dict.
+        model_type: of this architecture.
+        classes: a pattern for the names of its classes.
+    """
+    named = config.get("architectures") or ()
+    if config.get("model_type") is None and not all(re.fullmatch(classes, str(name)) for name in named):
+        raise ValueError(
+            f"config has architectures={named!r} and no model_type, which is no {model_type}; choose a checkpoint "
+            f'whose model_type is "{model_type}"'
+        )
 
 
 def read_activation(name: str) -> str:
@@ -48,7 +92,7 @@ def read_activation(name: str) -> str:
     return ACTIVATIONS[name]
 
 
-def read_dropout(config: dict, names: tuple[str, ...]) -> float:
+def read_dropout(config: Mapping[str, Any], names: tuple[str, ...]) -> float:
     """The one dropout rate of the model, from options that must agree; 0.1 where an option is left out.
 
     Raises:
@@ -64,70 +108,64 @@ def read_dropout(config: dict, names: tuple[str, ...]) -> float:
     return rates[names[0]]
 
 
-def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The same tensors with `prefix` cut off the names that have it.
-
-    Raises:
-        ValueError: a tensor is there twice, with the prefix and without.
-    """
-    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if len(bare) < len(tensors):
-        twice = next(name for name in tensors if prefix + name in tensors)
-        raise ValueError(f"{twice!r} is there with and without {prefix!r}; pass the state dict of one model")
-    return bare
-
-
-def without_copies(tensors: dict[str, Tensor], copies: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors without those that only repeat another one (`copies`: copy -> original).
-
-    Raises:
-        ValueError: a copy differs from its original, so the checkpoint is not tied.
-    """
-    for copy, original in copies.items():
-        if copy in tensors and original in tensors and not torch.equal(tensors[copy], tensors[original]):
-            raise ValueError(
-                f"{copy!r} differs from {original!r}, but our language-model head is tied to the embedding; choose a "
-                f"tied checkpoint, or drop the head's tensors if only hidden states are wanted"
-            )
-    return {name: tensor for name, tensor in tensors.items() if not (name in copies and copies[name] in tensors)}
-
-
-def fill(model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Copy `tensors` into `model`, each into its place.
+def filled(config: TransformerConfig, tensors: dict[str, Tensor], names: dict[str, str]) -> Transformer:
+    """A model with copies of these tensors, float32, in evaluation mode.
 
     Args:
-        model: whose weights are overwritten, unless an error is raised: then it is as it was.
+        config: of the model.
         tensors: by Hugging Face's names.
         names: our module -> theirs; the last part of a name (weight, bias) is the same in both.
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape.
     """
-    places = {}
-    for name, place in model.state_dict().items():
+    with torch.device("meta"):  # no memory before the shapes are known to fit
+        model = Transformer(config)
+    theirs = {}
+    for name in model.state_dict():
         module, _, last = name.rpartition(".")
-        places[f"{names[module]}.{last}"] = place
-    missing, unexpected = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
-    if missing:
+        theirs[name] = f"{names[module]}.{last}"
+    check_names(set(theirs.values()), set(tensors))
+    for name, place in model.state_dict().items():
+        check_shape(theirs[name], tensors[theirs[name]], place.shape)
+    weights = {
+        name: torch.empty(place.shape, dtype=place.dtype).copy_(tensors[theirs[name]].detach())
+        for name, place in model.state_dict().items()
+    }
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def check_names(expected: set[str], given: set[str]) -> None:
+    """Raise ValueError unless every expected tensor is given, and no other."""
+    if missing := sorted(expected - given):
         raise ValueError(f"the state dict lacks {_listed(missing)}; config and state dict must be of one checkpoint")
-    if unexpected:
+    if unexpected := sorted(given - expected):
+        parts = {name.partition(".")[0] for name in expected}
+        heads = tuple(
+            dict.fromkeys(f"{name.partition('.')[0]}." for name in unexpected if name.split(".")[0] not in parts)
+        )
         raise ValueError(
             f"the state dict has unexpected tensors: {_listed(unexpected)}; drop them if they belong to a head that "
-            f"is not wanted, and check that config and state dict are of one checkpoint"
+            f"is not wanted{f' (leave_out={heads})' if heads else ''}, and check that config and state dict are of one "
+            f"checkpoint"
         )
-    for name, place in places.items():
-        check_shape(name, tensors[name], place.shape)
-    for name, place in places.items():  # state_dict() shares its memory with the model
-        place.copy_(tensors[name])
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ValueError unless `tensor` has the shape that the config implies."""
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(
-            f"{name!r} has shape {tuple(tensor.shape)}, but config says {tuple(expected)}; config and state dict must "
-            f"be of one checkpoint"
+    given, expected = tuple(tensor.shape), tuple(expected)
+    if given == expected:
+        return
+    cure = "config and state dict must be of one checkpoint"
+    if len(expected) == 2 and given == expected[::-1]:
+        cure = (
+            "it is the transpose; bring the weight of every linear layer into Hugging Face's order, the square ones "
+            "as well, whose shapes do not tell"
         )
+    elif name in ("wte.weight", "embeddings.word_embeddings.weight") and given[1:] == expected[1:] and given > expected:
+        cure = f"if the vocabulary is padded, say so by vocab_size={given[0]} in the config"
+    raise ValueError(f"{name!r} has shape {given}, but config says {expected}; {cure}")
 
 
 def _listed(names: list[str]) -> str:
