@@ -11,7 +11,6 @@ from typing import Any
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
-    check_architecture,
     check_options,
     check_tied,
     filled,
@@ -21,9 +20,10 @@ from minitransformer.pretrained.huggingface import (
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
 
-CLASSES = r"Bert(Model|LMHeadModel|For\w+)"
 FORM = Form(
     model="BERT",
+    model_type="bert",
+    classes=r"Bert(Model|LMHeadModel|For\w+)",
     base="bert",
     roots=r"embeddings\.|encoder\.layer\.\d+\.",
     example="embeddings.word_embeddings.weight",
@@ -66,7 +66,6 @@ SIZES = (
     "intermediate_size",
 )
 SUPPORTED = {
-    "model_type": "bert",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
@@ -90,8 +89,7 @@ def from_bert(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
         ValueError: an option that we do not compute; a tensor that is missing, unexpected, of a wrong shape, or no
             weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
-    check_options(config, SIZES, SUPPORTED)
-    check_architecture(config, "bert", CLASSES)
+    check_options(config, FORM, SIZES, SUPPORTED)
     tensors = left_out(plain_tensors(state_dict, FORM), leave_out)
     check_weights(tensors)
     if has_head := any(name.startswith("cls.predictions.") for name in tensors):

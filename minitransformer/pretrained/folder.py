@@ -5,7 +5,6 @@ which. Safetensors is preferred, and a .bin file, which is a pickle, is read wit
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from minitransformer.pretrained import bert, gpt2
+from minitransformer.pretrained.state_dict import Form
 from minitransformer.transformer import Transformer
 
-# model_type -> (a pattern for the names of its classes, its reader)
-READERS: dict[str, tuple[str, Callable[..., Transformer]]] = {
-    "bert": (bert.CLASSES, bert.from_bert),
-    "gpt2": (gpt2.CLASSES, gpt2.from_gpt2),
-}
+READERS: tuple[tuple[Form, Callable[..., Transformer]], ...] = (
+    (bert.FORM, bert.from_bert),
+    (gpt2.FORM, gpt2.from_gpt2),
+)
 FORMATS = (("model.safetensors", "*.safetensors.index.json"), ("pytorch_model.bin", "*.bin.index.json"))
 LFS = b"version https://git-lfs"
 LOOK_LIKE_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
@@ -52,18 +51,14 @@ def from_pretrained(folder: str | Path, leave_out: tuple[str, ...] = ()) -> Tran
 
 def _reader(config: Mapping[str, Any]) -> Callable[..., Transformer]:
     """By model_type, and where the config has none, by the classes that it names."""
-    kind, classes = config.get("model_type"), config.get("architectures") or []
-    if kind is None:
-        fitting = [
-            name for name, (pattern, _) in READERS.items() if any(re.fullmatch(pattern, str(c)) for c in classes)
-        ]
-        kind = fitting[0] if len(fitting) == 1 else None
-    if kind not in READERS:
+    kind, classes = config.get("model_type"), config.get("architectures")
+    fitting = [reader for form, reader in READERS if form.is_of(config)] if kind or classes else []
+    if not fitting:
         raise ValueError(
-            f"config.json has model_type={config.get('model_type')!r} and architectures={classes!r}, for which there "
-            f"is no reader; choose a checkpoint whose model_type is one of {', '.join(READERS)}"
+            f"config.json has model_type={kind!r} and architectures={classes!r}, for which there is no reader; choose "
+            f"a checkpoint whose model_type is one of {', '.join(form.model_type for form, _ in READERS)}"
         )
-    return READERS[kind][1]
+    return fitting[0]
 
 
 def _weights(folder: Path) -> Mapping[str, Any]:

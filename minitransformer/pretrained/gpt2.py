@@ -15,7 +15,6 @@ from torch import Tensor
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
-    check_architecture,
     check_options,
     check_shape,
     check_tied,
@@ -26,9 +25,10 @@ from minitransformer.pretrained.huggingface import (
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
 
-CLASSES = r"GPT2(Model|LMHeadModel|DoubleHeadsModel|For\w+)"
 FORM = Form(
     model="GPT-2",
+    model_type="gpt2",
+    classes=r"GPT2(Model|LMHeadModel|DoubleHeadsModel|For\w+)",
     base="transformer",
     roots=r"wte\.|wpe\.|h\.\d+\.|ln_f\.",
     example="wte.weight",
@@ -56,7 +56,6 @@ COPIES = {HEAD: "wte.weight"}  # of the tied weight: either or both may be saved
 
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer")
 SUPPORTED = {
-    "model_type": "gpt2",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
@@ -87,8 +86,7 @@ def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
             weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
     config = _with_their_names(config)
-    check_options(config, SIZES, SUPPORTED)
-    check_architecture(config, "gpt2", CLASSES)
+    check_options(config, FORM, SIZES, SUPPORTED)
     saved = plain_tensors(state_dict, FORM)
     tensors = left_out(saved, leave_out)
     check_weights(tensors)

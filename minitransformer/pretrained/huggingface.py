@@ -4,7 +4,6 @@ A checkpoint that fits only in part still runs and gives wrong numbers, so every
 or be known to be of no use, and every option that we do not compute must have the value that makes no difference.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minitransformer.config import TransformerConfig
+from minitransformer.pretrained.state_dict import Form
 from minitransformer.transformer import Transformer
 
 # Hugging Face's name -> ours. The tanh forms differ in how they are computed, not in what.
@@ -28,11 +28,12 @@ ACTIVATIONS = {
 NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
 
 
-def check_options(config: Mapping[str, Any], sizes: tuple[str, ...], supported: dict) -> None:
-    """Raise ValueError unless `config` states every size, and no option has an unsupported value.
+def check_options(config: Mapping[str, Any], form: Form, sizes: tuple[str, ...], supported: dict) -> None:
+    """Raise ValueError unless `config` is of this architecture, states every size, and has only supported options.
 
     Args:
         config: the contents of config.json, as a dict.
+        form: of the architecture.
         sizes: the options that must be there, each a whole number from 1.
         supported: option -> the one value we compute, which is also the value where the option is left out.
     """
@@ -40,6 +41,12 @@ def check_options(config: Mapping[str, Any], sizes: tuple[str, ...], supported: 
         raise ValueError(
             f"config is a dict, the contents of config.json, got {type(config).__name__}; read the file by json.loads, "
             f"or call to_dict() on a config of Hugging Face's"
+        )
+    if not form.is_of(config):
+        kind, classes = config.get("model_type"), config.get("architectures")
+        raise ValueError(
+            f"config has model_type={kind!r} and architectures={classes!r}, but only {form.model_type!r} is supported; "
+            f"choose such a checkpoint"
         )
     absent = [name for name in sizes if name not in config]
     if absent:
@@ -60,22 +67,6 @@ def check_tied(config: Mapping[str, Any], head: str) -> None:
         raise ValueError(
             f"config has tie_word_embeddings={given!r}, but only True is supported for a language-model head; choose "
             f"such a checkpoint, or leave the head out (leave_out=({head!r},)) if only hidden states are wanted"
-        )
-
-
-def check_architecture(config: Mapping[str, Any], model_type: str, classes: str) -> None:
-    """Raise ValueError where a config without a model_type names classes of another architecture.
-
-    Args:
-        config: the contents of config.json, as a dict.
-        model_type: of this architecture.
-        classes: a pattern for the names of its classes.
-    """
-    named = config.get("architectures") or ()
-    if config.get("model_type") is None and not all(re.fullmatch(classes, str(name)) for name in named):
-        raise ValueError(
-            f"config has architectures={named!r} and no model_type, which is no {model_type}; choose a checkpoint "
-            f'whose model_type is "{model_type}"'
         )
 
 
@@ -119,21 +110,19 @@ def filled(config: TransformerConfig, tensors: dict[str, Tensor], names: dict[st
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape.
     """
-    with torch.device("meta"):  # no memory before the shapes are known to fit
-        model = Transformer(config)
+    with torch.device("meta"):  # no memory is taken before the shapes are known to fit
+        places = Transformer(config).state_dict()
     theirs = {}
-    for name in model.state_dict():
+    for name in places:
         module, _, last = name.rpartition(".")
         theirs[name] = f"{names[module]}.{last}"
     check_names(set(theirs.values()), set(tensors))
-    for name, place in model.state_dict().items():
+    for name, place in places.items():
         check_shape(theirs[name], tensors[theirs[name]], place.shape)
-    weights = {
-        name: torch.empty(place.shape, dtype=place.dtype).copy_(tensors[theirs[name]].detach())
-        for name, place in model.state_dict().items()
-    }
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+    model = Transformer(config).eval()
+    for name, place in model.state_dict().items():  # state_dict() shares its memory with the model
+        place.copy_(tensors[theirs[name]])
+    return model
 
 
 def check_names(expected: set[str], given: set[str]) -> None:

@@ -16,32 +16,15 @@ from torch import Tensor, nn
 
 # What wraps a module, and so stands anywhere in a name: DataParallel, compile, FSDP, checkpointing, Lightning, Opacus.
 WRAPPERS = {
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "_forward_module",
-    "_module",
-}
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_module",
+}  # fmt: skip
 # What programs call the model that is a part of theirs. Another architecture's name (roberta) is none of these: its
 # tensors can have the same names below and mean something else.
 HOLDERS = {
-    "model",
-    "base_model",
-    "auto_model",
-    "backbone",
-    "encoder",
-    "net",
-    "network",
-    "lm",
-    "language_model",
-    "llm",
-    "transformer",
-    "bert",
-    "bert_model",
-    "gpt2",
-    "gpt2_model",
-}
+    "model", "base_model", "pretrained_model", "auto_model", "text_model", "language_model", "bert_model", "gpt2_model",
+    "backbone", "encoder", "text_encoder", "net", "network", "transformer", "lm", "llm", "plm", "bert", "gpt", "gpt2",
+}  # fmt: skip
+COUNTERS = r"n_averaged$"  # how many models an average (torch.optim.swa_utils) is over
 OF_TRAINING = re.compile(r"optim|sched|scaler|rng|random")  # beside a state dict: no weights of the model
 WAYS_BACK = (  # what a name betrays, and what to do
     (
@@ -68,13 +51,22 @@ WAYS_BACK = (  # what a name betrays, and what to do
 
 @dataclass(frozen=True)
 class Form:
-    """How an architecture's tensors are named."""
+    """How an architecture is named: in its config, and tensor by tensor."""
 
-    model: str  # its name in messages
-    base: str  # where the classes with a head keep the Transformer
+    model: str  # in messages
+    model_type: str  # in its config
+    classes: str  # the names of its classes, as a pattern
+    base: str  # where a class with a head keeps the Transformer
     roots: str  # the beginnings of the Transformer's names below it, as a pattern
     example: str  # one of these names
-    not_used: str = r"(?!)"  # names of what has no place in our model, knowingly, as a pattern
+    not_used: str  # names of what has no place in our model, knowingly, as a pattern
+
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether this is the architecture of a config.json: by its model_type, or where it has none, its classes."""
+        kind, classes = config.get("model_type"), config.get("architectures") or ()
+        return kind == self.model_type or (
+            kind is None and all(re.fullmatch(self.classes, str(name)) for name in classes)
+        )
 
 
 def plain_tensors(checkpoint: Mapping, form: Form) -> dict[str, Any]:
@@ -95,7 +87,7 @@ def plain_tensors(checkpoint: Mapping, form: Form) -> dict[str, Any]:
     tensors = _unwrapped(checkpoint, form)
     tensors = _renamed(tensors, {name: _without_wrappers(name) for name in tensors})
     tensors = _renamed(tensors, _without_prefix(list(tensors), form))
-    return {name: tensor for name, tensor in tensors.items() if not re.match(form.not_used, name)}
+    return {name: tensor for name, tensor in tensors.items() if not re.match(f"{COUNTERS}|{form.not_used}", name)}
 
 
 def left_out(tensors: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
@@ -161,7 +153,7 @@ def _trouble(tensor: Any) -> str | None:
     if tensor.is_meta:
         return "has no data (device meta); load the weights before they are passed"
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"has the type {tensor.dtype}, but weights are float16, bfloat16, float32 or float64; convert it there"
+        return f"has the type {tensor.dtype}, but weights are float16, bfloat16, float32 or float64; convert it, or leave it out"
     if not tensor.isfinite().all():
         return "has values that are not finite; the file is damaged, or its training diverged: choose another"
     return None

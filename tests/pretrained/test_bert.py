@@ -77,7 +77,7 @@ def test_left_out_segments_are_the_first_segment():
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key', but only 'absolute'"),
         ({"is_decoder": True}, "is_decoder=True, but only False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False, but only True"),
-        ({"model_type": "roberta"}, "model_type='roberta', but only 'bert'"),
+        ({"model_type": "roberta"}, "model_type='roberta' .*, but only 'bert'"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
         ({"attention_probs_dropout_prob": 0.0}, "one dropout rate.*attention_probs_dropout_prob=0.0; set them"),
         ({"num_hidden_layers": 3}, r"lacks encoder\.layer\.2\..* and 13 more"),
