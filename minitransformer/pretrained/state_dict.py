@@ -153,7 +153,7 @@ def _trouble(tensor: Any) -> str | None:
     if tensor.is_meta:
         return "has no data (device meta); load the weights before they are passed"
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"has the type {tensor.dtype}, but weights are float16, bfloat16, float32 or float64; convert it, or leave it out"
+        return f"has the type {tensor.dtype}, but weights are float16, bfloat16, float32 or float64; convert it"
     if not tensor.isfinite().all():
         return "has values that are not finite; the file is damaged, or its training diverged: choose another"
     return None
