@@ -56,7 +56,8 @@ def _reader(config: Mapping[str, Any]) -> Callable[..., Transformer]:
     if not fitting:
         raise ValueError(
             f"config.json has model_type={kind!r} and architectures={classes!r}, for which there is no reader; choose "
-            f"a checkpoint whose model_type is one of {', '.join(form.model_type for form, _ in READERS)}"
+            f"a checkpoint whose model_type is one of {', '.join(form.model_type for form, _ in READERS)}, or write it "
+            f"into config.json where it is only missing"
         )
     return fitting[0]
 

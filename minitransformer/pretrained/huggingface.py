@@ -127,13 +127,15 @@ def filled(config: TransformerConfig, tensors: dict[str, Tensor], names: dict[st
 
 def check_names(expected: set[str], given: set[str]) -> None:
     """Raise ValueError unless every expected tensor is given, and no other."""
-    if missing := sorted(expected - given):
-        raise ValueError(f"the state dict lacks {_listed(missing)}; config and state dict must be of one checkpoint")
-    if unexpected := sorted(given - expected):
-        parts = {name.partition(".")[0] for name in expected}
-        heads = tuple(
-            dict.fromkeys(f"{name.partition('.')[0]}." for name in unexpected if name.split(".")[0] not in parts)
+    missing, unexpected = sorted(expected - given), sorted(given - expected)
+    if missing:
+        beside = f", and has in their place or beside them {_listed(unexpected)}" if unexpected else ""
+        raise ValueError(
+            f"the state dict lacks {_listed(missing)}{beside}; config and state dict must be of one checkpoint"
         )
+    if unexpected:
+        parts = {name.partition(".")[0] for name in expected}
+        heads = tuple(dict.fromkeys(f"{part}." for name in unexpected if (part := name.partition(".")[0]) not in parts))
         raise ValueError(
             f"the state dict has unexpected tensors: {_listed(unexpected)}; drop them if they belong to a head that "
             f"is not wanted{f' (leave_out={heads})' if heads else ''}, and check that config and state dict are of one "

@@ -76,7 +76,7 @@ def beside_an_optimizer(family):
 
 
 def changed(**how):
-    """One tensor dropped (None), replaced or added; `table`, `copy` and `first` stand for names of the family."""
+    """Tensors dropped (None), replaced or added; `table` and `copy` stand for the family's names of the tied weight."""
 
     def change(family):
         weights = dict(family.weights)
@@ -269,6 +269,14 @@ def test_a_head_is_left_out_on_demand_and_never_silently(family):
     check_logits(family, weights, leave_out=("classifier.",))
     with pytest.raises(ValueError, match=r"leave_out names 'clasifier.', but no tensor's name begins so"):
         family.read(weights, family.golden.config, leave_out=("clasifier.",))
+
+
+def test_tensors_of_other_names_are_named_beside_those_that_are_lacking():
+    """As in NVIDIA's files, whose dense layer before the activation is called so."""
+    weights = {name.replace("intermediate.dense", "intermediate.dense_act"): t for name, t in BERT.weight.items()}
+    message = r"lacks .*intermediate\.dense\.bias.*, and has .* encoder\.layer\.0\.intermediate\.dense_act\.bias"
+    with pytest.raises(ValueError, match=message):
+        from_bert(weights, BERT.config)
 
 
 def test_a_head_of_its_own_weight_is_refused_and_leaves_hidden_states(family):
