@@ -83,19 +83,19 @@ def from_bert(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
             `cls.predictions.*` the model scores words (lm_head="bert"); without, it gives hidden states only
             (lm_head="none").
         config: the contents of config.json.
-        leave_out: beginnings of names that are not wanted, such as ("classifier.",) or ("cls.",).
+        leave_out: beginnings of names, as messages give them, that are not wanted: ("classifier.",) or ("cls.",).
 
     Raises:
         ValueError: an option that we do not compute; a tensor that is missing, unexpected, of a wrong shape, or no
             weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
-    check_options(config, FORM, SIZES, SUPPORTED)
+    check_options(config, FORM, SIZES, SUPPORTED, optional=("type_vocab_size",))
     tensors = left_out(plain_tensors(state_dict, FORM), leave_out)
     check_weights(tensors)
     if has_head := any(name.startswith("cls.predictions.") for name in tensors):
         check_tied(config, "cls.")
     our_config = _our_config(config, "bert" if has_head else "none")
-    return filled(our_config, one_of_each(tensors, COPIES), _names(config["num_hidden_layers"]))
+    return filled(our_config, one_of_each(tensors, COPIES), _names)
 
 
 def _names(n_layers: int) -> dict[str, str]:

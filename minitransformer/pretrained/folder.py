@@ -30,7 +30,7 @@ def from_pretrained(folder: str | Path, leave_out: tuple[str, ...] = ()) -> Tran
 
     Args:
         folder: on this machine; nothing is downloaded.
-        leave_out: beginnings of names of tensors that are not wanted, such as ("classifier.",).
+        leave_out: beginnings of tensors' names, as messages give them, that are not wanted: ("classifier.",).
 
     Raises:
         ValueError: the folder, its config, its weights or one of their files is absent or cannot be read; an

@@ -3,8 +3,8 @@
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3: a causal pre-norm
 Transformer whose language-model head is the transposed word embedding.
 
-Two habits of the released code show in the file: a linear map stores its weight as [in, out] (`Conv1D`), and one map,
-`c_attn`, computes query, key and value side by side, [d_model, 3 d_model].
+Two habits of the released code show in the file: a linear layer stores its weight as [in, out] (`Conv1D`), and one
+layer, `c_attn`, computes query, key and value side by side, [d_model, 3 d_model].
 """
 
 import re
@@ -35,7 +35,7 @@ FORM = Form(
     not_used=r"h\.\d+\.attn\.(bias|masked_bias)$",  # the causal mask, stored in older files
 )
 
-# Our module -> Hugging Face's, once `c_attn` is split and the linear maps are transposed.
+# Our module -> Hugging Face's, once `c_attn` is split and the linear layers are transposed.
 EMBEDDING = {
     "embedding.token": "wte",
     "embedding.position": "wpe",
@@ -79,14 +79,14 @@ def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
             tied, saved or not; where the config says that it is not, or it is left out, the model gives hidden states
             only (lm_head="none").
         config: the contents of config.json.
-        leave_out: beginnings of names that are not wanted, such as ("score.",) or ("lm_head.",).
+        leave_out: beginnings of names, as messages give them, that are not wanted: ("score.",) or ("lm_head.",).
 
     Raises:
         ValueError: an option that we do not compute; a tensor that is missing, unexpected, of a wrong shape, or no
             weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
     config = _with_their_names(config)
-    check_options(config, FORM, SIZES, SUPPORTED)
+    check_options(config, FORM, SIZES, SUPPORTED, optional=("n_inner",))
     saved = plain_tensors(state_dict, FORM)
     tensors = left_out(saved, leave_out)
     check_weights(tensors)
@@ -94,7 +94,7 @@ def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
         check_tied(config, "lm_head.")
     is_tied = HEAD in tensors or (HEAD not in saved and config.get("tie_word_embeddings", True))
     pieces = _split(_transposed(one_of_each(tensors, COPIES)), config["n_embd"])
-    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, _names(config["n_layer"]))
+    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, _names)
 
 
 def _with_their_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -116,13 +116,13 @@ def _with_their_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the linear maps from [in, out] to [out, in]."""
+    """Weights of the linear layers from [in, out] to [out, in]."""
     linear = re.compile(r"\.c_(attn|proj|fc)\.weight$")
     return {name: t.T if linear.search(name) and t.ndim == 2 else t for name, t in tensors.items()}
 
 
 def _split(tensors: dict[str, Tensor], d_model: int) -> dict[str, Tensor]:
-    """Each fused map cut into the query's, the key's and the value's: weights [d_model, d_model], biases [d_model]."""
+    """Each fused layer cut into query's, key's and value's: weights [d_model, d_model], biases [d_model]."""
     split = {}
     for name, tensor in tensors.items():
         fused, c_attn, last = name.rpartition("c_attn.")  # last: weight or bias

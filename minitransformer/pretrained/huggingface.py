@@ -4,7 +4,7 @@ A checkpoint that fits only in part still runs and gives wrong numbers, so every
 or be known to be of no use, and every option that we do not compute must have the value that makes no difference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,13 +28,16 @@ ACTIVATIONS = {
 NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
 
 
-def check_options(config: Mapping[str, Any], form: Form, sizes: tuple[str, ...], supported: dict) -> None:
+def check_options(
+    config: Mapping[str, Any], form: Form, sizes: tuple[str, ...], supported: dict, optional: tuple[str, ...] = ()
+) -> None:
     """Raise ValueError unless `config` is of this architecture, states every size, and has only supported options.
 
     Args:
         config: the contents of config.json, as a dict.
         form: of the architecture.
         sizes: the options that must be there, each a whole number from 1.
+        optional: sizes that may be left out or null.
         supported: option -> the one value we compute, which is also the value where the option is left out.
     """
     if not isinstance(config, Mapping):
@@ -51,8 +54,8 @@ def check_options(config: Mapping[str, Any], form: Form, sizes: tuple[str, ...],
     absent = [name for name in sizes if name not in config]
     if absent:
         raise ValueError(f"config lacks {', '.join(absent)}; pass the whole config.json of the checkpoint as a dict")
-    for name in sizes:
-        if type(config[name]) is not int or config[name] < 1:
+    for name in (*sizes, *(name for name in optional if config.get(name) is not None)):
+        if type(config[name]) is not int or not 1 <= config[name] < 2**30:
             raise ValueError(f"config has {name}={config[name]!r}, which is no size; pass the checkpoint's config.json")
     for name, value in (supported | NOT_QUANTISED).items():
         given = config.get(name, value)
@@ -99,23 +102,31 @@ def read_dropout(config: Mapping[str, Any], names: tuple[str, ...]) -> float:
     return rates[names[0]]
 
 
-def filled(config: TransformerConfig, tensors: dict[str, Tensor], names: dict[str, str]) -> Transformer:
+def filled(
+    config: TransformerConfig, tensors: dict[str, Tensor], names: Callable[[int], dict[str, str]]
+) -> Transformer:
     """A model with copies of these tensors, float32, in evaluation mode.
 
     Args:
         config: of the model.
         tensors: by Hugging Face's names.
-        names: our module -> theirs; the last part of a name (weight, bias) is the same in both.
+        names: gives, for so many layers, our module -> theirs; the last part of a name (weight, bias) is the same.
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape.
     """
+    if config.n_layers > len(tensors):
+        raise ValueError(
+            f"config says {config.n_layers} layers, but the state dict has {len(tensors)} tensors; config and state "
+            f"dict must be of one checkpoint"
+        )
+    their_modules = names(config.n_layers)
     with torch.device("meta"):  # no memory is taken before the shapes are known to fit
         places = Transformer(config).state_dict()
     theirs = {}
     for name in places:
         module, _, last = name.rpartition(".")
-        theirs[name] = f"{names[module]}.{last}"
+        theirs[name] = f"{their_modules[module]}.{last}"
     check_names(set(theirs.values()), set(tensors))
     for name, place in places.items():
         check_shape(theirs[name], tensors[theirs[name]], place.shape)

@@ -7,7 +7,7 @@ shards of tensors) is refused with the way back.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def plain_tensors(checkpoint: Mapping, form: Form) -> dict[str, Any]:
     return {name: tensor for name, tensor in tensors.items() if not re.match(f"{COUNTERS}|{form.not_used}", name)}
 
 
-def left_out(tensors: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+def left_out(tensors: dict[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
     """The tensors whose names begin with none of `prefixes`.
 
     Raises:
@@ -101,7 +101,7 @@ def left_out(tensors: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, An
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in tensors):
             raise ValueError(f"leave_out names {prefix!r}, but no tensor's name begins so; take it off leave_out")
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(prefixes))}
 
 
 def one_of_each(tensors: dict[str, Tensor], copies: dict[str, str]) -> dict[str, Tensor]:
