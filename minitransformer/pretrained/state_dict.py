@@ -186,7 +186,7 @@ def _unwrapped(checkpoint: Mapping, form: Form) -> Mapping:
 def _state_dicts(checkpoint: Mapping, form: Form, path: str = "") -> Iterator[tuple[str, Mapping]]:
     """Every dict, at whatever depth, that holds values under the form's names; lists of shapes are none."""
     root = re.compile(rf"(^|\.)({form.roots})")
-    values = [name for name, value in checkpoint.items() if not isinstance(value, Mapping | torch.Size)]
+    values = [name for name, value in checkpoint.items() if not isinstance(value, torch.Size)]
     if any(root.search(_without_wrappers(str(name))) for name in values):
         yield path, checkpoint
         return
