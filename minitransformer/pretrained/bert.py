@@ -16,6 +16,7 @@ from minitransformer.pretrained.huggingface import (
     filled,
     read_activation,
     read_dropout,
+    read_number,
 )
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
@@ -117,7 +118,7 @@ def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
         causal=False,
         norm="post",
         activation=read_activation(config.get("hidden_act", "gelu")),
-        norm_eps=config.get("layer_norm_eps", 1e-12),
+        norm_eps=read_number(config, "layer_norm_eps", 1e-12),
         n_segments=config.get("type_vocab_size", 2),
         embedding_norm=True,
         lm_head=lm_head,

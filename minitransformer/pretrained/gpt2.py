@@ -21,6 +21,7 @@ from minitransformer.pretrained.huggingface import (
     filled,
     read_activation,
     read_dropout,
+    read_number,
 )
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
@@ -153,6 +154,6 @@ def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
         causal=True,
         norm="pre",
         activation=read_activation(config.get("activation_function", "gelu_new")),
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        norm_eps=read_number(config, "layer_norm_epsilon", 1e-5),
         lm_head=lm_head,
     )

@@ -73,26 +73,38 @@ def check_tied(config: Mapping[str, Any], head: str) -> None:
         )
 
 
-def read_activation(name: str) -> str:
+def read_activation(name: Any) -> str:
     """Our name of Hugging Face's activation.
 
     Raises:
         ValueError: we have no such activation.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(
             f"the activation {name!r} is not supported; choose a checkpoint with one of {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 
 
+def read_number(config: Mapping[str, Any], name: str, default: float) -> float:
+    """The option's value, or the default where it is left out.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    value = config.get(name, default)
+    if type(value) not in (int, float):
+        raise ValueError(f"config has {name}={value!r}, which is no number; pass the checkpoint's config.json")
+    return value
+
+
 def read_dropout(config: Mapping[str, Any], names: tuple[str, ...]) -> float:
     """The one dropout rate of the model, from options that must agree; 0.1 where an option is left out.
 
     Raises:
-        ValueError: the rates differ.
+        ValueError: the rates differ, or one is no number.
     """
-    rates = {name: config.get(name, 0.1) for name in names}
+    rates = {name: read_number(config, name, 0.1) for name in names}
     if len(set(rates.values())) > 1:
         listed = ", ".join(f"{name}={rate}" for name, rate in rates.items())
         raise ValueError(

@@ -25,7 +25,8 @@ HOLDERS = {
     "backbone", "encoder", "text_encoder", "net", "network", "transformer", "lm", "llm", "plm", "bert", "gpt", "gpt2",
 }  # fmt: skip
 COUNTERS = r"n_averaged$"  # how many models an average (torch.optim.swa_utils) is over
-OF_TRAINING = re.compile(r"optim|sched|scaler|rng|random")  # beside a state dict: no weights of the model
+OF_TRAINING = re.compile(r"^opt|optim|sched|scaler|^amp|rng|random")  # beside a state dict: no weights of the model
+UNQUANTISED = "choose the checkpoint before it was quantised, or dequantise it where it was made and save it in float32"
 WAYS_BACK = (  # what a name betrays, and what to do
     (
         r"\.(lora_\w+|base_layer|modules_to_save|prompt_encoder)\.",
@@ -34,7 +35,7 @@ WAYS_BACK = (  # what a name betrays, and what to do
     (
         r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|weight_scale\w*|absmax|nested_absmax|quant_\w+|_packed_params)"
         r"(\.|$)",
-        "belongs to quantised weights; dequantise the model where it was made and save it in float32",
+        f"belongs to quantised weights; {UNQUANTISED}",
     ),
     (r"(^|[._])flat_param", "is a part of flattened weights; gather them (FSDP's FULL_STATE_DICT) and save again"),
     (
@@ -147,13 +148,13 @@ def _trouble(tensor: Any) -> str | None:
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"is a {kind}; make it a plain tensor (dequantize(), full_tensor()) and save again"
     if tensor.is_quantized:
-        return f"is quantised ({tensor.dtype}); call dequantize() on it, or choose the unquantised checkpoint"
+        return f"is quantised ({tensor.dtype}); {UNQUANTISED}"
     if tensor.layout is not torch.strided:
         return f"is not dense ({tensor.layout}); call to_dense() on it"
     if tensor.is_meta:
         return "has no data (device meta); load the weights before they are passed"
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"has the type {tensor.dtype}, but weights are float16, bfloat16, float32 or float64; convert it"
+        return f"has the type {tensor.dtype}, but weights are float16, bfloat16, float32 or float64; {UNQUANTISED}"
     if not tensor.isfinite().all():
         return "has values that are not finite; the file is damaged, or its training diverged: choose another"
     return None
