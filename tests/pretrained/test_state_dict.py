@@ -315,8 +315,8 @@ def test_no_memory_is_taken_before_the_shapes_are_known_to_fit(family):
     with pytest.raises(ValueError, match=r"has shape \(40, 24\), but config says \(999999999, 24\)"):
         family.read(family.weights, family.golden.config | {"vocab_size": 999_999_999})
     depth = "n_layer" if "n_layer" in family.golden.config else "num_hidden_layers"
-    with pytest.raises(ValueError, match=r"config says 999999999 layers, but the state dict has \d+ tensors"):
-        family.read(family.weights, family.golden.config | {depth: 999_999_999})
+    with pytest.raises(ValueError, match=r"config says 10000 layers, but the state dict has \d+ tensors"):
+        family.read(family.weights, family.golden.config | {depth: 10_000})
 
 
 @pytest.mark.usefixtures("unchecked")
