@@ -360,3 +360,18 @@ def test_gpt2s_sizes_may_have_the_names_of_other_configs():
     from_gpt2(FAMILIES["gpt2"].weights, GPT2.config | {"hidden_size": 24, "reorder_and_upcast_attn": True})
     with pytest.raises(ValueError, match="hidden_size=48 and n_embd=24, which are one; keep the right one"):
         from_gpt2(FAMILIES["gpt2"].weights, GPT2.config | {"hidden_size": 48})
+
+
+def test_options_that_are_left_out_have_hugging_faces_defaults():
+    optional = {
+        "type_vocab_size",
+        "hidden_act",
+        "layer_norm_eps",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+    }
+    optional |= {"activation_function", "layer_norm_epsilon", "resid_pdrop", "embd_pdrop", "attn_pdrop", "model_type"}
+    for family in FAMILIES.values():
+        config = {name: value for name, value in family.golden.config.items() if name not in optional}
+        model, whole = family.read(family.weights, config), family.read(family.weights, family.golden.config)
+        assert model.config == whole.config
