@@ -147,8 +147,8 @@ def prefix_mlp(
     return F.linear(torch.tanh(F.linear(source, hidden_weight, hidden_bias)), out_weight, out_bias)
 
 
-def prepend(prompt: Float[Tensor, "n d"], vectors: Float[Tensor, "B T d"]) -> Float[Tensor, "B nT d"]:
-    """[P ; E]: the same n vectors in front of every row. Lester et al. 2021, section 2."""
+def prepend(prompt: Float[Tensor, "*rows n d"], vectors: Float[Tensor, "B T d"]) -> Float[Tensor, "B nT d"]:
+    """[P ; E]: n vectors in front of every row, the same ones or its own. Lester et al. 2021, section 2."""
     return torch.cat([prompt.to(vectors.dtype).expand(vectors.shape[0], -1, -1), vectors], dim=1)
 
 

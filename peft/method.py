@@ -9,8 +9,10 @@ them, `expected_parameters` says in closed form how many numbers that trains.
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from types import UnionType
+from typing import ClassVar, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +111,22 @@ def can_hold(weight: Tensor, *changes: Tensor) -> bool:
 class Method(ABC):
     """A recipe: everything needed to attach a method again, as plain values.
 
+    NumPy's and PyTorch's scalars become Python's, and lists become tuples: that is what a file gives back.
+
     Raises:
-        ValueError: on defining a class, if another one has its name: a file would not know which of them it means.
+        ValueError: a value of another type than its field says, a NaN or an infinity. On defining a class, if another
+            one has its name: a file would not know which of them it means.
     """
 
     registry: ClassVar[dict[str, type["Method"]]] = {}
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = plain(getattr(self, f.name))
+            if not fits(value, f.type):
+                kind = getattr(f.type, "__name__", f.type) if isinstance(f.type, type) else f.type
+                raise ValueError(f"{f.name} must be {kind} (a number: finite), got {value!r}")
+            object.__setattr__(self, f.name, value)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -156,7 +169,7 @@ class Method(ABC):
 
     def as_dict(self) -> dict:
         """The recipe as plain values, with its name, ready for JSON."""
-        return {"method": type(self).__name__, **asdict(self)}
+        return {"method": type(self).__name__, **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
 
     @staticmethod
     def from_dict(values: dict) -> "Method":
@@ -165,7 +178,7 @@ class Method(ABC):
         Raises:
             ValueError: an unknown method or an unknown field.
         """
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        values = {key: plain(value) for key, value in values.items()}
         name = values.pop("method", None)
         if name not in Method.registry:
             raise ValueError(
@@ -176,6 +189,24 @@ class Method(ABC):
             return Method.registry[name](**values)
         except TypeError as error:
             raise ValueError(f"the recipe of {name} does not fit this version: {error}") from error
+
+
+def plain(value):
+    """The same value in plain Python: NumPy's or PyTorch's scalars and arrays, and lists, become numbers and tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(plain(entry) for entry in value) if isinstance(value, list | tuple | range) else value
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of the type that a field is annotated with, and finite; a hint other than a type fits all."""
+    if isinstance(hint, UnionType):
+        return any(fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        kind, *more = get_args(hint)
+        return isinstance(value, tuple) and (more != [...] or all(fits(entry, kind) for entry in value))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and isfinite(value)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -192,10 +223,9 @@ class LayerwiseMethod(Method):
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
-        if self.layers is None:
-            return
-        object.__setattr__(self, "layers", tuple(self.layers))  # a list would not equal what a file gives back
-        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+        super().__post_init__()
+        layers = (0,) if self.layers is None else self.layers
+        if not layers or len(set(layers)) < len(layers) or min(layers) < 0:
             raise ValueError(f"layers={self.layers} must name at least one block, each once, counted from 0")
 
     def n_blocks(self, config: TransformerConfig) -> int:
@@ -210,13 +240,18 @@ class LayerwiseMethod(Method):
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """Draws from U(-bound, bound)."""
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    """Draws from U(-bound, bound): the same ones whatever the default precision and device are."""
+    return (torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * bound
 
 
 def normal(shape: tuple[int, ...], std: float | int, generator: torch.Generator) -> Tensor:
-    """Draws from N(0, std²)."""
-    return torch.randn(shape, generator=generator) * std
+    """Draws from N(0, std²): the same ones whatever the default precision and device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std
+
+
+def precision_of(module: nn.Module) -> torch.dtype:
+    """What a frozen module computes in, whatever is wrapped round it: the type of its innermost weights."""
+    return next((p.dtype for p in unwrapped(module).parameters() if p.is_floating_point()), torch.float32)
 
 
 def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True) -> nn.Parameter:
@@ -224,6 +259,6 @@ def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True
 
     Half precision is for the frozen weights only: a small step would be lost in the rounding of a 16-bit tensor.
     """
-    like = next(module.parameters())
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return nn.Parameter(values.to(device=like.device, dtype=dtype), requires_grad=requires_grad)
+    device = next(module.parameters()).device
+    dtype = torch.float64 if precision_of(module) == torch.float64 else torch.float32
+    return nn.Parameter(values.to(device=device, dtype=dtype), requires_grad=requires_grad)

@@ -25,7 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.attention import Attention
 from minitransformer.config import ACTIVATIONS, TransformerConfig
+from minitransformer.feedforward import FeedForward
 from peft.functional import bottleneck
 from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
@@ -66,8 +68,8 @@ class BottleneckAdapter(LayerwiseMethod):
             raise ValueError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if self.scale == 0 or not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number other than 0, got {self.scale}: nothing could be learned")
+        if self.scale == 0:
+            raise ValueError("scale must not be 0: nothing could be learned")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The sublayers (or the FFN's second linear map) of every block."""
@@ -80,8 +82,10 @@ class BottleneckAdapter(LayerwiseMethod):
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """An `Adapter` joined to the sublayer."""
         reader = module if isinstance(module, nn.Linear) else None
+        if isinstance(module, (Attention, FeedForward)):
+            reader = unwrapped(module.query if isinstance(module, Attention) else module.up)
         if reader is None:
-            reader = unwrapped(module.query if hasattr(module, "query") else module.up)
+            raise ValueError(f"{name} is a {type(module).__name__}, of which an adapter does not know the width")
         return Adapter(module, self, reader.in_features, generator)
 
     def expected_parameters(self, config: TransformerConfig) -> int:

@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.attention import Attention
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding
 from peft.functional import shifted
-from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like
+from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
 
 
@@ -37,18 +38,23 @@ class BitFit(LayerwiseMethod):
     """
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """Every linear map and LayerNorm with a bias, in blocks, and the norms outside of them."""
-        inside = tuple(f"{block}." for block in block_names(modules))
-        places = [name for name in modules if name.startswith(inside) and not name.endswith(".attention.key")]
-        for name in [name for name, module in modules.items() if isinstance(module, Embedding)]:
-            places += [f"{name}.norm", f"{name.removesuffix('embedding')}norm"]  # the embedding's and the last one
+        """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
+        blocks = block_names(modules)
+        inside = tuple(f"{block}." for block in blocks)
+        keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
+        places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
+        owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
+        for name, module in modules.items():
+            owner = name.rpartition(".")[0]
+            if isinstance(module, Embedding) and owner in owners:
+                places += [f"{name}.norm", f"{owner}.norm" if owner else "norm"]
         places = [name for name in places if name in modules and _has_bias(modules[name])]
         if not places:
             raise ValueError("the model has no block with a bias, so there is nothing for BitFit to train")
         return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `ShiftedBias` round the map or norm."""
+        """A `ShiftedBias` round the layer or norm."""
         return ShiftedBias(module)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
@@ -62,7 +68,7 @@ def _has_bias(module: nn.Module) -> bool:
 
 
 class ShiftedBias(Wrapper):
-    """A linear map or a norm with an explicit `delta_bias` [d_out] on top of its frozen bias."""
+    """A linear layer or a norm with an explicit `delta_bias` [d_out] on top of its frozen bias."""
 
     order = 2
 
@@ -74,7 +80,7 @@ class ShiftedBias(Wrapper):
         return f"delta_bias={list(self.delta_bias.shape)}"
 
     def as_linear(self) -> LinearMap | None:
-        """W and b + Δb, if it is a linear map whose precision can hold the change."""
+        """W and b + Δb, if it is a linear layer whose precision can hold the change."""
         base = linear_map(self.base)
         if not self.enabled or base is None:
             return base

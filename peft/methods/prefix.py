@@ -30,10 +30,18 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
-from minitransformer.modes import evaluation_mode
 from peft.functional import gated_prefix, prefix_attention
-from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
-from peft.methods.real_words import attention_input_of_words
+from peft.method import (
+    KeysAndValues,
+    LayerwiseMethod,
+    Wrapper,
+    keys_and_values,
+    normal,
+    parameter_like,
+    precision_of,
+    unwrapped,
+)
+from peft.methods.real_words import attention_input_of_words, check_start
 from peft.methods.reparameterization import made_by_mlp, mlp_start
 from peft.sites import in_layers
 
@@ -48,14 +56,16 @@ class PrefixTuning(LayerwiseMethod):
         init: "activations" starts from the keys and values (or inputs) that `length` real words have in each layer;
             "normal" from N(0, init_std²).
         init_std: standard deviation of "normal".
-        init_tokens: the words of "activations", `length` word numbers; None draws them from the vocabulary.
+        init_tokens: the words of "activations", `length` word numbers; None draws them from the whole vocabulary, of
+            which the model does not know what is no word (padding, say).
         reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
             brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` that do not fit or count.
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
+            option that would be ignored.
     """
 
     length: int = 8
@@ -68,22 +78,15 @@ class PrefixTuning(LayerwiseMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
+        check_start(self, "activations")
         if self.at not in ("kv", "hidden"):
             raise ValueError(f'at={self.at!r} is unknown; choose "kv" or "hidden"')
-        if self.init not in ("activations", "normal"):
-            raise ValueError(f'init={self.init!r} is unknown; choose "activations" or "normal"')
-        if self.init_tokens is not None:
-            object.__setattr__(self, "init_tokens", tuple(self.init_tokens))  # a list would not equal what a file gives
-            if self.init != "activations" or self.reparameterize is not None:
-                raise ValueError('init_tokens would be ignored: they go with init="activations" and no MLP')
-            if len(self.init_tokens) != self.length:
-                raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
-        if not self.init_std >= 0:
-            raise ValueError(f"init_std is a standard deviation, 0 or more, got {self.init_std}")
-        if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
+        if self.reparameterize is None:
+            return
+        if self.reparameterize < 1 or self.at != "kv":
             raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
+        if self.init != "activations" or self.init_tokens is not None:
+            raise ValueError("init and init_tokens would be ignored: the MLP of reparameterize has a start of its own")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every attention layer."""
@@ -103,8 +106,9 @@ class PrefixTuning(LayerwiseMethod):
         hidden = attention_input_of_words(model, module, self.init_tokens, self.length, generator)
         if self.at == "hidden":
             return PrefixAttention(module, self, {"hidden": hidden})
-        with torch.no_grad(), evaluation_mode(module):  # a LoRA on the key map may have dropout
-            return PrefixAttention(module, self, {"key": module.key(hidden), "value": module.value(hidden)})
+        parts = {name: unwrapped(part) for name, part in (("key", module.key), ("value", module.value))}
+        with torch.no_grad():
+            return PrefixAttention(module, self, {name: part(hidden[None])[0] for name, part in parts.items()})
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
@@ -139,8 +143,9 @@ class PrefixAttention(Wrapper):
         if self.recipe.at == "kv":
             return self.key, self.value
         frozen = unwrapped(self.base)
-        hidden = self.hidden.to(next(unwrapped(frozen.key).parameters()).dtype)
-        return frozen.key(hidden), frozen.value(hidden)
+        hidden = self.hidden[None]  # [1, n, d_model], as a layer's input is; so a hook on W_k or W_v sees it, too
+        key, value = (part(hidden.to(precision_of(part)))[0] for part in (frozen.key, frozen.value))
+        return key, value
 
     def forward(
         self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None

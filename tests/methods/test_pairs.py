@@ -14,8 +14,7 @@ from minitransformer import Transformer, TransformerConfig
 from peft.methods.linear import MergeableLinear
 
 # One recipe of each kind that a place can be entered in; the other pairs are slow.
-MAIN = ("lora all", "dora", "vera", "prefix kv", "prefix hidden", "prefix mlp", "prefix gated hidden", "prompt",
-        "houlsby", "parallel", "inside_ffn", "bitfit", "ia3")  # fmt: skip
+MAIN = ("lora all", "dora", "prefix hidden", "prefix gated hidden", "prompt", "houlsby", "inside_ffn", "bitfit", "ia3")
 SLOW = pytest.mark.slow
 KINDS = {"causal-pre": (True, "pre"), "encoder-post": (False, "post")}
 CASES = [
@@ -85,7 +84,10 @@ def test_a_pair_of_recipes_is_one_thing_in_both_orders(tmp_path, kind, dtype, pa
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert gradient.dtype == torch.float32 and torch.equal(gradient, theirs[name]), name
-        assert_close(gradient, tensors[name].grad, 50 * tolerance if dtype == torch.float32 else 0.5)
+        if dtype == torch.float32:
+            assert_close(gradient, tensors[name].grad, 1e-3)
+    in_one = [torch.cat([own[name].flatten() for name in ours]) for own in (ours, {n: tensors[n].grad for n in ours})]
+    assert_close(*in_one, 5 * tolerance)
     moved = outputs(model)
     peft.save(model, tmp_path / "file")
     assert torch.equal(outputs(peft.load(plain(kind, dtype), tmp_path / "file")), moved)
