@@ -54,8 +54,8 @@ class Wrapper(nn.Module):
             for answer in {"as_linear", "as_attention", "keys_and_values"} - vars(cls).keys():
                 setattr(cls, answer, vars(Wrapper)[answer])
 
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """The method's tensors, by name, without those of the wrapped module."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The method's parameters (or what stands in for them at present), without those of the wrapped module."""
         return dict(self.named_parameters(recurse=False))
 
     def frozen_tensors(self) -> set[str]:

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import peft
 from minitransformer import Transformer, TransformerConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # says PyTorch of its kernel
 every_recipe = each_of("recipe", RECIPES)
 
 
