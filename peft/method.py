@@ -28,9 +28,9 @@ KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
 class Wrapper(nn.Module):
     """A thin layer round one frozen module. Its own parameters are the method's tensors; `base` is what it wraps.
 
-    With `enabled` off it computes what `base` computes, bit for bit. Where several wrappers share a place, `order` says
-    how far out each lies, whatever the order they came in: 0 for those that change what the frozen module itself
-    computes (a weight, its keys and values), more for those that work on its input or output.
+    It gives what `base` gives, in shape and precision; with `enabled` off it computes what `base` computes, bit for
+    bit. Where several share a place, `order` says how far out each lies, whatever the order they came in: 0 for those
+    that change what the frozen module itself computes, more for those that work on its input or output.
 
     The last three methods are answers to those who would compute the same in another way. A class that has a `forward`
     of its own gives its own answers, or none: what it computes, its parent cannot know.
@@ -53,6 +53,9 @@ class Wrapper(nn.Module):
         if "forward" in vars(cls):
             for answer in {"as_linear", "as_attention", "keys_and_values"} - vars(cls).keys():
                 setattr(cls, answer, vars(Wrapper)[answer])
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
 
     def tensors(self) -> dict[str, Tensor]:
         """The method's parameters (or what stands in for them at present), without those of the wrapped module."""
@@ -137,11 +140,7 @@ class Method(ABC):
 
     @abstractmethod
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """The names of the modules to wrap, out of all of the model's.
-
-        Raises:
-            ValueError: a target matches nothing, or something of the wrong kind.
-        """
+        """The names of the modules to wrap, out of all of the model's; ValueError for a target that matches none."""
 
     @abstractmethod
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
@@ -150,11 +149,16 @@ class Method(ABC):
     def wrappers(
         self, modules: dict[str, nn.Module], model: nn.Module, generator: torch.Generator
     ) -> dict[str, Wrapper]:
-        """The wrapper for each site, by name. A method whose wrappers share a tensor makes it here, once.
+        """The wrapper for each site, by name. A tensor that wrappers share is made here: one `nn.Parameter` that each
+        of them holds. It stays one when the model is copied, moved or cast, counts once, and is in a file once.
 
-        A shared tensor is one `nn.Parameter` that each of them holds: it stays one when the model is copied, moved or
-        cast, is counted once, and is written to a file once.
+        Raises:
+            ValueError: there is no site.
         """
+        if not modules:
+            raise ValueError(
+                f"the model has no place that {self} could enter; it is made for minitransformer's modules"
+            )
         return {name: self.wrap(name, module, model, generator) for name, module in modules.items()}
 
     @abstractmethod
@@ -181,10 +185,8 @@ class Method(ABC):
         values = {key: plain(value) for key, value in values.items()}
         name = values.pop("method", None)
         if name not in Method.registry:
-            raise ValueError(
-                f"the method {name!r} is unknown; known are {', '.join(sorted(Method.registry))}. "
-                f"If it is one of your own, import its file first"
-            )
+            known = ", ".join(sorted(Method.registry))
+            raise ValueError(f"the method {name!r} is unknown; known are {known}; import the file of your own first")
         try:
             return Method.registry[name](**values)
         except TypeError as error:
@@ -249,7 +251,7 @@ def normal(shape: tuple[int, ...], std: float | int, generator: torch.Generator)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std
 
 
-def precision_of(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     """What a frozen module computes in, whatever is wrapped round it: the type of its innermost weights."""
     return next((p.dtype for p in unwrapped(module).parameters() if p.is_floating_point()), torch.float32)
 
@@ -260,5 +262,5 @@ def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True
     Half precision is for the frozen weights only: a small step would be lost in the rounding of a 16-bit tensor.
     """
     device = next(module.parameters()).device
-    dtype = torch.float64 if precision_of(module) == torch.float64 else torch.float32
+    dtype = torch.float64 if dtype_of(module) == torch.float64 else torch.float32
     return nn.Parameter(values.to(device=device, dtype=dtype), requires_grad=requires_grad)

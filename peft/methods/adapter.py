@@ -10,7 +10,7 @@ Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", se
     placement="inside_ffn"   y = W2 (h + bottleneck(h)),  h = act(W1 x)   between the two linear layers of the FFN
 
 Shapes: h [..., d], W_down [m, d], b_down [m], W_up [d, m], b_up [d]; d = d_model, for "inside_ffn" d = d_ff.
-Trained: 2 d m + m + d numbers per adapter. The sum with h is the adapter's own residual; the block's comes after it.
+Trained: 2 d m + m + d parameters per adapter. The sum with h is the adapter's own residual; the block's comes after it.
 
 Differs from the papers: W_up and b_up start at exactly 0, so that the model is unchanged at the start (Houlsby draws
 W_up from N(0, 0.01²)); the block's LayerNorms stay frozen, where Houlsby trains them as well; Pfeiffer's extra
@@ -72,11 +72,9 @@ class BottleneckAdapter(LayerwiseMethod):
             raise ValueError("scale must not be 0: nothing could be learned")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """The sublayers (or the FFN's second linear map) of every block."""
-        blocks = block_names(modules)
-        if not blocks:
-            raise ValueError("the model has no minitransformer Block, so an adapter has nowhere to enter")
-        places = [f"{block}.{sublayer}" for block in blocks for sublayer in PLACEMENTS[self.placement][0]]
+        """The sublayers (or the FFN's second linear layer) of every block."""
+        sublayers, _ = PLACEMENTS[self.placement]
+        places = [f"{block}.{sublayer}" for block in block_names(modules) for sublayer in sublayers]
         return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
@@ -90,9 +88,8 @@ class BottleneckAdapter(LayerwiseMethod):
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * adapters per block * (2 d m + m + d)."""
-        d = config.d_ff if self.placement == "inside_ffn" else config.d_model
-        per_layer = len(PLACEMENTS[self.placement][0])
-        return self.n_blocks(config) * per_layer * (2 * d * self.bottleneck + self.bottleneck + d)
+        d, m = config.d_ff if self.placement == "inside_ffn" else config.d_model, self.bottleneck
+        return self.n_blocks(config) * len(PLACEMENTS[self.placement][0]) * (2 * d * m + m + d)
 
 
 class Joined(Wrapper):

@@ -8,7 +8,7 @@ Language-models", section 3.
 Every bias of a block gets an explicit change Δb [d_out] in a wrapper of its own, so that the frozen bias stays where it
 is: `disabled` and `detach` give it back bit for bit. The same holds for LayerNorm, y = norm(x) g + b + Δb.
 
-Trained: per block 6 d_model + d_ff numbers, and d_model for a norm outside of the blocks.
+Trained: per block 6 d_model + d_ff parameters, and d_model for a norm outside of the blocks.
 
 Differs from the paper: the key map's bias is left out. Adding c to every key adds q·c to all scores of a query, which
 the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. Biases of
@@ -44,13 +44,9 @@ class BitFit(LayerwiseMethod):
         keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
         places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
         owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
-        for name, module in modules.items():
-            owner = name.rpartition(".")[0]
-            if isinstance(module, Embedding) and owner in owners:
-                places += [f"{name}.norm", f"{owner}.norm" if owner else "norm"]
+        for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:
+            places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
         places = [name for name in places if name in modules and _has_bias(modules[name])]
-        if not places:
-            raise ValueError("the model has no block with a bias, so there is nothing for BitFit to train")
         return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
@@ -75,9 +71,6 @@ class ShiftedBias(Wrapper):
     def __init__(self, base: nn.Linear | nn.LayerNorm):
         super().__init__(base)
         self.delta_bias = parameter_like(torch.zeros_like(base.bias), base)
-
-    def extra_repr(self) -> str:
-        return f"delta_bias={list(self.delta_bias.shape)}"
 
     def as_linear(self) -> LinearMap | None:
         """W and b + Δb, if it is a linear layer whose precision can hold the change."""

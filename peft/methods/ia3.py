@@ -36,10 +36,8 @@ class IA3(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The key map, the value map and the FFN's second map of every block."""
-        blocks = block_names(modules)
-        if not blocks:
-            raise ValueError("the model has no minitransformer Block, so IA3 has nowhere to enter")
-        return in_layers([f"{block}.{place}" for block in blocks for place in PLACES], modules, self.layers)
+        places = [f"{block}.{place}" for block in block_names(modules) for place in PLACES]
+        return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `Rescaled` round the map."""
@@ -51,7 +49,7 @@ class IA3(LayerwiseMethod):
 
 
 class Rescaled(Wrapper):
-    """A linear map with an explicit vector `scale` on its output [d_out] or on its input [d_in]."""
+    """A linear layer with an explicit vector `scale` on its output [d_out] or on its input [d_in]."""
 
     order = 1
 
@@ -62,7 +60,7 @@ class Rescaled(Wrapper):
         self.scale = parameter_like(torch.ones(d), base)
 
     def extra_repr(self) -> str:
-        return f"scale={list(self.scale.shape)} on its {self.side}"
+        return f"{super().extra_repr()} on its {self.side}"
 
     def as_linear(self) -> LinearMap | None:
         """W with scaled rows (and b) or columns, if its precision can hold the change."""

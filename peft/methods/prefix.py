@@ -6,11 +6,11 @@ concatenated form of He et al. 2022, equation 5.
     at="kv"       Attention(q, [P_k ; K], [P_v ; V])               P_k, P_v [n, d_model] in every layer
     at="hidden"   P_k = P W_kᵀ + b_k,  P_v = P W_vᵀ + b_v          P [n, d_model] in front of every layer's input
 
-*A prefix is a learned KV cache*: it is what the layer would remember of n words that were never written. It takes no
-part in the positions of the text, and asks no query of its own.
+*A prefix is a learned KV cache*: what the layer would remember of n words that were never written. It takes no part in
+the positions of the text, and asks no query of its own.
 
-Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model numbers per layer
-for "kv", n d_model for "hidden".
+Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
+layer for "kv", n d_model for "hidden".
 
 With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
 "LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
@@ -35,10 +35,10 @@ from peft.method import (
     KeysAndValues,
     LayerwiseMethod,
     Wrapper,
+    dtype_of,
     keys_and_values,
     normal,
     parameter_like,
-    precision_of,
     unwrapped,
 )
 from peft.methods.real_words import attention_input_of_words, check_start
@@ -56,8 +56,7 @@ class PrefixTuning(LayerwiseMethod):
         init: "activations" starts from the keys and values (or inputs) that `length` real words have in each layer;
             "normal" from N(0, init_std²).
         init_std: standard deviation of "normal".
-        init_tokens: the words of "activations", `length` word numbers; None draws them from the whole vocabulary, of
-            which the model does not know what is no word (padding, say).
+        init_tokens: the words of "activations", `length` word numbers; None draws them from the whole vocabulary.
         reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
             brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
@@ -91,31 +90,25 @@ class PrefixTuning(LayerwiseMethod):
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every attention layer."""
         names = [name for name, module in modules.items() if isinstance(module, Attention)]
-        if not names:
-            raise ValueError("the model has no minitransformer Attention, so a prefix has nowhere to enter")
         return in_layers(names, modules, self.layers)
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
         if self.reparameterize is not None:
             return PrefixAttention(module, self, mlp_start(module.d_model, self.length, self.reparameterize, generator))
+        parts = ("key", "value") if self.at == "kv" else ("hidden",)
         if self.init == "normal":
             shape = (self.length, module.d_model)
-            names = ("key", "value") if self.at == "kv" else ("hidden",)
-            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in names})
-        hidden = attention_input_of_words(model, module, self.init_tokens, self.length, generator)
-        if self.at == "hidden":
-            return PrefixAttention(module, self, {"hidden": hidden})
-        parts = {name: unwrapped(part) for name, part in (("key", module.key), ("value", module.value))}
+            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in parts})
+        hidden = attention_input_of_words(self, module, model, generator)
         with torch.no_grad():
-            return PrefixAttention(module, self, {name: part(hidden[None])[0] for name, part in parts.items()})
+            known = {"hidden": hidden, "key": unwrapped(module.key)(hidden), "value": unwrapped(module.value)(hidden)}
+        return PrefixAttention(module, self, {part: known[part][0] for part in parts})
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
         n, d, h = self.length, config.d_model, self.reparameterize
-        per_block = n * d * (2 if self.at == "kv" else 1)
-        if h is not None:
-            per_block = n * d + (h * d + h) + 2 * (d * h + d)
+        per_block = n * d * (2 if self.at == "kv" else 1) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
         return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
 
 
@@ -133,9 +126,6 @@ class PrefixAttention(Wrapper):
         if recipe.gated and "gate" not in start:
             self.gate = parameter_like(torch.zeros(base.n_heads), base)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
-
     def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
         """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
         if self.recipe.reparameterize is not None:
@@ -143,8 +133,8 @@ class PrefixAttention(Wrapper):
         if self.recipe.at == "kv":
             return self.key, self.value
         frozen = unwrapped(self.base)
-        hidden = self.hidden[None]  # [1, n, d_model], as a layer's input is; so a hook on W_k or W_v sees it, too
-        key, value = (part(hidden.to(precision_of(part)))[0] for part in (frozen.key, frozen.value))
+        hidden = self.hidden[None]  # as a layer's input is, for hooks on W_k and W_v
+        key, value = (part(hidden.to(dtype_of(part)))[0] for part in (frozen.key, frozen.value))
         return key, value
 
     def forward(
@@ -190,9 +180,9 @@ class PrefixContext(Context):
 
     def with_prefix(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Attention over the prefix and all keys; gated, in the precision of the gate."""
-        if self.gate is None:
-            key, value = (part.to(k.dtype).expand(len(q), -1, -1, -1) for part in (self.key, self.value))
-            return prefix_attention(q, k, v, key, value, mask, attention, self.visible)
-        own, dtype = attention(q, k, v, mask), self.gate.dtype
+        dtype = k.dtype if self.gate is None else self.gate.dtype
         key, value = (part.to(dtype).expand(len(q), -1, -1, -1) for part in (self.key, self.value))
+        if self.gate is None:
+            return prefix_attention(q, k, v, key, value, mask, attention, self.visible)
+        own = attention(q, k, v, mask)
         return gated_prefix(own.to(dtype), q.to(dtype), key, value, self.gate).to(own.dtype)

@@ -36,8 +36,7 @@ class PromptTuning(Method):
         init: "tokens" starts from the embeddings of real words (the paper's "sampled vocabulary"); "normal" from
             N(0, init_std²).
         init_std: standard deviation of "normal".
-        init_tokens: the words of "tokens", `length` word numbers; None draws them from the whole vocabulary, of which
-            the model does not know what is no word (padding, say).
+        init_tokens: the words of "tokens", `length` word numbers; None draws them from the whole vocabulary.
 
     Raises:
         ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
@@ -55,22 +54,16 @@ class PromptTuning(Method):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The embedding."""
-        names = [name for name, module in modules.items() if isinstance(module, Embedding)]
-        if not names:
-            raise ValueError("the model has no minitransformer Embedding, so a prompt has nowhere to enter")
-        return names
+        return [name for name, module in modules.items() if isinstance(module, Embedding)]
 
     def wrap(self, name: str, module: Embedding, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PromptEmbedding` round the embedding."""
         n_words, d_model = module.token.weight.shape
-        if self.length >= module.position.num_embeddings:
-            raise ValueError(
-                f"a prompt of {self.length} vectors leaves no room for text: max_len is "
-                f"{module.position.num_embeddings}; choose a shorter prompt"
-            )
+        if self.length >= module.room:
+            raise ValueError(f"a prompt of {self.length} vectors leaves no room for text; max_len is {module.room}")
         if self.init == "normal":
             return PromptEmbedding(module, normal((self.length, d_model), self.init_std, generator))
-        words = words_to_start_from(self.init_tokens, self.length, n_words, generator).to(module.token.weight.device)
+        words = words_to_start_from(self, n_words, generator).to(module.token.weight.device)
         check(module, words[None], torch.zeros_like(words)[None])
         return PromptEmbedding(module, module.token(words).detach())
 
@@ -85,9 +78,6 @@ class PromptEmbedding(Wrapper):
     def __init__(self, base: Embedding, prompt: Float[Tensor, "n d_model"]):
         super().__init__(base)
         self.prompt = parameter_like(prompt, base)
-
-    def extra_repr(self) -> str:
-        return f"prompt={list(self.prompt.shape)}"
 
     @property
     def token(self) -> nn.Embedding:

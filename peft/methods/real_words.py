@@ -3,7 +3,8 @@
 Source: Li & Liang 2021, section 7.4: a prefix that starts from the activations of real words learns from little data
 far better than one that starts from random numbers. Lester et al. 2021, section 3.2, found the same for prompts.
 
-The words are those of the frozen model, with every method off: which one came first makes no difference.
+Activations are those of the frozen model, with every method off, so it makes no difference which one came first. Words
+are drawn from the whole vocabulary: the model does not know what in it is none (padding, say); `init_tokens` does.
 """
 
 import torch
@@ -38,25 +39,19 @@ def check_start(recipe: Method, from_words: str) -> None:
         raise ValueError(f"init_tokens has {len(words)} words, but length is {recipe.length}")
 
 
-def words_to_start_from(
-    given: tuple[int, ...] | None, length: int, vocab_size: int, generator: torch.Generator
-) -> Int[Tensor, "n"]:
-    """The given words, or `length` drawn from the whole vocabulary: the same ones for every layer of one `attach`."""
-    if given is not None:
-        return torch.tensor(given, device="cpu")
+def words_to_start_from(recipe: Method, vocab_size: int, generator: torch.Generator) -> Int[Tensor, "n"]:
+    """The recipe's words, or `length` drawn from the vocabulary: the same ones for every layer of one `attach`."""
+    if recipe.init_tokens is not None:
+        return torch.tensor(recipe.init_tokens, device="cpu")
     again = torch.Generator().manual_seed(generator.initial_seed())
-    return torch.randint(vocab_size, (length,), generator=again, device="cpu")
+    return torch.randint(vocab_size, (recipe.length,), generator=again, device="cpu")
 
 
 @torch.no_grad()
 def attention_input_of_words(
-    model: nn.Module,
-    attention: Attention,
-    given: tuple[int, ...] | None,
-    length: int,
-    generator: torch.Generator,
-) -> Float[Tensor, "n d_model"]:
-    """What that attention layer reads at each of `length` words: the given ones, or words drawn from the vocabulary.
+    recipe: Method, attention: Attention, model: nn.Module, generator: torch.Generator
+) -> Float[Tensor, "1 n d_model"]:
+    """What that attention layer reads at each of the words.
 
     Raises:
         ValueError: no Transformer is round the layer, or it does not have these words.
@@ -65,8 +60,7 @@ def attention_input_of_words(
     if not around:
         raise ValueError('no minitransformer Transformer is round this attention layer; choose init="normal"')
     embedding = unwrapped(around[0].embedding)
-    words = words_to_start_from(given, length, embedding.token.num_embeddings, generator)
-    words = words.to(embedding.token.weight.device)
+    words = words_to_start_from(recipe, len(embedding.token.weight), generator).to(embedding.token.weight.device)
     read: list[Tensor] = []
     look = attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     wrappers = [module for module in model.modules() if isinstance(module, Wrapper)]
@@ -76,4 +70,4 @@ def attention_input_of_words(
                 around[0].hidden(piece[None])
     finally:
         look.remove()
-    return torch.cat(read, dim=1)[0]
+    return torch.cat(read, dim=1)

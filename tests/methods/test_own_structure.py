@@ -224,7 +224,10 @@ def test_a_start_that_fails_leaves_the_model_as_it_was(decoder, recipe):
     def fail(*_):
         raise RuntimeError("stop")
 
-    broken = [model.blocks[1].norm_attention.register_forward_hook(fail), model.embedding.token.register_forward_hook(fail)]
+    broken = [
+        model.blocks[1].norm_attention.register_forward_hook(fail),
+        model.embedding.token.register_forward_hook(fail),
+    ]
     hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for name, m in model.named_modules()}
     with pytest.raises(RuntimeError, match="stop"):
         peft.attach(model, recipe)

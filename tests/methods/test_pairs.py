@@ -1,11 +1,10 @@
 """All pairs of recipes, in both orders and precisions: one result, one gradient, one file; and nothing of it stays."""
 
-import copy
 from itertools import combinations
 
 import pytest
 import torch
-from reference.method_cases import RECIPES, VARIANTS, batch, outputs
+from reference.method_cases import RECIPES, batch, outputs
 from reference.plain_twin import PlainTwin
 from reference.random_weights import randomize
 

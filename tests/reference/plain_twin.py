@@ -6,7 +6,7 @@ Row by row, without padding, masks, wrappers or casts; it knows the tensors by t
 import torch
 import torch.nn.functional as F
 
-from peft import BottleneckAdapter, LoRA, PrefixTuning
+from peft import BottleneckAdapter, LoRA
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
