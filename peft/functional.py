@@ -157,3 +157,8 @@ def rescaled(h: Float[Tensor, "*rows d"], scale: Float[Tensor, " d"]) -> Float[T
 def shifted(h: Float[Tensor, "*rows d"], delta_bias: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
     """h + Δb: the change of a bias, added to what the frozen map gives. Ben Zaken et al. 2022, section 3."""
     return h + delta_bias
+
+
+def in_their_precision(function: Callable[..., Tensor], h: Tensor, *tensors) -> Tensor:
+    """function(h, *tensors), computed in the precision of a method's tensors and given back in that of h."""
+    return function(h.to(tensors[0].dtype), *tensors).to(h.dtype)

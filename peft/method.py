@@ -4,7 +4,7 @@
     wrapper  (`Wrapper`)   a module round one frozen module, `base`, with a few explicit `nn.Parameter`s
 
 A method of your own is one subclass of each: `sites` names the modules to wrap, `wrap` makes the wrapper round one of
-them, `expected_parameters` says in closed form how many numbers that trains.
+them, `expected_parameters` says in closed form how many parameters that trains.
 """
 
 from abc import ABC, abstractmethod
@@ -117,8 +117,8 @@ class Method(ABC):
     NumPy's and PyTorch's scalars become Python's, and lists become tuples: that is what a file gives back.
 
     Raises:
-        ValueError: a value of another type than its field says, a NaN or an infinity. On defining a class, if another
-            one has its name: a file would not know which of them it means.
+        ValueError: a value of another type than its field says, a NaN or an infinity; on defining a class, another one
+            of its name: a file would not know which it means.
     """
 
     registry: ClassVar[dict[str, type["Method"]]] = {}
@@ -156,14 +156,12 @@ class Method(ABC):
             ValueError: there is no site.
         """
         if not modules:
-            raise ValueError(
-                f"the model has no place that {self} could enter; it is made for minitransformer's modules"
-            )
+            raise ValueError(f"{self} has nowhere to enter: this model has none of the modules it is made for")
         return {name: self.wrap(name, module, model, generator) for name, module in modules.items()}
 
     @abstractmethod
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """How many numbers the method trains in a Transformer of that shape, in closed form."""
+        """How many parameters the method trains in a Transformer of that shape, in closed form."""
 
     def __str__(self) -> str:
         """The recipe as it could be typed: without the options that have their default value."""
@@ -177,11 +175,7 @@ class Method(ABC):
 
     @staticmethod
     def from_dict(values: dict) -> "Method":
-        """The recipe that `as_dict` described.
-
-        Raises:
-            ValueError: an unknown method or an unknown field.
-        """
+        """The recipe that `as_dict` described; ValueError for an unknown method or a field that does not fit."""
         values = {key: plain(value) for key, value in values.items()}
         name = values.pop("method", None)
         if name not in Method.registry:
@@ -231,11 +225,7 @@ class LayerwiseMethod(Method):
             raise ValueError(f"layers={self.layers} must name at least one block, each once, counted from 0")
 
     def n_blocks(self, config: TransformerConfig) -> int:
-        """How many blocks of a Transformer of that shape the method enters.
-
-        Raises:
-            ValueError: a block that the shape does not have.
-        """
+        """How many blocks of a Transformer of that shape the method enters; ValueError for one that is not there."""
         if self.layers is not None and max(self.layers) >= config.n_layers:
             raise ValueError(f"layers={self.layers} names a block that is not there: n_layers is {config.n_layers}")
         return config.n_layers if self.layers is None else len(self.layers)

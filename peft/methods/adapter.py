@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention
 from minitransformer.config import ACTIVATIONS, TransformerConfig
 from minitransformer.feedforward import FeedForward
-from peft.functional import bottleneck
+from peft.functional import bottleneck, in_their_precision
 from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
 
@@ -134,7 +134,6 @@ class Adapter(Joined):
         return f"{d} -> {m} -> {d}, {self.recipe.activation}, joined {self.joined}"
 
     def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """What the adapter adds, in the precision of its input."""
+        """Houlsby et al. 2019, section 2.1."""
         tensors = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-        out = bottleneck(h.to(self.down_weight.dtype), *tensors, self.recipe.activation, self.recipe.scale)
-        return out.to(h.dtype)
+        return in_their_precision(bottleneck, h, *tensors, self.recipe.activation, self.recipe.scale)

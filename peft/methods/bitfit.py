@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding
-from peft.functional import shifted
+from peft.functional import in_their_precision, shifted
 from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
 
@@ -82,4 +82,4 @@ class ShiftedBias(Wrapper):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Ben Zaken et al. 2022, section 3."""
         y = self.base(x)
-        return shifted(y.to(self.delta_bias.dtype), self.delta_bias).to(y.dtype) if self.enabled else y
+        return in_their_precision(shifted, y, self.delta_bias) if self.enabled else y
