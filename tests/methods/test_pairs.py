@@ -13,7 +13,7 @@ from minitransformer import Transformer, TransformerConfig
 from peft.methods.linear import MergeableLinear
 
 # One recipe of each kind that a place can be entered in; the other pairs are slow.
-MAIN = ("lora all", "dora", "prefix hidden", "prefix gated hidden", "prompt", "houlsby", "inside_ffn", "bitfit", "ia3")
+MAIN = ("lora all", "prefix hidden", "prompt", "houlsby", "inside_ffn", "bitfit", "ia3")
 SLOW = pytest.mark.slow
 KINDS = {"causal-pre": (True, "pre"), "encoder-post": (False, "post")}
 CASES = [
