@@ -96,10 +96,8 @@ def without_padding(
 
 
 def values_are_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: there are some, no compiler is tracing (its graph would be cut), and the
-    tensor is no stand-in of `torch.func`, which has none to show."""
-    compiling = torch.compiler.is_compiling()
-    return tensor.numel() > 0 and not compiling and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether a check may look at the values: there are some, and no compiler is tracing (its graph would be cut)."""
+    return tensor.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def check(embedding: Embedding, tokens: Tensor, positions: Tensor, segments: Tensor | None = None) -> None:

@@ -42,7 +42,9 @@ def lora_update(
     return scale * F.linear(F.linear(x, A), B)
 
 
-def lora_weight(A: FactorA, B: FactorB, scale: float | int) -> Weight:
+def lora_weight(
+    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float | int
+) -> Float[Tensor, "d_out d_in"]:
     """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
     return scale * (B @ A)
 
