@@ -81,6 +81,14 @@ def test_an_adapter_round_a_layer_of_unknown_width_is_refused(decoder):
         peft.attach(model, BottleneckAdapter())
 
 
+@pytest.mark.parametrize("recipe", [IA3(), BottleneckAdapter(placement="inside_ffn")], ids=str)
+def test_a_block_without_the_layers_that_a_method_enters_is_refused_by_name(decoder, recipe):
+    model = decoder()
+    model.blocks[1].feedforward = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"there is no blocks\.1\.feedforward\.down"):
+        peft.attach(model, recipe)
+
+
 # Hooks
 
 
