@@ -46,7 +46,8 @@ class BitFit(LayerwiseMethod):
         owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
         for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:
             places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
-        places = [name for name in places if name in modules and _has_bias(modules[name])]
+        kinds = (nn.Linear, nn.LayerNorm)
+        places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
         return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
@@ -57,10 +58,6 @@ class BitFit(LayerwiseMethod):
         """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks."""
         outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
         return self.n_blocks(config) * (6 * config.d_model + config.d_ff) + outside * config.d_model
-
-
-def _has_bias(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None
 
 
 class ShiftedBias(Wrapper):
