@@ -1,9 +1,8 @@
 """The arithmetic of every method, as pure functions of explicit tensors.
 
-No module, no state, no frozen flag: what a method *computes* is here, what it *is made of* is in its own file. The
-wrappers call these functions (but for `gated_attention`, which is another way to write `prefix_attention` and is for
-reading), and the tests hold each against a NumPy twin, value and gradient. A method added in one file, as VeRA is, has
-its functions there.
+No module, no state: what a method *computes* is here, what it *is made of* is in its own file. The wrappers call these
+functions (but for `gated_attention`, another way to write `prefix_attention`), and the tests hold each against a NumPy
+twin, value and gradient. A method added in one file, as VeRA is, has its functions there.
 
 Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
 
@@ -31,17 +30,15 @@ from torch import Tensor
 from minitransformer.attention import Mask, attention_weights, fused_attention, written_out
 from minitransformer.feedforward import activate
 
+Weight, RowLengths = Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]
+FactorA, FactorB = Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]
+Queries, Keys, PrefixKeys = Float[Tensor, "B H T d_head"], Float[Tensor, "B H S d_head"], Float[Tensor, "B H n d_head"]
+
 
 def lora_update(
-    x: Float[Tensor, "*rows d_in"],
-    A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    scale: float | int,
+    x: Float[Tensor, "*rows d_in"], A: FactorA, B: FactorB, scale: float | int
 ) -> Float[Tensor, "*rows d_out"]:
-    """scale * B A x: what LoRA adds to a linear map's output. Hu et al. 2022, equation 3; scale = alpha / r.
-
-    Two thin products: B A, which is as large as the weight itself, is never formed.
-    """
+    """scale * B A x, by two thin products: what LoRA adds to W0 x. Hu et al. 2022, equation 3; scale = alpha / r."""
     return scale * F.linear(F.linear(x, A), B)
 
 
@@ -52,37 +49,32 @@ def lora_weight(
     return scale * (B @ A)
 
 
-def row_norms(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
+def row_norms(weight: Weight) -> RowLengths:
     """The length of each row of a weight: of what makes one output number."""
     return torch.linalg.vector_norm(weight, dim=1)
 
 
 def dora_weight(
-    frozen_weight: Float[Tensor, "d_out d_in"],
-    A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    magnitude: Float[Tensor, " d_out"],
-    norms: Float[Tensor, " d_out"],
-    scale: float | int,
-) -> Float[Tensor, "d_out d_in"]:
+    frozen_weight: Weight, A: FactorA, B: FactorB, magnitude: RowLengths, norms: RowLengths, scale: float | int
+) -> Weight:
     """magnitude * (W0 + ΔW) / ||W0 + ΔW||: LoRA turns the direction of each row, `magnitude` is its length.
 
-    Liu et al. 2024, equation 5. `norms` are the lengths of the rows of W0 + ΔW, handed in because no gradient passes
-    through them (their section 4.3).
+    Liu et al. 2024, equation 5. `norms`, the lengths of those rows, are handed in: no gradient passes through them
+    (their section 4.3).
     """
     return (magnitude / norms)[:, None] * (frozen_weight + lora_weight(A, B, scale))
 
 
 def prefix_attention(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    v: Float[Tensor, "B H S d_head"],
-    prefix_k: Float[Tensor, "B H n d_head"],
-    prefix_v: Float[Tensor, "B H n d_head"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    prefix_k: PrefixKeys,
+    prefix_v: PrefixKeys,
     mask: Mask = None,
     attention: Callable[..., Tensor] = fused_attention,
     visible: Bool[Tensor, "B n"] | None = None,
-) -> Float[Tensor, "B H T d_head"]:
+) -> Queries:
     """Attention over [P_k ; K] and [P_v ; V]: every query may also look at the n prefix positions.
 
     Li & Liang 2021, section 4.2, in the form of He et al. 2022, equation 5. `mask` is about K alone: no query is
@@ -97,13 +89,8 @@ def prefix_attention(
 
 
 def gated_attention(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    v: Float[Tensor, "B H S d_head"],
-    prefix_k: Float[Tensor, "B H n d_head"],
-    prefix_v: Float[Tensor, "B H n d_head"],
-    mask: Mask = None,
-) -> tuple[Float[Tensor, "B H T d_head"], Float[Tensor, "B H T 1"]]:
+    q: Queries, k: Keys, v: Keys, prefix_k: PrefixKeys, prefix_v: PrefixKeys, mask: Mask = None
+) -> tuple[Queries, Float[Tensor, "B H T 1"]]:
     """The same output as `prefix_attention`, written as a mixture, and its gate lambda.
 
         (1 - lambda) Attn(q, K, V) + lambda Attn(q, P_k, P_v)
@@ -122,12 +109,8 @@ def gated_attention(
 
 
 def gated_prefix(
-    own: Float[Tensor, "B H T d_head"],
-    q: Float[Tensor, "B H T d_head"],
-    prefix_k: Float[Tensor, "B H n d_head"],
-    prefix_v: Float[Tensor, "B H n d_head"],
-    gate: Float[Tensor, " H"],
-) -> Float[Tensor, "B H T d_head"]:
+    own: Queries, q: Queries, prefix_k: PrefixKeys, prefix_v: PrefixKeys, gate: Float[Tensor, " H"]
+) -> Queries:
     """own + tanh(gate) Attn(q, P_k, P_v): the prefix has a softmax of its own, and each head a gate for it.
 
     Zhang et al. 2023 (LLaMA-Adapter), section 3.2; the tanh is in their code. `own` is the attention over the text:
@@ -147,8 +130,8 @@ def prefix_mlp(
     return F.linear(torch.tanh(F.linear(source, hidden_weight, hidden_bias)), out_weight, out_bias)
 
 
-def prepend(prompt: Float[Tensor, "n d"], vectors: Float[Tensor, "B T d"]) -> Float[Tensor, "B nT d"]:
-    """[P ; E]: the same n vectors in front of every row. Lester et al. 2021, section 2."""
+def prepend(prompt: Float[Tensor, "*rows n d"], vectors: Float[Tensor, "B T d"]) -> Float[Tensor, "B nT d"]:
+    """[P ; E]: n vectors in front of every row, the same ones or its own. Lester et al. 2021, section 2."""
     return torch.cat([prompt.to(vectors.dtype).expand(vectors.shape[0], -1, -1), vectors], dim=1)
 
 
@@ -176,3 +159,8 @@ def rescaled(h: Float[Tensor, "*rows d"], scale: Float[Tensor, " d"]) -> Float[T
 def shifted(h: Float[Tensor, "*rows d"], delta_bias: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
     """h + Δb: the change of a bias, added to what the frozen map gives. Ben Zaken et al. 2022, section 3."""
     return h + delta_bias
+
+
+def in_their_precision(function: Callable[..., Tensor], h: Tensor, *tensors) -> Tensor:
+    """function(h, *tensors), computed in the precision of a method's tensors and given back in that of h."""
+    return function(h.to(tensors[0].dtype), *tensors).to(h.dtype)

@@ -4,13 +4,15 @@
     wrapper  (`Wrapper`)   a module round one frozen module, `base`, with a few explicit `nn.Parameter`s
 
 A method of your own is one subclass of each: `sites` names the modules to wrap, `wrap` makes the wrapper round one of
-them, `expected_parameters` says in closed form how many numbers that trains.
+them, `expected_parameters` says in closed form how many parameters that trains.
 """
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from types import UnionType
+from typing import ClassVar, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,9 @@ KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
 class Wrapper(nn.Module):
     """A thin layer round one frozen module. Its own parameters are the method's tensors; `base` is what it wraps.
 
-    With `enabled` off it computes what `base` computes, bit for bit. Where several wrappers share a place, `order` says
-    how far out each lies, whatever the order they came in: 0 for those that change what the frozen module itself
-    computes (a weight, its keys and values), more for those that work on its input or output.
+    It gives what `base` gives, in shape and precision; with `enabled` off it computes what `base` computes, bit for
+    bit. Where several share a place, `order` says how far out each lies, whatever the order they came in: 0 for those
+    that change what the frozen module itself computes, more for those that work on its input or output.
 
     The last three methods are answers to those who would compute the same in another way. A class that has a `forward`
     of its own gives its own answers, or none: what it computes, its parent cannot know.
@@ -52,8 +54,11 @@ class Wrapper(nn.Module):
             for answer in {"as_linear", "as_attention", "keys_and_values"} - vars(cls).keys():
                 setattr(cls, answer, vars(Wrapper)[answer])
 
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """The method's tensors, by name, without those of the wrapped module."""
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The method's parameters (or what stands in for them at present), without those of the wrapped module."""
         return dict(self.named_parameters(recurse=False))
 
     def frozen_tensors(self) -> set[str]:
@@ -109,11 +114,22 @@ def can_hold(weight: Tensor, *changes: Tensor) -> bool:
 class Method(ABC):
     """A recipe: everything needed to attach a method again, as plain values.
 
+    NumPy's and PyTorch's scalars become Python's, and lists become tuples: that is what a file gives back.
+
     Raises:
-        ValueError: on defining a class, if another one has its name: a file would not know which of them it means.
+        ValueError: a value of another type than its field says, a NaN or an infinity; on defining a class, another one
+            of its name: a file would not know which it means.
     """
 
     registry: ClassVar[dict[str, type["Method"]]] = {}
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = plain(getattr(self, f.name))
+            if not fits(value, f.type):
+                kind = getattr(f.type, "__name__", f.type) if isinstance(f.type, type) else f.type
+                raise ValueError(f"{f.name} must be {kind} (a number: finite), got {value!r}")
+            object.__setattr__(self, f.name, value)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -124,11 +140,7 @@ class Method(ABC):
 
     @abstractmethod
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """The names of the modules to wrap, out of all of the model's.
-
-        Raises:
-            ValueError: a target matches nothing, or something of the wrong kind.
-        """
+        """The names of the modules to wrap, out of all of the model's; ValueError for a target that matches none."""
 
     @abstractmethod
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
@@ -137,16 +149,19 @@ class Method(ABC):
     def wrappers(
         self, modules: dict[str, nn.Module], model: nn.Module, generator: torch.Generator
     ) -> dict[str, Wrapper]:
-        """The wrapper for each site, by name. A method whose wrappers share a tensor makes it here, once.
+        """The wrapper for each site, by name. A tensor that wrappers share is made here: one `nn.Parameter` that each
+        of them holds. It stays one when the model is copied, moved or cast, counts once, and is in a file once.
 
-        A shared tensor is one `nn.Parameter` that each of them holds: it stays one when the model is copied, moved or
-        cast, is counted once, and is written to a file once.
+        Raises:
+            ValueError: there is no site.
         """
+        if not modules:
+            raise ValueError(f"{self} has nowhere to enter: this model has none of the modules it is made for")
         return {name: self.wrap(name, module, model, generator) for name, module in modules.items()}
 
     @abstractmethod
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """How many numbers the method trains in a Transformer of that shape, in closed form."""
+        """How many parameters the method trains in a Transformer of that shape, in closed form."""
 
     def __str__(self) -> str:
         """The recipe as it could be typed: without the options that have their default value."""
@@ -156,26 +171,38 @@ class Method(ABC):
 
     def as_dict(self) -> dict:
         """The recipe as plain values, with its name, ready for JSON."""
-        return {"method": type(self).__name__, **asdict(self)}
+        return {"method": type(self).__name__, **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
 
     @staticmethod
     def from_dict(values: dict) -> "Method":
-        """The recipe that `as_dict` described.
-
-        Raises:
-            ValueError: an unknown method or an unknown field.
-        """
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        """The recipe that `as_dict` described; ValueError for an unknown method or a field that does not fit."""
+        values = {key: plain(value) for key, value in values.items()}
         name = values.pop("method", None)
         if name not in Method.registry:
-            raise ValueError(
-                f"the method {name!r} is unknown; known are {', '.join(sorted(Method.registry))}. "
-                f"If it is one of your own, import its file first"
-            )
+            known = ", ".join(sorted(Method.registry))
+            raise ValueError(f"the method {name!r} is unknown; known are {known}; import the file of your own first")
         try:
             return Method.registry[name](**values)
         except TypeError as error:
             raise ValueError(f"the recipe of {name} does not fit this version: {error}") from error
+
+
+def plain(value):
+    """The same value in plain Python: NumPy's or PyTorch's scalars and arrays, and lists, become numbers and tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(plain(entry) for entry in value) if isinstance(value, list | tuple | range) else value
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of the type that a field is annotated with, and finite; a hint other than a type fits all."""
+    if isinstance(hint, UnionType):
+        return any(fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        kind, *more = get_args(hint)
+        return isinstance(value, tuple) and (more != [...] or all(fits(entry, kind) for entry in value))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and isfinite(value)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -192,31 +219,31 @@ class LayerwiseMethod(Method):
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
-        if self.layers is None:
-            return
-        object.__setattr__(self, "layers", tuple(self.layers))  # a list would not equal what a file gives back
-        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+        super().__post_init__()
+        layers = (0,) if self.layers is None else self.layers
+        if not layers or len(set(layers)) < len(layers) or min(layers) < 0:
             raise ValueError(f"layers={self.layers} must name at least one block, each once, counted from 0")
 
     def n_blocks(self, config: TransformerConfig) -> int:
-        """How many blocks of a Transformer of that shape the method enters.
-
-        Raises:
-            ValueError: a block that the shape does not have.
-        """
+        """How many blocks of a Transformer of that shape the method enters; ValueError for one that is not there."""
         if self.layers is not None and max(self.layers) >= config.n_layers:
             raise ValueError(f"layers={self.layers} names a block that is not there: n_layers is {config.n_layers}")
         return config.n_layers if self.layers is None else len(self.layers)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """Draws from U(-bound, bound)."""
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    """Draws from U(-bound, bound): the same ones whatever the default precision and device are."""
+    return (torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * bound
 
 
 def normal(shape: tuple[int, ...], std: float | int, generator: torch.Generator) -> Tensor:
-    """Draws from N(0, std²)."""
-    return torch.randn(shape, generator=generator) * std
+    """Draws from N(0, std²): the same ones whatever the default precision and device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """What a frozen module computes in, whatever is wrapped round it: the type of its innermost weights."""
+    return next((p.dtype for p in unwrapped(module).parameters() if p.is_floating_point()), torch.float32)
 
 
 def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True) -> nn.Parameter:
@@ -224,6 +251,6 @@ def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True
 
     Half precision is for the frozen weights only: a small step would be lost in the rounding of a 16-bit tensor.
     """
-    like = next(module.parameters())
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return nn.Parameter(values.to(device=like.device, dtype=dtype), requires_grad=requires_grad)
+    device = next(module.parameters()).device
+    dtype = torch.float64 if dtype_of(module) == torch.float64 else torch.float32
+    return nn.Parameter(values.to(device=device, dtype=dtype), requires_grad=requires_grad)

@@ -111,8 +111,10 @@ def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int
     """Those of the names that lie in the blocks of these numbers; all of them where `layers` is None.
 
     Raises:
-        ValueError: a block that does not exist.
+        ValueError: a block that does not exist, or a name.
     """
+    if missing := [name for name in names if name not in modules]:
+        raise ValueError(f"there is no {missing[0]} to enter; name the blocks that have one by layers=(…)")
     if layers is None:
         return names
     blocks = block_names(modules)

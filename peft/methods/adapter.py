@@ -10,7 +10,7 @@ Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", se
     placement="inside_ffn"   y = W2 (h + bottleneck(h)),  h = act(W1 x)   between the two linear layers of the FFN
 
 Shapes: h [..., d], W_down [m, d], b_down [m], W_up [d, m], b_up [d]; d = d_model, for "inside_ffn" d = d_ff.
-Trained: 2 d m + m + d numbers per adapter. The sum with h is the adapter's own residual; the block's comes after it.
+Trained: 2 d m + m + d parameters per adapter. The sum with h is the adapter's own residual; the block's comes after it.
 
 Differs from the papers: W_up and b_up start at exactly 0, so that the model is unchanged at the start (Houlsby draws
 W_up from N(0, 0.01²)); the block's LayerNorms stay frozen, where Houlsby trains them as well; Pfeiffer's extra
@@ -25,8 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.attention import Attention
 from minitransformer.config import ACTIVATIONS, TransformerConfig
-from peft.functional import bottleneck
+from minitransformer.feedforward import FeedForward
+from peft.functional import bottleneck, in_their_precision
 from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
 
@@ -66,29 +68,28 @@ class BottleneckAdapter(LayerwiseMethod):
             raise ValueError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if self.scale == 0 or not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number other than 0, got {self.scale}: nothing could be learned")
+        if self.scale == 0:
+            raise ValueError("scale must not be 0: nothing could be learned")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """The sublayers (or the FFN's second linear map) of every block."""
-        blocks = block_names(modules)
-        if not blocks:
-            raise ValueError("the model has no minitransformer Block, so an adapter has nowhere to enter")
-        places = [f"{block}.{sublayer}" for block in blocks for sublayer in PLACEMENTS[self.placement][0]]
+        """The sublayers (or the FFN's second linear layer) of every block."""
+        sublayers, _ = PLACEMENTS[self.placement]
+        places = [f"{block}.{sublayer}" for block in block_names(modules) for sublayer in sublayers]
         return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """An `Adapter` joined to the sublayer."""
         reader = module if isinstance(module, nn.Linear) else None
+        if isinstance(module, (Attention, FeedForward)):
+            reader = unwrapped(module.query if isinstance(module, Attention) else module.up)
         if reader is None:
-            reader = unwrapped(module.query if hasattr(module, "query") else module.up)
+            raise ValueError(f"{name} is a {type(module).__name__}, of which an adapter does not know the width")
         return Adapter(module, self, reader.in_features, generator)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * adapters per block * (2 d m + m + d)."""
-        d = config.d_ff if self.placement == "inside_ffn" else config.d_model
-        per_layer = len(PLACEMENTS[self.placement][0])
-        return self.n_blocks(config) * per_layer * (2 * d * self.bottleneck + self.bottleneck + d)
+        d, m = config.d_ff if self.placement == "inside_ffn" else config.d_model, self.bottleneck
+        return self.n_blocks(config) * len(PLACEMENTS[self.placement][0]) * (2 * d * m + m + d)
 
 
 class Joined(Wrapper):
@@ -133,7 +134,6 @@ class Adapter(Joined):
         return f"{d} -> {m} -> {d}, {self.recipe.activation}, joined {self.joined}"
 
     def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """What the adapter adds, in the precision of its input."""
+        """Houlsby et al. 2019, section 2.1."""
         tensors = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-        out = bottleneck(h.to(self.down_weight.dtype), *tensors, self.recipe.activation, self.recipe.scale)
-        return out.to(h.dtype)
+        return in_their_precision(bottleneck, h, *tensors, self.recipe.activation, self.recipe.scale)

@@ -8,7 +8,7 @@ Language-models", section 3.
 Every bias of a block gets an explicit change Δb [d_out] in a wrapper of its own, so that the frozen bias stays where it
 is: `disabled` and `detach` give it back bit for bit. The same holds for LayerNorm, y = norm(x) g + b + Δb.
 
-Trained: per block 6 d_model + d_ff numbers, and d_model for a norm outside of the blocks.
+Trained: per block 6 d_model + d_ff parameters, and d_model for a norm outside of the blocks.
 
 Differs from the paper: the key map's bias is left out. Adding c to every key adds q·c to all scores of a query, which
 the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. Biases of
@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.attention import Attention
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding
-from peft.functional import shifted
-from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like
+from peft.functional import in_their_precision, shifted
+from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
 
 
@@ -37,18 +38,20 @@ class BitFit(LayerwiseMethod):
     """
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """Every linear map and LayerNorm with a bias, in blocks, and the norms outside of them."""
-        inside = tuple(f"{block}." for block in block_names(modules))
-        places = [name for name in modules if name.startswith(inside) and not name.endswith(".attention.key")]
-        for name in [name for name, module in modules.items() if isinstance(module, Embedding)]:
-            places += [f"{name}.norm", f"{name.removesuffix('embedding')}norm"]  # the embedding's and the last one
-        places = [name for name in places if name in modules and _has_bias(modules[name])]
-        if not places:
-            raise ValueError("the model has no block with a bias, so there is nothing for BitFit to train")
+        """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
+        blocks = block_names(modules)
+        inside = tuple(f"{block}." for block in blocks)
+        keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
+        places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
+        owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
+        for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:
+            places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
+        kinds = (nn.Linear, nn.LayerNorm)
+        places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
         return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `ShiftedBias` round the map or norm."""
+        """A `ShiftedBias` round the layer or norm."""
         return ShiftedBias(module)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
@@ -57,12 +60,8 @@ class BitFit(LayerwiseMethod):
         return self.n_blocks(config) * (6 * config.d_model + config.d_ff) + outside * config.d_model
 
 
-def _has_bias(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None
-
-
 class ShiftedBias(Wrapper):
-    """A linear map or a norm with an explicit `delta_bias` [d_out] on top of its frozen bias."""
+    """A linear layer or a norm with an explicit `delta_bias` [d_out] on top of its frozen bias."""
 
     order = 2
 
@@ -70,11 +69,8 @@ class ShiftedBias(Wrapper):
         super().__init__(base)
         self.delta_bias = parameter_like(torch.zeros_like(base.bias), base)
 
-    def extra_repr(self) -> str:
-        return f"delta_bias={list(self.delta_bias.shape)}"
-
     def as_linear(self) -> LinearMap | None:
-        """W and b + Δb, if it is a linear map whose precision can hold the change."""
+        """W and b + Δb, if it is a linear layer whose precision can hold the change."""
         base = linear_map(self.base)
         if not self.enabled or base is None:
             return base
@@ -83,4 +79,4 @@ class ShiftedBias(Wrapper):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Ben Zaken et al. 2022, section 3."""
         y = self.base(x)
-        return shifted(y.to(self.delta_bias.dtype), self.delta_bias).to(y.dtype) if self.enabled else y
+        return in_their_precision(shifted, y, self.delta_bias) if self.enabled else y

@@ -57,7 +57,7 @@ class DoRALinear(LoRALinear):
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         update = lora_update(dropped, self.A, self.B, self.scale)  # ΔW x
-        factor = self.magnitude / self.norms()  # [d_out]
+        factor = self.magnitude / self.norms().detach()  # [d_out]; forward mode does not stop at no_grad
         product = y.to(factor.dtype) if self.base.bias is None else y.to(factor.dtype) - self.base.bias  # W0 x
         # factor * (product + update) + b, written as a change of y: exactly y at the start, where factor is 1.
         return y + ((factor - 1) * product + factor * update).to(y.dtype)

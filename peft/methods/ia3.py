@@ -5,8 +5,8 @@ section 3.3.
 
     Attention(Q, l_k ⊙ K, l_v ⊙ V)              W_down (l_ff ⊙ act(W_up x))            l = 1 at the start
 
-Shapes: l_k, l_v [d_model], l_ff [d_ff]. Trained: 2 d_model + d_ff numbers per block, about as many as a LoRA of rank 1
-on a single map.
+Shapes: l_k, l_v [d_model], l_ff [d_ff]. Trained: 2 d_model + d_ff parameters per block, about as many as a LoRA of rank
+1 on a single layer.
 
 Differs from the paper: nothing. (Keys and values are scaled with their bias, as there.)
 """
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from peft.functional import rescaled
+from peft.functional import in_their_precision, rescaled
 from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like
 from peft.sites import block_names, in_layers
 
@@ -35,14 +35,12 @@ class IA3(LayerwiseMethod):
     """
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """The key map, the value map and the FFN's second map of every block."""
-        blocks = block_names(modules)
-        if not blocks:
-            raise ValueError("the model has no minitransformer Block, so IA3 has nowhere to enter")
-        return in_layers([f"{block}.{place}" for block in blocks for place in PLACES], modules, self.layers)
+        """The key layer, the value layer and the FFN's second layer of every block."""
+        places = [f"{block}.{place}" for block in block_names(modules) for place in PLACES]
+        return in_layers(places, modules, self.layers)
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `Rescaled` round the map."""
+        """A `Rescaled` round the layer."""
         return Rescaled(module, PLACES[".".join(name.split(".")[-2:])])
 
     def expected_parameters(self, config: TransformerConfig) -> int:
@@ -51,7 +49,7 @@ class IA3(LayerwiseMethod):
 
 
 class Rescaled(Wrapper):
-    """A linear map with an explicit vector `scale` on its output [d_out] or on its input [d_in]."""
+    """A linear layer with an explicit vector `scale` on its output [d_out] or on its input [d_in]."""
 
     order = 1
 
@@ -62,7 +60,7 @@ class Rescaled(Wrapper):
         self.scale = parameter_like(torch.ones(d), base)
 
     def extra_repr(self) -> str:
-        return f"scale={list(self.scale.shape)} on its {self.side}"
+        return f"{super().extra_repr()} on its {self.side}"
 
     def as_linear(self) -> LinearMap | None:
         """W with scaled rows (and b) or columns, if its precision can hold the change."""
@@ -81,8 +79,5 @@ class Rescaled(Wrapper):
         if not self.enabled:
             return self.base(x)
         if self.side == "input":
-            return self.base(self._rescale(x))
-        return self._rescale(self.base(x))
-
-    def _rescale(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        return rescaled(h.to(self.scale.dtype), self.scale).to(h.dtype)
+            return self.base(in_their_precision(rescaled, x, self.scale))
+        return in_their_precision(rescaled, self.base(x), self.scale)

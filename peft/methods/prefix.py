@@ -6,11 +6,11 @@ concatenated form of He et al. 2022, equation 5.
     at="kv"       Attention(q, [P_k ; K], [P_v ; V])               P_k, P_v [n, d_model] in every layer
     at="hidden"   P_k = P W_kᵀ + b_k,  P_v = P W_vᵀ + b_v          P [n, d_model] in front of every layer's input
 
-*A prefix is a learned KV cache*: it is what the layer would remember of n words that were never written. It takes no
-part in the positions of the text, and asks no query of its own.
+*A prefix is a learned KV cache*: what the layer would remember of n words that were never written. It takes no part in
+the positions of the text, and asks no query of its own.
 
-Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model numbers per layer
-for "kv", n d_model for "hidden".
+Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
+layer for "kv", n d_model for "hidden".
 
 With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
 "LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
@@ -30,10 +30,18 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
-from minitransformer.modes import evaluation_mode
 from peft.functional import gated_prefix, prefix_attention
-from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
-from peft.methods.real_words import attention_input_of_words
+from peft.method import (
+    KeysAndValues,
+    LayerwiseMethod,
+    Wrapper,
+    dtype_of,
+    keys_and_values,
+    normal,
+    parameter_like,
+    unwrapped,
+)
+from peft.methods.real_words import attention_input_of_words, check_start
 from peft.methods.reparameterization import made_by_mlp, mlp_start
 from peft.sites import in_layers
 
@@ -48,14 +56,15 @@ class PrefixTuning(LayerwiseMethod):
         init: "activations" starts from the keys and values (or inputs) that `length` real words have in each layer;
             "normal" from N(0, init_std²).
         init_std: standard deviation of "normal".
-        init_tokens: the words of "activations", `length` word numbers; None draws them from the vocabulary.
+        init_tokens: the words of "activations", `length` word numbers; None draws them from the whole vocabulary.
         reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
             brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` that do not fit or count.
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
+            option that would be ignored.
     """
 
     length: int = 8
@@ -68,50 +77,38 @@ class PrefixTuning(LayerwiseMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
+        check_start(self, "activations")
         if self.at not in ("kv", "hidden"):
             raise ValueError(f'at={self.at!r} is unknown; choose "kv" or "hidden"')
-        if self.init not in ("activations", "normal"):
-            raise ValueError(f'init={self.init!r} is unknown; choose "activations" or "normal"')
-        if self.init_tokens is not None:
-            object.__setattr__(self, "init_tokens", tuple(self.init_tokens))  # a list would not equal what a file gives
-            if self.init != "activations" or self.reparameterize is not None:
-                raise ValueError('init_tokens would be ignored: they go with init="activations" and no MLP')
-            if len(self.init_tokens) != self.length:
-                raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
-        if not self.init_std >= 0:
-            raise ValueError(f"init_std is a standard deviation, 0 or more, got {self.init_std}")
-        if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
+        if self.reparameterize is None:
+            return
+        if self.reparameterize < 1 or self.at != "kv":
             raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
+        if self.init != "activations" or self.init_tokens is not None:
+            raise ValueError("init and init_tokens would be ignored: the MLP of reparameterize has a start of its own")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every attention layer."""
         names = [name for name, module in modules.items() if isinstance(module, Attention)]
-        if not names:
-            raise ValueError("the model has no minitransformer Attention, so a prefix has nowhere to enter")
         return in_layers(names, modules, self.layers)
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
         if self.reparameterize is not None:
             return PrefixAttention(module, self, mlp_start(module.d_model, self.length, self.reparameterize, generator))
+        parts = ("key", "value") if self.at == "kv" else ("hidden",)
         if self.init == "normal":
             shape = (self.length, module.d_model)
-            names = ("key", "value") if self.at == "kv" else ("hidden",)
-            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in names})
-        hidden = attention_input_of_words(model, module, self.init_tokens, self.length, generator)
-        if self.at == "hidden":
-            return PrefixAttention(module, self, {"hidden": hidden})
-        with torch.no_grad(), evaluation_mode(module):  # a LoRA on the key map may have dropout
-            return PrefixAttention(module, self, {"key": module.key(hidden), "value": module.value(hidden)})
+            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in parts})
+        hidden = attention_input_of_words(self, module, model, generator)
+        with torch.no_grad():
+            known = {"hidden": hidden, "key": unwrapped(module.key)(hidden), "value": unwrapped(module.value)(hidden)}
+        return PrefixAttention(module, self, {part: known[part][0] for part in parts})
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
         n, d, h = self.length, config.d_model, self.reparameterize
-        per_block = n * d * (2 if self.at == "kv" else 1)
-        if h is not None:
-            per_block = n * d + (h * d + h) + 2 * (d * h + d)
+        per_block = n * d * (2 if self.at == "kv" else 1) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
         return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
 
 
@@ -129,9 +126,6 @@ class PrefixAttention(Wrapper):
         if recipe.gated and "gate" not in start:
             self.gate = parameter_like(torch.zeros(base.n_heads), base)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
-
     def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
         """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
         if self.recipe.reparameterize is not None:
@@ -139,8 +133,9 @@ class PrefixAttention(Wrapper):
         if self.recipe.at == "kv":
             return self.key, self.value
         frozen = unwrapped(self.base)
-        hidden = self.hidden.to(next(unwrapped(frozen.key).parameters()).dtype)
-        return frozen.key(hidden), frozen.value(hidden)
+        hidden = self.hidden[None]  # as a layer's input is, for hooks on W_k and W_v
+        key, value = (part(hidden.to(dtype_of(part)))[0] for part in (frozen.key, frozen.value))
+        return key, value
 
     def forward(
         self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
@@ -185,9 +180,9 @@ class PrefixContext(Context):
 
     def with_prefix(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Attention over the prefix and all keys; gated, in the precision of the gate."""
-        if self.gate is None:
-            key, value = (part.to(k.dtype).expand(len(q), -1, -1, -1) for part in (self.key, self.value))
-            return prefix_attention(q, k, v, key, value, mask, attention, self.visible)
-        own, dtype = attention(q, k, v, mask), self.gate.dtype
+        dtype = k.dtype if self.gate is None else self.gate.dtype
         key, value = (part.to(dtype).expand(len(q), -1, -1, -1) for part in (self.key, self.value))
+        if self.gate is None:
+            return prefix_attention(q, k, v, key, value, mask, attention, self.visible)
+        own = attention(q, k, v, mask)
         return gated_prefix(own.to(dtype), q.to(dtype), key, value, self.gate).to(own.dtype)

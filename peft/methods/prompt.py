@@ -16,16 +16,15 @@ Differs from the paper: T5's relative positions are learned absolute ones here, 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
-from minitransformer.embedding import Embedding, check, positions
+from minitransformer.embedding import Embedding, check
 from peft.functional import prepend
-from peft.method import Method, Wrapper, normal, parameter_like
-from peft.methods.real_words import words_to_start_from
+from peft.method import Method, Wrapper, normal, parameter_like, unwrapped
+from peft.methods.real_words import check_start, words_to_start_from
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class PromptTuning(Method):
         init: "tokens" starts from the embeddings of real words (the paper's "sampled vocabulary"); "normal" from
             N(0, init_std²).
         init_std: standard deviation of "normal".
-        init_tokens: the words of "tokens", `length` word numbers; None draws them from the vocabulary.
+        init_tokens: the words of "tokens", `length` word numbers; None draws them from the whole vocabulary.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, or `init_tokens` of another length or
-            where they would be ignored.
+        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
+            option that would be ignored; on attaching, a prompt as long as max_len.
     """
 
     length: int = 8
@@ -50,37 +49,21 @@ class PromptTuning(Method):
     init_tokens: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
-        if self.init not in ("tokens", "normal"):
-            raise ValueError(f'init={self.init!r} is unknown; choose "tokens" or "normal"')
-        if self.init_tokens is not None:
-            object.__setattr__(self, "init_tokens", tuple(self.init_tokens))  # a list would not equal what a file gives
-            if self.init != "tokens":
-                raise ValueError('init_tokens would be ignored: they go with init="tokens"')
-            if len(self.init_tokens) != self.length:
-                raise ValueError(f"init_tokens has {len(self.init_tokens)} words, but length is {self.length}")
-        if not self.init_std >= 0:
-            raise ValueError(f"init_std is a standard deviation, 0 or more, got {self.init_std}")
+        super().__post_init__()
+        check_start(self, "tokens")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The embedding."""
-        names = [name for name, module in modules.items() if isinstance(module, Embedding)]
-        if not names:
-            raise ValueError("the model has no minitransformer Embedding, so a prompt has nowhere to enter")
-        return names
+        return [name for name, module in modules.items() if isinstance(module, Embedding)]
 
     def wrap(self, name: str, module: Embedding, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PromptEmbedding` round the embedding."""
         n_words, d_model = module.token.weight.shape
-        if self.length >= module.position.num_embeddings:
-            raise ValueError(
-                f"a prompt of {self.length} vectors leaves no room for text: max_len is "
-                f"{module.position.num_embeddings}; choose a shorter prompt"
-            )
+        if self.length >= module.room:
+            raise ValueError(f"a prompt of {self.length} vectors leaves no room for text; max_len is {module.room}")
         if self.init == "normal":
             return PromptEmbedding(module, normal((self.length, d_model), self.init_std, generator))
-        words = words_to_start_from(self.init_tokens, self.length, n_words, generator).to(module.token.weight.device)
+        words = words_to_start_from(self, n_words, generator).to(module.token.weight.device)
         check(module, words[None], torch.zeros_like(words)[None])
         return PromptEmbedding(module, module.token(words).detach())
 
@@ -96,18 +79,15 @@ class PromptEmbedding(Wrapper):
         super().__init__(base)
         self.prompt = parameter_like(prompt, base)
 
-    def extra_repr(self) -> str:
-        return f"prompt={list(self.prompt.shape)}"
-
     @property
     def token(self) -> nn.Embedding:
         """The table of word vectors, which the tied LM head reads."""
-        return self.base.token
+        return unwrapped(self.base).token
 
     @property
     def room(self) -> int:
         """How many tokens a text may have behind the prompt."""
-        return self.base.room - self.prompt.shape[0] * self.enabled
+        return unwrapped(self.base).room - len(self.prompt) * self.enabled
 
     def forward(
         self,
@@ -119,13 +99,10 @@ class PromptEmbedding(Wrapper):
         """[P ; E(tokens)] with positions; behind a cache that holds the prompt already, E(tokens) alone."""
         if not self.enabled:
             return self.base(tokens, real, segments, cache)
-        n = self.prompt.shape[0]
-        place = positions(tokens, real, cache) + n
-        check(self.base, tokens, place, segments)
-        vectors = self.base.token(tokens)
-        if cache is None or cache.is_empty:
-            vectors = prepend(self.prompt, vectors)
-            front = torch.arange(n, device=place.device).expand(len(place), -1)
-            place = torch.cat([front, place], dim=1)
-            segments = None if segments is None else F.pad(segments, (n, 0))
-        return self.base.summed(vectors, place, segments)
+        n, behind = len(self.prompt), KVCache(0)
+        behind.n_tokens = n if cache is None else n + cache.n_tokens  # where the text's positions begin
+        text = self.base(tokens, real, segments, behind)
+        if cache is not None and not cache.is_empty:
+            return text
+        prompt = self.prompt.to(text.dtype).expand(len(text), -1, -1)
+        return prepend(unwrapped(self.base).summed(prompt, torch.arange(n, device=text.device)[None]), text)

@@ -2,61 +2,72 @@
 
 Source: Li & Liang 2021, section 7.4: a prefix that starts from the activations of real words learns from little data
 far better than one that starts from random numbers. Lester et al. 2021, section 3.2, found the same for prompts.
+
+Activations are those of the frozen model, with every method off, so it makes no difference which one came first. Words
+are drawn from the whole vocabulary: the model does not know what in it is none (padding, say); `init_tokens` does.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention, attention_mask
+from minitransformer.attention import Attention
 from minitransformer.modes import evaluation_mode
 from minitransformer.transformer import Transformer
-from peft.method import unwrapped
+from peft.method import Method, Wrapper, switched_off, unwrapped
 
 
-def transformer_of(model: nn.Module) -> Transformer:
-    """The Transformer in the model, which may be a classifier round it."""
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            return module
-    raise ValueError("there is no minitransformer Transformer in this model")
+def check_start(recipe: Method, from_words: str) -> None:
+    """What the recipes of a prefix and a prompt share: `length`, and a start from words (of that name) or "normal".
+
+    Raises:
+        ValueError: a length below 1, an unknown start, a negative `init_std`, `init_tokens` that do not count `length`,
+            or one of these two where it would be ignored.
+    """
+    words = recipe.init_tokens
+    if recipe.length < 1:
+        raise ValueError(f"length must be at least 1, got {recipe.length}")
+    if recipe.init not in (from_words, "normal"):
+        raise ValueError(f'init={recipe.init!r} is unknown; choose "{from_words}" or "normal"')
+    if recipe.init_std < 0:
+        raise ValueError(f"init_std is a standard deviation, 0 or more, got {recipe.init_std}")
+    if recipe.init == "normal" and words is not None:
+        raise ValueError(f'init_tokens would be ignored: they go with init="{from_words}"')
+    if recipe.init != "normal" and recipe.init_std != 1.0:
+        raise ValueError('init_std would be ignored: it goes with init="normal"')
+    if words is not None and len(words) != recipe.length:
+        raise ValueError(f"init_tokens has {len(words)} words, but length is {recipe.length}")
 
 
-def words_to_start_from(
-    given: tuple[int, ...] | None, length: int, vocab_size: int, generator: torch.Generator
-) -> Int[Tensor, "n"]:
-    """The given words, or `length` drawn from the vocabulary: the same ones for every layer of one `attach`."""
-    if given is not None:
-        return torch.tensor(given)
+def words_to_start_from(recipe: Method, vocab_size: int, generator: torch.Generator) -> Int[Tensor, "n"]:
+    """The recipe's words, or `length` drawn from the vocabulary: the same ones for every layer of one `attach`."""
+    if recipe.init_tokens is not None:
+        return torch.tensor(recipe.init_tokens, device="cpu")
     again = torch.Generator().manual_seed(generator.initial_seed())
-    return torch.randint(vocab_size, (length,), generator=again)
-
-
-def attention_input_of_words(
-    model: nn.Module,
-    attention: Attention,
-    given: tuple[int, ...] | None,
-    length: int,
-    generator: torch.Generator,
-) -> Float[Tensor, "n d_model"]:
-    """What that attention layer reads at each of `length` words: the given ones, or words drawn from the vocabulary."""
-    transformer = transformer_of(model)
-    words = words_to_start_from(given, length, transformer.config.vocab_size, generator)
-    pieces = words.split(transformer.config.max_len)  # a prefix may be longer than any text
-    return torch.cat([attention_input(transformer, attention, piece) for piece in pieces])
+    return torch.randint(vocab_size, (recipe.length,), generator=again, device="cpu")
 
 
 @torch.no_grad()
-def attention_input(
-    transformer: Transformer, attention: Attention, words: Int[Tensor, "n"]
-) -> Float[Tensor, "n d_model"]:
-    """What that attention layer reads at each of the words: the hidden states below it, after a pre-norm."""
-    tokens = words.to(next(transformer.parameters()).device)[None]
-    mask = attention_mask(tokens.shape[1], None, tokens.shape[1], transformer.config.causal, tokens.device)
-    with evaluation_mode(transformer):
-        x = unwrapped(transformer.embedding)(tokens, torch.ones_like(tokens, dtype=torch.bool))
-        for block in transformer.blocks:
-            if unwrapped(block.attention) is attention:
-                return (block.norm_attention(x) if block.pre_norm else x)[0]
-            x = block(x, mask)
-    raise ValueError("this attention layer is not in the Transformer")
+def attention_input_of_words(
+    recipe: Method, attention: Attention, model: nn.Module, generator: torch.Generator
+) -> Float[Tensor, "1 n d_model"]:
+    """What that attention layer reads at each of the words.
+
+    Raises:
+        ValueError: no Transformer is round the layer, or it does not have these words.
+    """
+    around = [m for m in model.modules() if isinstance(m, Transformer) and any(p is attention for p in m.modules())]
+    if not around:
+        raise ValueError('no minitransformer Transformer is round this attention layer; choose init="normal"')
+    embedding = unwrapped(around[0].embedding)
+    words = words_to_start_from(recipe, len(embedding.token.weight), generator).to(embedding.token.weight.device)
+    read: list[Tensor] = []
+    look = attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    wrappers = [module for module in model.modules() if isinstance(module, Wrapper)]
+    try:
+        with evaluation_mode(model), switched_off(*wrappers):
+            for piece in words.split(embedding.room):  # a prefix may be longer than any text
+                around[0].hidden(piece[None])
+    finally:
+        look.remove()
+    return torch.cat(read, dim=1)

@@ -36,5 +36,5 @@ def mlp_start(d: int, n: int, h: int, generator: torch.Generator) -> dict[str, T
 def made_by_mlp(tensors: dict[str, Tensor]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     """P_k and P_v from the tensors that `mlp_start` named."""
     hidden = [tensors[name] for name in ("source", "hidden_weight", "hidden_bias")]
-    key = prefix_mlp(*hidden, tensors["key_weight"], tensors["key_bias"])
-    return key, prefix_mlp(*hidden, tensors["value_weight"], tensors["value_bias"])
+    key, value = ((tensors[f"{part}_weight"], tensors[f"{part}_bias"]) for part in ("key", "value"))
+    return prefix_mlp(*hidden, *key), prefix_mlp(*hidden, *value)

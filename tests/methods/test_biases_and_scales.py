@@ -61,7 +61,7 @@ def test_a_fresh_head_is_left_to_train_also(tiny, recipe):
 
 @pytest.mark.parametrize("recipe", [BitFit(), IA3()], ids=["bitfit", "ia3"])
 def test_a_model_without_a_place_is_refused(recipe):
-    with pytest.raises(ValueError, match="the model has no"):
+    with pytest.raises(ValueError, match="nowhere to enter"):
         peft.attach(torch.nn.Sequential(torch.nn.ReLU()), recipe)
 
 
