@@ -76,17 +76,18 @@ def run_comparison(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--threads", type=at_least_one, default=1)
     options = parser.parse_args(arguments)
-    own, threads = TASKS[options.task].entries, torch.get_num_threads()
-    names, backbone = list(own), "pretrained"
+    names, backbone = list(TASKS[options.task].entries), "pretrained"
     if options.random_backbone:
-        names, backbone = [name for name in RANDOM_BACKBONE if name in own] or names, "random"
+        names, backbone = [name for name in RANDOM_BACKBONE if name in names] or names, "random"
+    try:
+        study = compare.study(options.task, selected(options.methods or [], names), backbone, options.examples)
+        read_rows(results_file(options))
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        try:
-            study = compare.study(options.task, selected(options.methods or [], names), backbone, options.examples)
-            read_rows(results_file(options))
-        except ValueError as error:
-            parser.error(str(error))
         with launched_together():
             compared(study, options, backbone)
     finally:
@@ -132,3 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__doc__.strip())
         sys.exit(0 if words[:1] in ([], ["-h"], ["--help"]) else f"\nthe command {words[0]!r} is unknown")
     COMMANDS[words[0]](words[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -127,6 +127,26 @@ def test_what_would_be_ignored_is_refused(words, said, tmp_path, capsys):
     assert stop.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_and_a_damaged_file_are_refused_before_any_run(few_runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "sentiment.csv").write_text("a,b\n1,2\n")
+    for out, said in ((tmp_path / "file", "File exists"), (tmp_path, "is not a results file of this command")):
+        with pytest.raises(SystemExit):
+            main([*SENTIMENT, "--methods", "BitFit", "--out", str(out)])
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "sentiment.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_a_second_command_in_the_process_gives_what_the_first_one_gave(few_runs, tmp_path):
+    for folder, methods in (("first", "BitFit"), ("between", "full"), ("again", "BitFit")):
+        main([*SENTIMENT, "--methods", methods, "--seeds", "1", "--threads", "2", "--out", str(tmp_path / folder)])
+    first, again = (read_rows(tmp_path / folder / "sentiment.csv") for folder in ("first", "again"))
+    for rows in (first, again):
+        for row in rows:
+            del row["seconds_per_step"]
+    assert first == again
+
+
 def test_methods_that_are_named_twice_are_all_run(few_runs, tmp_path):
     main([*SENTIMENT, "--methods", "BitFit", "--methods", "IA3", "--seeds", "1", "--out", str(tmp_path)])
     assert {row["method"] for row in read_rows(tmp_path / "sentiment.csv")} == {"BitFit", "IA3"}

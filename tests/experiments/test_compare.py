@@ -41,9 +41,10 @@ def test_the_whole_sweep_and_going_on_with_it(short, tmp_path, monkeypatch):
     assert again[: len(rows)] == rows
 
 
-@pytest.mark.parametrize(
-    ("name", "examples"), [(name, None) for name in TASKS] + [("sentiment", n) for n in (16, 64, 256)]
-)
+FILES = [(name, None) for name in TASKS] + [("sentiment", n) for n in (16, 64, 256)]
+
+
+@pytest.mark.parametrize(("name", "examples"), FILES)
 def test_the_files_that_there_are_hold_only_runs_that_the_table_plans(name, examples):
     """Where a run was made with a recipe, a rate or a number of steps that the table has not, it counts for nothing."""
     rows = read_rows(RESULTS / f"{compare.label(name, examples)}.csv")
