@@ -81,7 +81,8 @@ def run_comparison(arguments: Sequence[str]) -> None:
         names, backbone = [name for name in RANDOM_BACKBONE if name in names] or names, "random"
     try:
         study = compare.study(options.task, selected(options.methods or [], names), backbone, options.examples)
-        read_rows(results_file(options))
+        out = options.out / f"{compare.label(options.task, options.examples)}.csv"
+        read_rows(out)
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -89,30 +90,26 @@ def run_comparison(arguments: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     try:
         with launched_together():
-            compared(study, options, backbone)
+            compared(study, out, options)
     finally:
         torch.set_num_threads(threads)
 
 
-def results_file(options: argparse.Namespace) -> Path:
-    """Where the rows of a comparison are."""
-    return options.out / f"{compare.label(options.task, options.examples)}.csv"
-
-
-def compared(study: sweep.Study, options: argparse.Namespace, backbone: str) -> None:
+def compared(study: sweep.Study, out: Path, options: argparse.Namespace) -> None:
     """Say what it will cost, run what is missing, and leave a table, a CSV file and a figure."""
-    seeds, out = range(1, options.seeds + 1), results_file(options)
+    seeds = range(1, options.seeds + 1)
     price = sweep.cost(study, read_rows(out), seeds)
     if is_writer():
         print(price, flush=True)
     rows = sweep.run(study, out, seeds)
     if not is_writer():
         return
+    backbone = rows[0]["backbone"]
     records = sweep.summaries(rows, backbone)
     print(sweep.table(records))
-    others = [row for row in read_rows(out) if row["method"] in study.rates and row["backbone"] == backbone]
-    if len(others) > len(rows):
-        print(f"\n{len(others) - len(rows)} more rows of these methods are of other recipes, inputs, rates or seeds")
+    own = [row for row in read_rows(out) if row["method"] in study.rates and row["backbone"] == backbone]
+    if len(own) > len(rows):
+        print(f"\n{len(own) - len(rows)} more rows of these methods are of other recipes, inputs, rates or seeds")
     few = f", {options.examples} examples" if options.examples else ""
     title = f"{TASKS[options.task].title}{few}: mean and spread of {sweep.n_seeds(options.seeds)}"
     picture = out.with_name(f"{out.stem}{'_random' if options.random_backbone else ''}.png")

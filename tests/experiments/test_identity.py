@@ -36,6 +36,7 @@ def made_up(key, *_):
 @pytest.fixture(autouse=True)
 def quick(short, monkeypatch):
     monkeypatch.setattr(compare, "finished", made_up)
+    monkeypatch.setattr(compare, "step_seconds", lambda models, *_, **__: dict.fromkeys(models, 0.1))
 
 
 def edited(monkeypatch, changes, **entry):
