@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 import matplotlib
 import pytest
@@ -35,6 +36,9 @@ def made_up(key, *_):
 
 @pytest.fixture(autouse=True)
 def quick(short, monkeypatch):
+    """The comparison on sentiment, with a base and rows from which those of `INPUTS` differ in one thing."""
+    same = {"splits": OWN.splits, "models": {"pretrained": OWN.models["random"]}}
+    monkeypatch.setitem(TASKS, "sentiment", replace(TASKS["sentiment"], **same))
     monkeypatch.setattr(compare, "finished", made_up)
     monkeypatch.setattr(compare, "step_seconds", lambda models, *_, **__: dict.fromkeys(models, 0.1))
 
@@ -46,11 +50,11 @@ def edited(monkeypatch, changes, **entry):
     monkeypatch.setitem(TASKS, "sentiment", replace(own, entries=entries, **changes))
 
 
-def other_rows():
+def other_rows(field, change):
     task = OWN.splits()
-    targets = task.validation.targets.clone()
-    targets[-1] += 1
-    return replace(task, validation=replace(task.validation, targets=targets))
+    values = getattr(task.validation, field).clone()
+    values[-1] = change(values[-1])
+    return replace(task, validation=replace(task.validation, **{field: values}))
 
 
 def other_weights(seed):
@@ -82,7 +86,8 @@ EDITS = {
     "trained beside": {"changes": {"train_also": ("norm",)}},
 }
 INPUTS = {
-    "data": {"changes": {"splits": other_rows}},
+    "an answer": {"changes": {"splits": partial(other_rows, "targets", lambda row: row + 1)}},
+    "a word": {"changes": {"splits": partial(other_rows, "tokens", lambda row: row.where(row != row[1], row + 1))}},
     "weights": {"changes": {"models": {"pretrained": other_weights}}},
     "heads": {"changes": {"models": {"pretrained": other_heads}}},
 }
@@ -133,7 +138,7 @@ def test_what_a_model_is_besides_its_weights_belongs_to_the_base(task, decoder):
 
 def test_a_fresh_head_is_no_part_of_the_base(task):
     heads = iter((1, 2))
-    model = TASKS["sentiment"].models["random"](0)
+    model = OWN.models["random"](0)
 
     def with_a_head(seed):
         model.head = torch.nn.Linear(2, 2)

@@ -118,9 +118,10 @@ def test_runs_that_differ_in_more_than_their_seed_or_rate_have_no_mean_and_choos
 ):
     rows = sweep.run(runs.study, tmp_path / "rows.csv", seeds=(1, 2))
     row = next(row for row in rows if (row["method"], row["stage"]) == ("slow", stage))
-    mixed = [*rows, row | {column: row[column] + "9"}]
+    own = {"final": "seed", "choice": "learning_rate"}[stage]
+    mixed = [*rows, row | {own: row[own] + "9"} | {column: row[column] + "9"}]
     ask = sweep.summaries if stage == "final" else partial(sweep.chosen_learning_rate, name="slow")
-    if column == {"final": "seed", "choice": "learning_rate"}[stage]:
+    if column == own:
         ask(mixed)
         mixed = [*rows, row]  # the same run twice
     with pytest.raises(ValueError, match=rf"the {stage} runs of 'slow' are .*compare\.current"):
