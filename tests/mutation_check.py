@@ -47,8 +47,8 @@ TESTS = {  # files of tests/methods, or paths below tests
     "checkpoint": "files lora_variants",
     "mixed": "many_tasks",
     "task_bank": "many_tasks",
-    "sweep": "experiments/test_sweep.py experiments/test_compare.py experiments/test_commands.py",
-    "results": "experiments/test_results.py experiments/test_sweep.py",
+    "sweep": "experiments/test_sweep.py experiments/test_identity.py experiments/test_commands.py",
+    "results": "experiments/test_results.py experiments/test_sweep.py experiments/test_identity.py",
     "doctor": "experiments/test_doctor.py",
 }
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", ""]  # in this process, the slow tests too

@@ -133,3 +133,20 @@ def split_of(examples: list[Example], vocabulary: Vocabulary) -> Split:
     tokens, padding_mask = pad_rows(rows, vocabulary.pad_id)
     targets = torch.tensor([vocabulary.id(example.answer) for example in examples])
     return Split(tokens, padding_mask, targets, tuple(example.kind for example in examples), vocabulary)
+
+
+def task_of(
+    name: str,
+    kinds: tuple[str, ...],
+    answers: tuple[str, ...],
+    examples: list[Example],
+    sizes: tuple[int, int, int],
+    vocabulary: Vocabulary,
+) -> Task:
+    """Examples -> a task: the first for training, the next for validation, the last for the test.
+
+    The caller sees to it that their order says nothing about their kind: what comes late would be tested more.
+    """
+    end = (sizes[0], sizes[0] + sizes[1])
+    parts = (examples[: end[0]], examples[end[0] : end[1]], examples[end[1] :])
+    return Task(name, kinds, answers, vocabulary, *(split_of(part, vocabulary) for part in parts))

@@ -1,10 +1,11 @@
 """The README's picture, results.png, drawn again: `.venv/bin/python notebooks/figures/results.py`."""
 
-import csv
 from hashlib import sha256
 from pathlib import Path
 
+from peft.experiments.compare import current
 from peft.experiments.plots import plot_comparison, use_style
+from peft.experiments.results import read_rows
 from peft.experiments.sweep import summaries
 
 HERE = Path(__file__).resolve().parent
@@ -14,8 +15,7 @@ RUNS = HERE.parent / "results" / "qa.csv"
 def main() -> None:
     """Draw the picture; a digest in its file says which runs it shows."""
     use_style()
-    with open(RUNS, newline="") as file:
-        records = summaries(list(csv.DictReader(file)))
+    records = summaries(current(read_rows(RUNS), "qa"))
     title = "Question answering in a toy world: mean ± standard deviation over seeds"
     figure = plot_comparison(records, title)
     axis = figure.axes[0]

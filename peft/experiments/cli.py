@@ -11,6 +11,7 @@ it is not.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from minitransformer.training.distributed import is_writer, launched_together
 from peft.experiments import compare, doctor, report, sweep
-from peft.experiments.plots import plot_comparison, plt, use_style
+from peft.experiments.plots import STYLE, plot_comparison, plt
 from peft.experiments.results import read_rows
 from peft.experiments.tasks import RANDOM_BACKBONE, TASKS
 
@@ -27,69 +28,95 @@ from peft.experiments.tasks import RANDOM_BACKBONE, TASKS
 def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
     """The methods that a command line names, in the order of `names`; all of them without words.
 
+    Each word is a whole name, or whole words of names, such as `prefix` or `LoRA q,v`; if it is neither, it is a list
+    of such with commas between them, such as `lora,prefix`.
+
     Raises:
-        ValueError: a word is part of no name.
+        ValueError: a word names no method; the message lists those that there are.
     """
     chosen = [name for word in words for name in named_by(word, names)]
     return [name for name in names if not words or name in chosen]
 
 
 def named_by(word: str, names: Sequence[str]) -> list[str]:
-    """A whole name; how names with a comma begin, such as `LoRA q,v`; or parts of names, as in `lora,prefix`."""
-    if word in names:
-        return [word]
-    begun = [name for name in names if name.lower().startswith(word.lower())]
-    if "," in word:
-        return begun or [name for part in word.split(",") if part for name in named_by(part, names)]
-    found = [name for name in names if word.lower() in name.lower()]
+    """Those that one word of the command line names."""
+    whole = [name for name in names if name.lower() == word.strip().lower()]
+    found = whole or [name for name in names if _words(word) and f" {_words(word)} " in f" {_words(name)} "]
+    if not found and "," in word:
+        return [name for part in word.split(",") for name in named_by(part, names)]
     if not found:
-        raise ValueError(f"no method is called {word!r} or has it in its name; there are: {'; '.join(names)}")
+        raise ValueError(f"no method is called {word!r} or has it among its words; there are: {'; '.join(names)}")
     return found
+
+
+def _words(text: str) -> str:
+    """In small letters, with single spaces, and without commas at the end of words: those within, as in `q,v`, stay."""
+    return " ".join(re.sub(r",(?=\s|$)", " ", text.lower()).split())
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1, for the options that count something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return int(text)
 
 
 def run_comparison(arguments: Sequence[str]) -> None:
     """`python -m peft compare`."""
-    parser = argparse.ArgumentParser("python -m peft compare", description="Every method, a learning rate for each.")
+    parser = argparse.ArgumentParser(
+        "python -m peft compare", description="Every method, a learning rate for each.", allow_abbrev=False
+    )
     parser.add_argument("--task", choices=list(TASKS), required=True)
-    parser.add_argument("--methods", nargs="+", default=[], help="names, or parts of names such as lora,prefix")
-    parser.add_argument("--seeds", type=int, default=len(sweep.SEEDS), help="how many final runs of each method")
+    parser.add_argument("--methods", nargs="+", action="extend", help="names, or whole words of them: lora,prefix")
+    parser.add_argument("--seeds", type=at_least_one, default=len(sweep.SEEDS), help="final runs of each method")
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV file and the figure")
     parser.add_argument("--random-backbone", action="store_true", help="on a frozen backbone that learned nothing")
-    parser.add_argument("--examples", type=int, help="so many training rows, drawn anew for each seed; all without it")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--examples", type=at_least_one, help="so many training rows, drawn anew for each seed; all without it"
+    )
+    parser.add_argument("--threads", type=at_least_one, default=1)
     options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds}: at least one final run")
-    torch.set_num_threads(options.threads)
     names, backbone = list(TASKS[options.task].entries), "pretrained"
     if options.random_backbone:
-        names, backbone = RANDOM_BACKBONE, "random"
+        names, backbone = [name for name in RANDOM_BACKBONE if name in names] or names, "random"
     try:
-        study = compare.study(options.task, selected(options.methods, names), backbone, options.examples)
-    except ValueError as error:
+        study = compare.study(options.task, selected(options.methods or [], names), backbone, options.examples)
+        out = options.out / f"{compare.label(options.task, options.examples)}.csv"
+        read_rows(out)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    with launched_together():
-        compared(study, options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with launched_together():
+            compared(study, out, options)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def compared(study: sweep.Study, options: argparse.Namespace) -> None:
+def compared(study: sweep.Study, out: Path, options: argparse.Namespace) -> None:
     """Say what it will cost, run what is missing, and leave a table, a CSV file and a figure."""
-    name = compare.label(options.task, options.examples)
-    seeds, out = range(1, options.seeds + 1), options.out / f"{name}.csv"
+    seeds = range(1, options.seeds + 1)
     price = sweep.cost(study, read_rows(out), seeds)
     if is_writer():
         print(price, flush=True)
-    rows = [row for row in sweep.run(study, out, seeds) if row["method"] in study.rates]
+    rows = sweep.run(study, out, seeds)
     if not is_writer():
         return
-    records = sweep.summaries(rows, study.backbone)
+    backbone = rows[0]["backbone"]
+    records = sweep.summaries(rows, backbone)
     print(sweep.table(records))
-    use_style()
+    own = [row for row in read_rows(out) if row["method"] in study.rates and row["backbone"] == backbone]
+    if len(own) > len(rows):
+        print(f"\n{len(own) - len(rows)} more rows of these methods are of other recipes, inputs, rates or seeds")
     few = f", {options.examples} examples" if options.examples else ""
-    many = f"mean and spread of {sweep.n_seeds(options.seeds)}"
-    picture = out.with_name(f"{name}{'_random' if options.random_backbone else ''}.png")
-    plot_comparison(records, f"{TASKS[options.task].title}{few}: {many}").savefig(picture, dpi=110)
-    plt.close("all")
+    title = f"{TASKS[options.task].title}{few}: mean and spread of {sweep.n_seeds(options.seeds)}"
+    picture = out.with_name(f"{out.stem}{'_random' if options.random_backbone else ''}.png")
+    with plt.rc_context(STYLE):
+        figure = plot_comparison(records, title)
+        figure.savefig(picture, dpi=110)
+        plt.close(figure)
     print(f"\nrows in {out}, figure in {picture}")
 
 

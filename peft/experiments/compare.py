@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from minitransformer.files import fingerprint
 from minitransformer.heads import SequenceClassifier
 from minitransformer.modes import evaluation_mode
 from minitransformer.tasks.dataset import Dataset, Task, by_length
@@ -35,8 +36,8 @@ from peft.attach import attach, attached, trainable_parameters
 from peft.checkpoint import save
 from peft.counting import parameter_table
 from peft.experiments.results import KEY, Row
-from peft.experiments.sweep import Study
-from peft.experiments.tasks import TASKS
+from peft.experiments.sweep import Plan, Study, counted
+from peft.experiments.tasks import TASKS, Comparison, Entry
 from peft.merging.soup import soup
 from peft.methods.lora_plus import lora_plus_groups
 
@@ -172,17 +173,77 @@ def label(task: str, examples: int | None) -> str:
     return task if examples is None else f"{task}_{examples}"
 
 
+def settings_of(comparison: Comparison, entry: Entry) -> str:
+    """How a run is done, with every option of the recipe and of the comparison written out."""
+    objective = getattr(comparison.objective, "__qualname__", repr(comparison.objective))
+    options = {"objective": objective} | {key: getattr(comparison, key) for key in ("batch_size", "like_length")}
+    options |= {"train_also": comparison.train_also}
+    options |= {key: getattr(entry, key) for key in ("frozen", "ratio", "members")}
+    return "; ".join([repr(entry.method), *(f"{key}={value}" for key, value in options.items())])
+
+
+def inputs_of(comparison: Comparison, task: Task | TextTask, backbone: str) -> str:
+    """What a run starts from, as digests: the rows of every split, and the base, without what is trained from fresh."""
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    fields = ("tokens", "padding_mask", "targets")
+    data = fingerprint({f"{name}.{key}": getattr(own, key) for name, own in splits.items() for key in fields})
+    model = comparison.models[backbone](0)
+    fresh = tuple(f"{name}." for name in comparison.train_also)
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(fresh)}
+    shape = [own.config for own in model.modules() if hasattr(own, "config")]
+    shape += [item for item in vars(model).items() if isinstance(item[1], bool | int | float | str)]  # pool, scale
+    return f"data {data[:12]}, base {fingerprint(frozen, heading=str(shape))[:12]}"
+
+
 def planned(
-    task: str, name: str, stage: str, learning_rate: float, seed: int, backbone: str, examples: int | None = None
-) -> Row:
-    """What identifies a run: the columns of `KEY`, as they stand in the file."""
-    entry = TASKS[task].entries[name]
+    task: str, name: str, stage: str, learning_rate: float, seed: int, backbone: str, examples: int | None = None,
+    inputs: str = "",
+) -> Row:  # fmt: skip
+    """What identifies a run: the columns of `KEY`, as they stand in the file.
+
+    Without `inputs` there are no `settings` either, as in rows of files that lack both columns.
+    """
+    comparison = TASKS[task]
+    entry = comparison.entries[name]
     steps = entry.steps if entry.choice_steps is None else entry.choice_steps
     if stage == "final":
         steps = entry.steps * entry.members
     recipe = "" if entry.method is None else str(entry.method)
-    values = (label(task, examples), backbone, name, recipe, stage, learning_rate, steps, seed)
+    settings = settings_of(comparison, entry) if inputs else ""
+    values = (label(task, examples), backbone, name, recipe, settings, inputs, stage, learning_rate, steps, seed)
     return dict(zip(KEY, map(str, values), strict=True))
+
+
+def plan(task: str, methods: Sequence[str], backbone: str, examples: int | None = None, inputs: str = "") -> Plan:
+    """The runs of these methods on a task, as the table of `tasks.py` is now."""
+    rates = {name: TASKS[task].entries[name].learning_rates for name in methods}
+    return Plan(rates, lambda *run: planned(task, *run, backbone, examples, inputs))
+
+
+def current(rows: Sequence[Row], task: str, examples: int | None = None) -> list[Row]:
+    """Of the rows of a file those of the task's comparison as it is now, on every backbone, with all seeds.
+
+    The data need not be there, so of the inputs only this is checked: rows of two that would both count are refused.
+    Rows that note no inputs count as long as no others of that backbone do.
+
+    Raises:
+        ValueError: runs on different data, or on different bases, would be compared.
+    """
+    seeds = sorted({int(row["seed"]) for row in rows if row["stage"] == "final"})
+    noted, methods = sorted({row["inputs"] for row in rows}), list(TASKS[task].entries)
+    kept: list[Row] = []
+    for backbone in TASKS[task].models:
+        plans = {inputs: plan(task, methods, backbone, examples, inputs) for inputs in noted}
+        found = {inputs: own for inputs in noted if (own := counted(plans[inputs], rows, seeds))}
+        if len(found) > 1:
+            found.pop("", None)
+        if len(found) > 1:
+            counts = "; ".join(f"{inputs}: {len(own)} rows" for inputs, own in sorted(found.items()))
+            raise ValueError(
+                f"the runs of {label(task, examples)} have several inputs ({counts}): delete the rows of all but one"
+            )
+        kept += [row for own in found.values() for row in own]
+    return kept
 
 
 def finished(key: Row, task: Task | TextTask, examples: int | None = None, progress: bool = True) -> Row:
@@ -214,14 +275,18 @@ def finished(key: Row, task: Task | TextTask, examples: int | None = None, progr
 
 
 def study(
-    name: str, methods: Sequence[str] = (), backbone: str = "pretrained", examples: int | None = None, progress=True
-) -> Study:
-    """The sweep over these methods, or over all, on the task of that name.
+    name: str, methods: Sequence[str] | None = None, backbone: str = "pretrained", examples: int | None = None,
+    progress: bool = True,
+) -> Study:  # fmt: skip
+    """The sweep over these methods, by default over all, on the task of that name.
 
     Raises:
-        ValueError: the task has no such backbone, or not so many examples.
+        ValueError: the task has no such method or backbone, not so many examples, or there is no method at all.
     """
     comparison = TASKS[name]
+    methods = list(comparison.entries if methods is None else methods)
+    if not methods or not set(methods) <= set(comparison.entries):
+        raise ValueError(f"methods={methods}: choose some of {'; '.join(comparison.entries)}")
     if backbone not in comparison.models:
         raise ValueError(f"{name} has no {backbone} backbone; it has {', '.join(comparison.models)}")
     task = comparison.splits()
@@ -234,10 +299,5 @@ def study(
         models = {own: model_for(name, own, 0, backbone) for own in names if own not in quick}
         return quick | step_seconds(models, typical, comparison.objective, rounds=1)
 
-    return Study(
-        rates={own: comparison.entries[own].learning_rates for own in methods or comparison.entries},
-        planned=lambda own, stage, rate, seed: planned(name, own, stage, rate, seed, backbone, examples),
-        finished=lambda key: finished(key, task, examples, progress),
-        step_seconds=seconds,
-        backbone=backbone,
-    )
+    own = plan(name, methods, backbone, examples, inputs_of(comparison, task, backbone))
+    return Study(own.rates, own.planned, lambda key: finished(key, task, examples, progress), seconds)

@@ -6,6 +6,7 @@ Above all: the import name `peft` is also that of Hugging Face's library, which 
 takes the first one on its path, and there an editable install of this repository loses.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ def diagnosis() -> list[Finding]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the diagnosis; exits with 1 if anything is wrong."""
+    argparse.ArgumentParser("python -m peft doctor", description=__doc__.split("\n")[0]).parse_args(arguments)
     findings = diagnosis()
     print("\n".join(map(str, findings)))
     if any(finding.verdict == "WRONG" for finding in findings):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft.experiments import speed
+from peft.experiments.compare import current
 from peft.experiments.results import read_rows
 from peft.experiments.sweep import accuracy, n_seeds, percent, summaries
 from peft.experiments.tasks import FULL, HEAD, TASKS, UNTRAINED
@@ -40,8 +41,10 @@ SPEED = {
 
 PAGE = """# Results
 
-Written by `python -m peft report` from the files beside this one, which have a row for each run: its seed, settings and
-versions. Test accuracy is mean ± standard deviation over seeds. Every method has a learning rate of its own, chosen on
+Written by `python -m peft report` from the files beside this one, which have a row for each run: its recipe, settings,
+inputs (digests of data and base), seed and versions. Only runs of the comparison as it is now count. A file without the
+columns `settings` and `inputs` does not say which data and base its runs had; it counts until there are runs that do.
+Test accuracy is mean ± standard deviation over seeds. Every method has a learning rate of its own, chosen on
 the validation split; the test split is read once per run. *Not run*: waits for its runs; –: not in that comparison.
 A sweep that was stopped goes on where it stopped; all of them take hours on two cores.
 
@@ -94,9 +97,9 @@ def records_in(results: Path) -> Records:
     """What the files of the comparisons say.
 
     Raises:
-        ValueError: there is no file.
+        ValueError: no run counts, or what `read_rows` and `current` refuse.
     """
-    rows = {task: read_rows(results / f"{task}.csv") for task in TASKS}
+    rows = {task: current(read_rows(results / f"{task}.csv"), task) for task in TASKS}
     if not any(rows.values()):
         raise ValueError(f"no results in {results}; run: python -m peft compare --task qa --out notebooks/results")
     return {
@@ -127,9 +130,10 @@ def result_lines(found: Records) -> list[str]:
         methods = [r for name, r in own.items() if name not in beside and not name.endswith(RANDOM)]
         best = sorted(methods, key=lambda r: (-round(r["mean"], 3), r["share"]))[:3]
         if best:
+            shown = best + [own[name] for name in beside]
             said = [f"{r['method']} (trains {percent(r['share'])}) {r['mean']:.1%}" for r in best]
             said += [f"{name} {own[name]['mean']:.1%}" for name in beside]
-            lines.append(f"* {TASKS[task].title}, {n_seeds(best[0]['runs'])}: {'; '.join(said)}")
+            lines.append(f"* {TASKS[task].title}, {n_seeds(*(r['runs'] for r in shown))}: {'; '.join(said)}")
     return linked(lines, "every method, with its spread")
 
 
@@ -188,7 +192,9 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m peft report", description="Write all results as tables and lists.")
+    parser = argparse.ArgumentParser(
+        "python -m peft report", description="Write all results as tables and lists.", allow_abbrev=False
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is not current")
     options = parser.parse_args(arguments)
     for path, text in documents().items():

@@ -15,6 +15,7 @@ Differs from reality: the exchange is not hidden behind the backward pass (DDP h
 and a batch that is cut into ever smaller shares is assumed to compute as well as a whole one.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -141,6 +142,7 @@ def measured_link(n: int = 2) -> Link:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("torchrun -m peft.experiments.scaling", description=__doc__.split("\n")[0]).parse_args()
     torch.set_num_threads(1)
     with launched_together():
         if n_processes() == 1:

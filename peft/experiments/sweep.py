@@ -6,68 +6,82 @@
 A comparison without a choice of learning rate for each method lies: what suits LoRA leaves a prefix where it started.
 
 Each finished run is a row of a CSV file, and rows that are there are not run again: a sweep that was stopped goes on
-where it stopped. Of several processes, which share every run, the first one writes. What a run *is* (which task, which
-model) is up to `compare.py`.
+where it stopped. What counts is what the study plans as it is now; any other row of the file (another recipe, other
+data, a rate or a seed that is not asked for) stays there and counts for nothing. Of several processes, which share
+every run, the first one writes. What a run *is* (which task, which model) is up to `compare.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from minitransformer.training.distributed import is_writer
-from peft.experiments.results import KEY, Row, read_rows, write_rows
+from peft.experiments.results import KEY, Row, identity, read_rows, write_rows
 
 CHOICE_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)  # of the final runs
 
 
 @dataclass(frozen=True)
-class Study:
-    """What a sweep has to know about its runs."""
+class Plan:
+    """Which runs belong to a sweep."""
 
     rates: Mapping[str, Sequence[float]]  # those to choose from, for each method
     planned: Callable[[str, str, float, int], Row]  # method, stage, rate, seed -> the columns of `KEY`, as in the file
+
+    def runs(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
+        """What identifies each run, in their order. Final ones have the rate NaN until all of their grid was tried.
+
+        Seeds outside, methods inside: wherever it stops, each had its turn.
+        """
+        choice: list[Row] = []
+        chosen: dict[str, float] = {}
+        for name, grid in self.rates.items():
+            keys = [self.planned(name, "choice", rate, CHOICE_SEED) for rate in grid]
+            tried = matching(rows, keys)
+            chosen[name] = best_rate(tried) if len(tried) == len(set(grid)) else float("nan")
+            choice += keys
+        return choice + [self.planned(name, "final", rate, seed) for seed in seeds for name, rate in chosen.items()]
+
+
+@dataclass(frozen=True)
+class Study(Plan):
+    """A plan, and how to carry it out."""
+
     finished: Callable[[Row], Row]  # does a planned run, gives its whole row; only a final run may read the test split
     step_seconds: Callable[[Sequence[str]], Mapping[str, float]]  # a step of each of these methods, on this machine
-    backbone: str = "pretrained"  # which rows of the file are compared
 
-    def runs(self, stage: str, seeds: Sequence[int], rows: list[Row]) -> Iterator[Row]:
-        """What identifies each run of a stage. Seeds outside, methods inside: wherever it stops, each had its turn."""
-        if stage == "choice":
-            for name, grid in self.rates.items():
-                yield from (self.planned(name, stage, rate, CHOICE_SEED) for rate in grid)
-        else:
-            for seed in seeds:
-                for name in self.rates:
-                    yield self.planned(name, stage, chosen_learning_rate(rows, name, self.backbone), seed)
+
+def matching(rows: Sequence[Row], keys: Sequence[Row]) -> list[Row]:
+    """The rows of the runs that these keys identify, in the order of the rows."""
+    wanted = set(map(identity, keys))
+    return [row for row in rows if identity(row) in wanted]
+
+
+def counted(plan: Plan, rows: Sequence[Row], seeds: Sequence[int] = SEEDS) -> list[Row]:
+    """Of the rows of a file those that the plan has, as it is now."""
+    return matching(rows, plan.runs(rows, seeds))
 
 
 def run(study: Study, out: str | Path, seeds: Sequence[int] = SEEDS) -> list[Row]:
-    """The whole sweep, or what is missing of it in the file `out`; returns all rows of the file."""
+    """The whole sweep, or what is missing of it in the file `out`; returns the rows that count."""
     rows = read_rows(out)
-    for stage in ("choice", "final"):
-        for key in study.runs(stage, seeds, rows):
-            if not present(key, rows):
-                rows.append(study.finished(key))
-                if is_writer():
-                    write_rows(out, rows)
-    return rows
+    while keys := missing(study, rows, seeds):
+        rows.append(study.finished(keys[0]))
+        if is_writer():
+            write_rows(out, rows)
+    return counted(study, rows, seeds)
 
 
-def missing(study: Study, rows: list[Row], seeds: Sequence[int] = SEEDS) -> list[Row]:
-    """The runs that are still to be done. Of final runs, before their rate is chosen, a rate of the grid stands in."""
-    choice = [key for key in study.runs("choice", seeds, rows) if not present(key, rows)]
-    undecided = {key["method"] for key in choice}
-    final = []
-    for name, grid in study.rates.items():
-        rate = grid[0] if name in undecided else chosen_learning_rate(rows, name, study.backbone)
-        final += [study.planned(name, "final", rate, seed) for seed in seeds]
-    return choice + [key for key in final if not present(key, rows)]
+def missing(plan: Plan, rows: Sequence[Row], seeds: Sequence[int] = SEEDS) -> list[Row]:
+    """The runs that are still to be done, those that choose a rate first."""
+    done = set(map(identity, rows))
+    return [key for key in plan.runs(rows, seeds) if identity(key) not in done]
 
 
-def cost(study: Study, rows: list[Row], seeds: Sequence[int] = SEEDS) -> str:
+def cost(study: Study, rows: Sequence[Row], seeds: Sequence[int] = SEEDS) -> str:
     """What the missing runs will take on this machine, as a sentence; measures a few steps of each method."""
     keys = missing(study, rows, seeds)
     if not keys:
@@ -78,31 +92,49 @@ def cost(study: Study, rows: list[Row], seeds: Sequence[int] = SEEDS) -> str:
     return f"{len(keys)} runs to do, {steps:,} training steps: about {total / 60:.0f} minutes on this machine"
 
 
-def runs_of(rows: list[Row], name: str, backbone: str, stage: str) -> list[Row]:
-    """The rows of one method on one backbone in one stage."""
-    return [row for row in rows if (row["method"], row["backbone"], row["stage"]) == (name, backbone, stage)]
-
-
-def present(key: Row, rows: list[Row]) -> bool:
-    """Whether the file has that run already."""
-    return any(all(row[column] == key[column] for column in KEY) for row in rows)
-
-
-def chosen_learning_rate(rows: list[Row], name: str, backbone: str = "pretrained") -> float:
-    """The rate of the best "choice" run of a method, by validation accuracy, then by validation loss.
-
-    Raises:
-        ValueError: there is no such run.
-    """
-    runs = runs_of(rows, name, backbone, "choice")
-    if not runs:
-        raise ValueError(f"no learning rate was tried for {name!r}; run the sweep first: python -m peft compare")
+def best_rate(runs: Sequence[Row]) -> float:
+    """The rate of the best run, by validation accuracy, then by validation loss."""
     best = max(runs, key=lambda row: (float(row["validation_accuracy"]), -float(row["validation_loss"])))
     return float(best["learning_rate"])
 
 
-def summaries(rows: list[Row], backbone: str = "pretrained") -> list[dict]:
-    """One record for each method with final runs: its rate, share, mean and spread over the seeds, time and size."""
+def runs_of(rows: Sequence[Row], name: str, backbone: str, stage: str) -> list[Row]:
+    """The rows of one method on one backbone in one stage: alike but for their rates, or but for their seeds.
+
+    Raises:
+        ValueError: they differ in something else, so that a mean over them would say nothing.
+    """
+    runs = [row for row in rows if (row["method"], row["backbone"], row["stage"]) == (name, backbone, stage)]
+    own = "learning_rate" if stage == "choice" else "seed"
+    found = {column: {row.get(column, "") for row in runs} for column in KEY}
+    mixed = [column for column in KEY if column != own and len(found[column]) > 1]
+    if mixed or len(found[own]) < len(runs):
+        what = f"of several kinds ({mixed[0]}: {'; '.join(sorted(found[mixed[0]]))})" if mixed else "there twice"
+        raise ValueError(
+            f"the {stage} runs of {name!r} are {what}; take those of the comparison as it is now: "
+            f"rows = peft.experiments.compare.current(rows, task)"
+        )
+    return runs
+
+
+def chosen_learning_rate(rows: Sequence[Row], name: str, backbone: str = "pretrained") -> float:
+    """The rate of the best "choice" run of a method.
+
+    Raises:
+        ValueError: there is no such run, or they are of several kinds.
+    """
+    runs = runs_of(rows, name, backbone, "choice")
+    if not runs:
+        raise ValueError(f"no learning rate was tried for {name!r}; run the sweep first: python -m peft compare")
+    return best_rate(runs)
+
+
+def summaries(rows: Sequence[Row], backbone: str = "pretrained") -> list[dict]:
+    """One record for each method with final runs: its rate, share, mean and spread over the seeds, time and size.
+
+    Raises:
+        ValueError: the final runs of a method are of several kinds.
+    """
     records = []
     for name in dict.fromkeys(row["method"] for row in rows):
         final = runs_of(rows, name, backbone, "final")
@@ -132,9 +164,10 @@ def percent(share: float) -> str:
     return f"{share:.2%}" if share >= 1e-4 else f"{100 * share:.1g}%"
 
 
-def n_seeds(n: int) -> str:
-    """How many, in words."""
-    return "1 seed" if n == 1 else f"{n} seeds"
+def n_seeds(*counts: int) -> str:
+    """How many, in words; of several results the fewest and the most."""
+    least, most = min(counts), max(counts)
+    return "1 seed" if most == 1 else f"{most} seeds" if least == most else f"{least} to {most} seeds"
 
 
 def accuracy(record: Mapping, digits: int) -> str:

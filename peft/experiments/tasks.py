@@ -118,7 +118,7 @@ LORA, LORA_ALL, SOUP = "LoRA q,v r=8", "LoRA all r=8", "LoRA all r=8, soup of 3"
 PREFIX, HOULSBY, PFEIFFER = "prefix k,v n=16", "Houlsby adapter m=8", "Pfeiffer adapter m=16"
 PARALLEL = "parallel adapter m=16"
 ADAPTER_RATES, ALL_MAPS = (1e-3, 3e-3, 1e-2), LoRA(rank=8, alpha=16.0, targets=ALL_LINEARS)
-# The sizes are matched: all but LoRA on all maps bring 74 to 78 thousand parameters, about 0.33% of the model.
+# The sizes are matched: all but LoRA on all linear layers bring 74 to 78 thousand parameters, about 0.33% of the model.
 # The head alone trains for more epochs, since on stored features that is quick.
 REAL_TEXT = {
     UNTRAINED: real(None, (), (), (0.0,), epochs=0, choice_epochs=0, frozen=True),

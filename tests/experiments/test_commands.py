@@ -10,7 +10,10 @@ from peft.experiments.cli import main, selected
 from peft.experiments.results import read_rows
 from peft.experiments.tasks import RANDOM_BACKBONE, TASKS
 
-NAMES = ["full fine-tuning", "LoRA q,v r=4", "LoRA q,v r=4, B only", "prefix k,v n=16", "Houlsby adapter m=8"]
+NAMES = [
+    "full fine-tuning", "LoRA q,v r=4", "LoRA q,v r=4, B only", "LoRA+ q,v r=4", "rsLoRA q,v r=16", "prefix k,v n=16",
+    "Houlsby adapter m=8",
+]  # fmt: skip
 SENTIMENT = ("compare", "--task", "sentiment")
 
 
@@ -20,34 +23,35 @@ def few_runs(short, monkeypatch):
     own = TASKS["sentiment"]
     entries = {name: replace(entry, learning_rates=entry.learning_rates[:1]) for name, entry in own.entries.items()}
     monkeypatch.setitem(TASKS, "sentiment", replace(own, entries=entries))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["lora"], NAMES[1:3]),
-        (["prefix,adapter"], NAMES[3:]),
+        ([], NAMES),
+        (["lora"], NAMES[1:3]),  # whole words: neither LoRA+ nor rsLoRA
+        (["prefix,adapter"], NAMES[5:7]),
         (["LoRA q,v r=4"], NAMES[1:2]),  # a whole name, with a comma in it, is that method and no other
-        (["adapter", "full"], [NAMES[0], NAMES[4]]),
-        (["LoRA q,v r=4, B only", "prefix"], NAMES[2:4]),
-        (["LoRA q,v"], NAMES[1:3]),  # how names begin, with the comma that they have
-        (["prefix k,v"], NAMES[3:4]),
-        (["lora q,v", "full,k"], NAMES[:4]),
+        (["lora Q,V R=4"], NAMES[1:2]),
+        (["adapter", "full"], [NAMES[0], NAMES[6]]),
+        (["LoRA q,v r=4, B only", "prefix"], [NAMES[2], NAMES[5]]),
+        (["LoRA q,v"], NAMES[1:3]),  # and no prefix, for its "v"
+        (["prefix k,v"], NAMES[5:6]),
+        (["B only"], NAMES[2:3]),
+        (["lora+, full"], [NAMES[0], NAMES[3]]),
     ],
 )
-def test_methods_are_named_in_whole_or_in_part(words, expected):
+def test_methods_are_named_in_whole_or_by_whole_words(words, expected):
     assert selected(words, NAMES) == expected
 
 
-def test_an_unknown_method_is_refused_with_those_that_exist(capsys):
-    with pytest.raises(ValueError, match="no method is called 'magic' or has it in its name; there are: full"):
-        selected(["lora,magic"], NAMES)
+@pytest.mark.parametrize("word", ["magic", "lora,magic", "LoRA q,k", "LoRA q,v r=8", "q", "v", "ora", "pre", "", ","])
+def test_an_unknown_method_is_refused_with_those_that_exist(word, capsys):
+    with pytest.raises(ValueError, match=r"no method is called .* or has it among its words; there are: full"):
+        selected([word], NAMES)
     with pytest.raises(SystemExit):
-        main([*SENTIMENT, "--methods", "magic", "--out", "nowhere"])
-    assert "no method is called 'magic'" in capsys.readouterr().err
+        main([*SENTIMENT, "--methods", word, "--out", "nowhere"])
+    assert "no method is called" in capsys.readouterr().err
 
 
 def test_the_comparison_says_its_cost_and_leaves_a_table_a_file_and_a_figure(few_runs, tmp_path, capsys):
@@ -99,9 +103,62 @@ def test_what_a_task_does_not_have_is_refused_before_any_run(short, task, tmp_pa
     assert "examples=41: choose between 1 and the 40" in capsys.readouterr().err
 
 
-def test_no_seed_and_no_command(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([*SENTIMENT, "--seeds", "0", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*SENTIMENT, "--seeds", "0"], "at least 1"),
+        ([*SENTIMENT, "--seeds", "-2"], "at least 1"),
+        ([*SENTIMENT, "--seeds", "2.5"], "invalid"),
+        ([*SENTIMENT, "--seed", "3"], "unrecognized arguments: --seed 3"),  # how many or which one?
+        ([*SENTIMENT, "--threads", "0"], "at least 1"),
+        ([*SENTIMENT, "--examples", "0"], "at least 1"),
+        ([*SENTIMENT, "--steps", "5"], "unrecognized arguments: --steps 5"),
+        ([*SENTIMENT, "--rates", "0.1"], "unrecognized arguments: --rates 0.1"),
+        (["compare", "--task", "poems"], "invalid choice: 'poems'"),
+        (["report", "--che"], "unrecognized arguments"),
+        (["report", "--check", "qa"], "unrecognized arguments"),
+        (["doctor", "--fix"], "unrecognized arguments: --fix"),
+        (["doctor", "please"], "unrecognized arguments: please"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(words, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*words, *(["--out", str(tmp_path)] if words[0] == "compare" else [])])
+    assert stop.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_and_a_damaged_file_are_refused_before_any_run(few_runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "sentiment.csv").write_text("a,b\n1,2\n")
+    for out, said in ((tmp_path / "file", "File exists"), (tmp_path, "is not a results file of this command")):
+        with pytest.raises(SystemExit):
+            main([*SENTIMENT, "--methods", "BitFit", "--out", str(out)])
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "sentiment.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_a_second_command_in_the_process_gives_what_the_first_one_gave(few_runs, tmp_path):
+    for folder, methods in (("first", "BitFit"), ("between", "full"), ("again", "BitFit")):
+        main([*SENTIMENT, "--methods", methods, "--seeds", "1", "--out", str(tmp_path / folder)])
+    first, again = (read_rows(tmp_path / folder / "sentiment.csv") for folder in ("first", "again"))
+    for rows in (first, again):
+        for row in rows:
+            del row["seconds_per_step"]
+    assert first == again
+
+
+def test_methods_that_are_named_twice_are_all_run(few_runs, tmp_path):
+    main([*SENTIMENT, "--methods", "BitFit", "--methods", "IA3", "--seeds", "1", "--out", str(tmp_path)])
+    assert {row["method"] for row in read_rows(tmp_path / "sentiment.csv")} == {"BitFit", "IA3"}
+
+
+def test_a_study_of_no_method_is_refused():
+    for methods in ([], ["magic"]):
+        with pytest.raises(ValueError, match=r"choose some of full fine-tuning; LoRA q,v r=4;"):
+            compare.study("sentiment", methods)
+
+
+def test_no_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 0 and "python -m peft doctor" in capsys.readouterr().out

@@ -1,25 +1,35 @@
 """Result files, and the tables and lists that are made from them."""
 
+import dataclasses
 import json
 import os
 import shutil
 
 import pytest
 
-from peft.experiments import report
-from peft.experiments.results import COLUMNS, read_rows, write_rows
+from peft.experiments import compare, report
+from peft.experiments.results import COSTS, SCORES, read_rows, write_rows
+from peft.experiments.tasks import TASKS
 
 
-def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretrained"):
-    return dict.fromkeys(COLUMNS, "") | {
-        "task": task, "backbone": backbone, "method": method, "stage": "final", "learning_rate": "0.005",
-        "steps": "600", "seed": str(seed), "trained_parameters": "8192", "share": "0.009896",
-        "test_accuracy": accuracy, "seconds_per_step": "0.1", "file_bytes": "34000",
-    }  # fmt: skip
+def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretrained", stage="final", rate=None):
+    """As the comparison plans it."""
+    rate = TASKS[task].entries[method].learning_rates[0] if rate is None else rate
+    scores = dict.fromkeys((*SCORES, *COSTS), "1") | {"trained_parameters": "8192", "share": "0.009896"}
+    scores |= {"test_accuracy": accuracy, "seconds_per_step": "0.1", "file_bytes": "34000"}
+    return compare.planned(task, method, stage, rate, seed, backbone) | scores
+
+
+def rows_of(task, method="LoRA q,v r=4", accuracies=("0.9000",), backbone="pretrained", **other):
+    """A choice run for each rate, of which the first is the best, and a final run for each accuracy."""
+    rates = TASKS[task].entries[method].learning_rates
+    rows = [row(task, method, 0, "", backbone, "choice", rate) for rate in rates]
+    rows += [row(task, method, seed, accuracy, backbone) for seed, accuracy in enumerate(accuracies, 1)]
+    return [own | {"validation_loss": str(1 + i)} | other for i, own in enumerate(rows)]
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    rows = [row("qa", 'a "quoted", name'), row("qa", seed=2)]
+    rows = [row("qa") | {"method": 'a "quoted", name'}, row("qa", seed=2)]
     path = tmp_path / "new" / "folder" / "rows.csv"
     write_rows(path, rows[:1])
     write_rows(path, rows)
@@ -33,6 +43,64 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a results file of this command"):
         read_rows(tmp_path / "other.csv")
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
+
+
+def without_the_end(text):
+    return text[:-5]
+
+
+def without_the_last_letter(text):
+    return text[:-1]
+
+
+def without_two_fields(text):
+    return text.replace(",1,1,1\n", ",1\n", 1)
+
+
+def with_one_field_more(text):
+    return text.replace(",1,1,1\n", ",1,1,1,1\n", 1)
+
+
+def without_its_score(text):
+    return text.replace("0.9000", "", 1)
+
+
+def with_nan_for_a_score(text):
+    return text.replace("0.9000", "nan", 1)
+
+
+def with_another_stage(text):
+    return text.replace("final", "finale", 1)
+
+
+def with_a_run_twice(text):
+    return text + text.splitlines()[-1] + "\n"
+
+
+def with_a_run_twice_and_another_score(text):
+    return text + text.splitlines()[-1].replace("0.9000", "0.1000") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        (without_the_end, "line 3: the row is cut off or damaged"),
+        (without_the_last_letter, "its last line is cut off; delete the line"),
+        (without_two_fields, "line 2: the row is cut off or damaged; delete the line, and its run is done again"),
+        (with_one_field_more, "line 2: the row is cut off or damaged"),
+        (without_its_score, "line 2: the row is cut off or damaged"),
+        (with_nan_for_a_score, "line 2: the row is cut off or damaged"),
+        (with_another_stage, "line 2: the row is cut off or damaged"),
+        (with_a_run_twice, "line 4: the same run is there twice; delete one of the two lines"),
+        (with_a_run_twice_and_another_score, "line 4: the same run is there twice"),
+    ],
+)
+def test_a_row_that_is_not_whole_or_there_twice_is_refused(damaged, said, tmp_path):
+    path = tmp_path / "rows.csv"
+    write_rows(path, [row("qa"), row("qa", seed=2)])
+    path.write_text(damaged(path.read_text()))
+    with pytest.raises(ValueError, match=rf"rows\.csv.*{said}"):
+        read_rows(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -54,8 +122,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def results(tmp_path):
     """Two seeds on each task, and one run on a random backbone."""
     for task, accuracies in (("sentiment", ("1.0000", "0.9800")), ("qa", ("0.9000", "0.9200"))):
-        rows = [row(task, seed=seed, accuracy=accuracy) for seed, accuracy in enumerate(accuracies)]
-        rows.append(row(task, accuracy="0.5000", backbone="random"))
+        rows = rows_of(task, accuracies=accuracies) + rows_of(task, accuracies=("0.5000",), backbone="random")
         write_rows(tmp_path / f"{task}.csv", rows)
     return tmp_path
 
@@ -69,12 +136,17 @@ def test_the_table_has_a_line_for_each_method(results):
     ]
 
 
-def test_a_method_that_was_not_run_is_not_hidden_and_one_that_is_no_part_of_the_comparison_is_marked(results):
-    write_rows(results / "qa.csv", [row("qa", "another")])
+def test_a_method_that_was_not_run_is_not_hidden_and_one_that_is_no_part_of_the_comparison_is_marked(
+    results, monkeypatch
+):
+    entries = TASKS["sentiment"].entries
+    fewer = {name: entry for name, entry in entries.items() if name != "BitFit"}
+    monkeypatch.setitem(TASKS, "sentiment", dataclasses.replace(TASKS["sentiment"], entries=fewer))
+    write_rows(results / "qa.csv", rows_of("qa", "BitFit"))
     lines = report.table(report.records_in(results), report.TOY_TASKS).splitlines()
     assert lines[2] == "| LoRA q,v r=4 | 8,192 | 0.99% | 99.0% ± 1.4% (2 seeds) | not run |"
     assert lines[3] == "| LoRA q,v r=4, random backbone | 8,192 | 0.99% | 50.0% (1 seed) | not run |"
-    assert lines[4] == "| another | 8,192 | 0.99% | – | 90.0% (1 seed) |"
+    assert lines[4] == "| BitFit | 8,192 | 0.99% | – | 90.0% (1 seed) |"
 
 
 def test_without_result_files_the_cure_is_named(tmp_path):
@@ -83,17 +155,22 @@ def test_without_result_files_the_cure_is_named(tmp_path):
 
 
 def test_the_lists_of_the_readme_name_the_best_methods_and_what_they_compare_with(results):
-    def of(method, accuracy, share):
-        return row("qa", method, accuracy=accuracy) | {"share": share}
+    def of(method, *accuracies, share):
+        return rows_of("qa", method, accuracies, share=share)
 
-    rows = [of("good", "0.9501", "0.03"), of("small", "0.9500", "0.01"), of("bad", "0.5", "0.02")]
-    rows += [of("best", "0.99", "0.5"), of("full fine-tuning", "0.97", "1"), row("qa", accuracy="1", backbone="random")]
+    rows = (
+        of("IA3", "0.9501", share="0.03")
+        + of("BitFit", "0.9500", share="0.01")
+        + of("VeRA q,v r=128", "0.5", share="0.02")
+    )
+    rows += of("DoRA q,v r=4", "0.98", "1", share="0.5") + of("full fine-tuning", "0.97", share="1")
+    rows += rows_of("qa", accuracies=("1",), backbone="random")
     write_rows(results / "qa.csv", rows)
     sentiment, qa = report.result_lines(report.records_in(results))
     assert sentiment == "* Sentiment, 2 seeds: LoRA q,v r=4 (trains 0.99%) 99.0%"
     text, link = qa.split(" ([")
-    best = "best (trains 50.00%) 99.0%; small (trains 1.00%) 95.0%; good (trains 3.00%) 95.0%"
-    assert text == f"* Question answering, 1 seed: {best}; full fine-tuning 97.0%"
+    best = "DoRA q,v r=4 (trains 50.00%) 99.0%; BitFit (trains 1.00%) 95.0%; IA3 (trains 3.00%) 95.0%"
+    assert text == f"* Question answering, 1 to 2 seeds: {best}; full fine-tuning 97.0%"
     assert link.endswith("](notebooks/results/README.md))")
 
 
@@ -133,7 +210,7 @@ def test_the_list_goes_between_its_markers_and_nothing_else_changes():
 
 def test_real_text_has_a_table_of_its_own_with_a_column_for_each_task(results):
     def written(task, *methods):
-        write_rows(results / f"{task}.csv", [row(task, method=method, seed=1, accuracy="0.8") for method in methods])
+        write_rows(results / f"{task}.csv", [own for name in methods for own in rows_of(task, name, ("0.8",))])
 
     written("rotten_tomatoes", "head only", "LoRA q,v r=8")
     written("quiz", "LoRA q,v r=8")

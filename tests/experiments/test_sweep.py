@@ -1,5 +1,8 @@
 """The sweep itself: choosing rates, summing up, saying what is left to do; on runs that cost nothing."""
 
+import dataclasses
+from functools import partial
+
 import pytest
 
 from peft.experiments import sweep
@@ -21,12 +24,13 @@ class Runs:
         )
 
     def planned(self, name, stage, rate, seed):
-        values = ("toy", "pretrained", name, "", stage, rate, 10 if name == "slow" else 20, seed)
+        values = ("toy", "pretrained", name, "", "", "", stage, rate, 10 if name == "slow" else 20, seed)
         return {key: str(value) for key, value in zip(KEY, values, strict=True)}
 
     def finished(self, key):
         self.done.append((key["method"], key["stage"], key["learning_rate"], key["seed"]))
-        scores = {"validation_loss": "1.0", "validation_accuracy": key["learning_rate"], "test_accuracy": ""}
+        scores = {"validation_loss": "1.0", "validation_accuracy": key["learning_rate"]}
+        scores["test_accuracy"] = "0.5" if key["stage"] == "final" else ""
         return key | dict.fromkeys((*SCORES, *COSTS), "1") | scores
 
 
@@ -93,6 +97,37 @@ def test_the_best_rate_is_chosen_by_accuracy_then_by_loss():
         sweep.chosen_learning_rate(rows, "other", "pretrained")
 
 
+def test_a_rate_is_chosen_when_the_whole_grid_was_tried_and_only_runs_with_it_count(runs, tmp_path):
+    out = tmp_path / "rows.csv"
+    before = sweep.run(runs.study, out, seeds=(1, 2))
+    wider = dataclasses.replace(runs.study, rates={"slow": (0.1, 0.2, 0.4)})
+    assert {row["stage"] for row in sweep.counted(wider, before, seeds=(1, 2))} == {"choice"}  # 0.4 was not tried
+    own = sweep.run(wider, out, seeds=(1,))
+    finals = [row for row in own if row["stage"] == "final"]
+    assert [(row["learning_rate"], row["seed"]) for row in finals] == [("0.4", "1")]
+    assert [row["learning_rate"] for row in own if row["stage"] == "choice"] == ["0.1", "0.2", "0.4"]
+    narrower = dataclasses.replace(runs.study, rates={"slow": (0.1, 0.1)})  # a rate that is there twice is one
+    assert {row["learning_rate"] for row in sweep.run(narrower, out, seeds=(1,))} == {"0.1"}
+    assert sweep.counted(runs.study, read_rows(out), seeds=(1, 2)) == before  # nothing that was there is lost
+
+
+@pytest.mark.parametrize("column", [column for column in KEY if column not in ("method", "backbone", "stage")])
+@pytest.mark.parametrize("stage", ["choice", "final"])
+def test_runs_that_differ_in_more_than_their_seed_or_rate_have_no_mean_and_choose_no_rate(
+    runs, tmp_path, stage, column
+):
+    rows = sweep.run(runs.study, tmp_path / "rows.csv", seeds=(1, 2))
+    row = next(row for row in rows if (row["method"], row["stage"]) == ("slow", stage))
+    own = {"final": "seed", "choice": "learning_rate"}[stage]
+    mixed = [*rows, row | {own: row[own] + "9"} | {column: row[column] + "9"}]
+    ask = sweep.summaries if stage == "final" else partial(sweep.chosen_learning_rate, name="slow")
+    if column == own:
+        ask(mixed)
+        mixed = [*rows, row]  # the same run twice
+    with pytest.raises(ValueError, match=rf"the {stage} runs of 'slow' are .*compare\.current"):
+        ask(mixed)
+
+
 def test_summaries_give_mean_and_spread_over_the_seeds():
     def row(seed, accuracy, seconds):
         return {
@@ -110,6 +145,7 @@ def test_summaries_give_mean_and_spread_over_the_seeds():
 
 
 def test_a_share_has_as_many_digits_as_it_needs():
+    assert [sweep.n_seeds(*counts) for counts in ([1], [3, 3], [5, 1])] == ["1 seed", "3 seeds", "1 to 5 seeds"]
     shares = {0.5: "50.00%", 0.003404: "0.34%", 1e-4: "0.01%", 0.000034: "0.003%", 0.0: "0%"}
     assert {share: sweep.percent(share) for share in shares} == shares
 

@@ -2,6 +2,7 @@ from random import Random
 
 import pytest
 import torch
+from reference.shares import worst
 
 from minitransformer.tasks.real.quiz import PLACES, Clue, choices_of, clues, quiz_splits, split_shows, wrong_answers
 
@@ -43,6 +44,14 @@ def test_no_place_is_right_more_often_than_the_others(quiz):
     for split in splits_of(quiz):
         shares = split.targets.bincount(minlength=4) / len(split)
         assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / len(split)) ** 0.5
+
+
+def test_each_category_has_its_share_of_every_split(quiz):
+    """As far as chance allows where whole shows are drawn; a show asks several clues of a category."""
+    by_text = {row.text: row for row in clues()}
+    rows = [(part, by_text[text]) for part, own in enumerate(splits_of(quiz)) for text in own.texts]
+    parts, categories, shows = zip(*((part, row.category, row.show) for part, row in rows), strict=True)
+    assert worst(categories, parts, shows) < 5  # of 300 small shares
 
 
 def test_tokens_belong_to_the_texts(quiz, tokenizer):

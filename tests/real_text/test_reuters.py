@@ -3,6 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
+from reference.shares import worst
 
 from minitransformer.tasks.real.reuters import CLASSES, reuters_splits, stories
 
@@ -28,6 +29,13 @@ def test_the_test_part_is_whole_and_no_text_of_it_is_trained_on(reuters):
     assert not train & validation and not train & test and not validation & test
     assert len(reuters.train) == len(train) and len(reuters.validation) == len(validation)
     assert (len(train), len(validation)) == (4_877, 542)
+
+
+def test_each_subject_has_its_share_of_the_validation_stories(reuters):
+    """The test part is not drawn: it is the later weeks of the standard split, and has other shares."""
+    splits = (reuters.train, reuters.validation)
+    parts = [part for part, own in enumerate(splits) for _ in own.texts]
+    assert worst([target for own in splits for target in own.targets.tolist()], parts) < 4
 
 
 def test_targets_and_tokens_belong_to_the_texts(reuters, tokenizer):

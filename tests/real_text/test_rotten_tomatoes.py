@@ -2,6 +2,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from reference.shares import worst
 
 from minitransformer.tasks.real.rotten_tomatoes import CLASSES, rotten_tomatoes_splits, snippets, split_films
 
@@ -34,6 +35,14 @@ def test_counts(task):
     for split in splits_of(task):
         assert 0.45 < split.targets.float().mean() < 0.55
         assert split.tokens.shape[1] <= 64
+
+
+def test_each_verdict_has_its_share_of_every_split(task):
+    """As far as chance allows where whole films are drawn, which critics agree about."""
+    splits = splits_of(task)
+    parts = [part for part, own in enumerate(splits) for _ in own.films]
+    films = [film for own in splits for film in own.films]
+    assert worst([target for own in splits for target in own.targets.tolist()], parts, films) < 4
 
 
 def test_targets_texts_and_tokens_belong_together(task, tokenizer):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference.shares import worst
 
 from minitransformer.tasks import (
     bag_of_words_accuracy,
@@ -101,6 +102,37 @@ def test_qa_answers_are_right_and_at_least_two_people_move_more_than_once(qa):
         assert kind == qa.test.kinds[index]
         assert len(moves) in (2, 3)
         assert sum(count > 1 for count in moves.values()) >= 2
+
+
+def of_splits(task, field):
+    return [list(getattr(own, field)) for own in (task.train, task.validation, task.test)]
+
+
+def assert_shares(task):
+    """Of every kind, every answer and every pair of them: in each split, and in each half of it."""
+    kinds, answers = ([own for split in of_splits(task, field) for own in split] for field in ("kinds", "targets"))
+    halves = [(place, i < len(own) // 2) for place, own in enumerate(of_splits(task, "kinds")) for i in range(len(own))]
+    for marks in (kinds, answers := [int(answer) for answer in answers], list(zip(kinds, answers, strict=True))):
+        assert worst(marks, [split for split, _ in halves]) < 5  # one in a million, for hundreds of shares
+        assert worst(marks, halves) < 5
+
+
+def test_every_kind_has_its_share_of_every_split_and_of_its_first_rows(task):
+    """The first rows of a split stand for it where all of them would take long."""
+    assert_shares(task)
+
+
+@pytest.mark.parametrize("splits", [qa_splits, sentiment_splits])
+@pytest.mark.parametrize(("seed", "sizes"), [(1, (300, 400, 2_000)), (2, (501, 501, 501))])
+def test_so_it_has_with_other_seeds_and_sizes(splits, seed, sizes, unchecked):
+    assert_shares(splits(seed, sizes))
+
+
+def test_what_is_drawn_in_order_fails_the_test_of_shares():
+    """The oracle notices what it is for: 15% of the early rows, and 5% of the late ones."""
+    kinds = ["rare" if i % 100 < (15 if i < 10_000 else 5) else "other" for i in range(13_000)]
+    parts = [(i >= 10_000) + (i >= 11_000) for i in range(13_000)]
+    assert worst(kinds, parts) > 9 and worst(kinds, [i % 3 for i in range(13_000)]) < 5
 
 
 def test_qa_kinds_have_their_shares(qa):

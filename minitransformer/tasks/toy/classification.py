@@ -12,7 +12,7 @@ not: whoever counts good and bad words is right half of the time (`bag_of_words.
 
 from random import Random
 
-from minitransformer.tasks.dataset import Example, Task, split_of
+from minitransformer.tasks.dataset import Example, Task, task_of
 from minitransformer.tasks.toy.reviews import review
 from minitransformer.tasks.toy.world import LABELS, world_vocabulary
 
@@ -29,21 +29,18 @@ def sentiment_example(random: Random, label: str) -> Example:
 
 
 def sentiment_splits(seed: int = 0, sizes: tuple[int, int, int] = SPLIT_SIZES) -> Task:
-    """The sentiment task: 10,000 / 1,000 / 2,000 rows; labels alternate, and no text occurs twice."""
+    """The sentiment task: 10,000 / 1,000 / 2,000 rows; labels alternate, and no text occurs twice.
+
+    Each label's reviews are shuffled before the cut, so that every kind has its share of every split.
+    """
     random = Random(f"sentiment/{seed}")
     examples: dict[tuple[str, ...], Example] = {}
     while len(examples) < sum(sizes):
         example = sentiment_example(random, LABELS[len(examples) % 2])
         examples.setdefault(example.words, example)
-    vocabulary = world_vocabulary()
     listed = list(examples.values())
-    train, validation = sizes[0], sizes[0] + sizes[1]
-    return Task(
-        name="sentiment",
-        kinds=KINDS,
-        answers=LABELS,
-        vocabulary=vocabulary,
-        train=split_of(listed[:train], vocabulary),
-        validation=split_of(listed[train:validation], vocabulary),
-        test=split_of(listed[validation:], vocabulary),
-    )
+    for place in range(len(LABELS)):  # short reviews run out of new texts: what is drawn late holds fewer of them
+        of_the_label = listed[place :: len(LABELS)]
+        random.shuffle(of_the_label)
+        listed[place :: len(LABELS)] = of_the_label
+    return task_of("sentiment", KINDS, LABELS, listed, sizes, world_vocabulary())

@@ -8,7 +8,7 @@ is the holder now), `colour` and `holder`.
 
 from random import Random
 
-from minitransformer.tasks.dataset import Example, Task, split_of
+from minitransformer.tasks.dataset import Example, Task, task_of
 from minitransformer.tasks.toy.stories import story_steps, tell
 from minitransformer.tasks.toy.world import COLOURS, NAMES, PLACES, World, world_vocabulary
 
@@ -50,15 +50,5 @@ def qa_splits(seed: int = 0, sizes: tuple[int, int, int] = SPLIT_SIZES) -> Task:
     while len(examples) < sum(sizes):
         example = qa_example(random)
         examples.setdefault(example.words, example)
-    vocabulary = world_vocabulary()
-    listed = list(examples.values())
-    train, validation = sizes[0], sizes[0] + sizes[1]
-    return Task(
-        name="qa",
-        kinds=tuple(QUESTION_SHARES),
-        answers=(*PLACES, *NAMES, *COLOURS),
-        vocabulary=vocabulary,
-        train=split_of(listed[:train], vocabulary),
-        validation=split_of(listed[train:validation], vocabulary),
-        test=split_of(listed[validation:], vocabulary),
-    )
+    answers = (*PLACES, *NAMES, *COLOURS)
+    return task_of("qa", tuple(QUESTION_SHARES), answers, list(examples.values()), sizes, world_vocabulary())
