@@ -7,7 +7,7 @@ See `task_bank.py` for the idea and the shapes. Which row is under which task be
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
@@ -19,43 +19,36 @@ from peft.methods.prefix import PrefixContext
 
 
 class MixedWrapper(Wrapper):
-    """Stacks of tensors, [K + 1, …] each, for the K tasks that enter at this place, and zeros for rows under no such.
+    """Stacks of tensors, [K, …] each, for the K tasks that enter at this place.
 
     Args:
         base: the frozen module.
         own: the wrapper of each such task, by the task's name.
+        trainable: whether the tensors are trained, but for those that the tasks' recipes keep fixed.
     """
 
     enabled = True  # row by row: the zeros change nothing
 
-    def __init__(self, base: nn.Module, own: dict[str, Wrapper]):
+    def __init__(self, base: nn.Module, own: dict[str, Wrapper], trainable: bool):
         super().__init__(base)
         first = next(iter(own.values()))
-        self.order, self.training, self.fixed = first.order, first.training, first.frozen_tensors()
+        self.order, self.training = first.order, first.training
         self.shapes = {task: {name: t.shape for name, t in w.tensors().items()} for task, w in own.items()}
         for name in first.tensors():
-            self.register_parameter(name, nn.Parameter(stacked([w.tensors()[name].detach() for w in own.values()])))
+            stack = stacked([wrapper.tensors()[name].detach() for wrapper in own.values()])
+            self.register_parameter(name, nn.Parameter(stack, trainable and name not in first.frozen_tensors()))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
 
-    def frozen_tensors(self) -> set[str]:
-        """Those that the tasks' recipes keep fixed."""
-        return self.fixed
-
-    def keep(self, name: str, values: list[float]) -> None:
-        """Note a number of each task's recipe, [K + 1]; it is 0 where there is no task."""
-        like = next(iter(self.tensors().values()))
-        self.register_buffer(name, like.new_tensor([*values, 0.0]), persistent=False)
-
     def places(self, tasks: Sequence[str | None]) -> Int[Tensor, "B"]:
-        """For rows under these tasks, where in the stacks each finds its tensors."""
-        numbers = {task: number for number, task in enumerate(self.shapes)}
+        """For rows under these tasks, where each finds its tensors in the stacks; -1 if its task does not enter here."""
+        number = {task: index for index, task in enumerate(self.shapes)}
         device = next(iter(self.tensors().values())).device
-        return torch.tensor([numbers.get(task, len(numbers)) for task in tasks], dtype=torch.long, device=device)
+        return torch.tensor([number.get(task, -1) for task in tasks], dtype=torch.long, device=device)
 
-    def chosen(self, x: Float[Tensor, "B *rest"]) -> Int[Tensor, "B"]:
-        """The places of the rows of this pass.
+    def chosen(self, x: Float[Tensor, "B *rest"], *stacks: Shaped[Tensor, "K ..."]) -> list[Shaped[Tensor, "B ..."]]:
+        """Of each stack what each row of x takes; zeros, which change nothing, if its task does not enter here.
 
         Raises:
             ValueError: the batch has another number of rows, or nobody said which row is under which task.
@@ -65,7 +58,8 @@ class MixedWrapper(Wrapper):
             raise ValueError("say which task each row is under: bank(tokens, tasks=[…]) or with bank.using([…])")
         if len(place) != len(x):
             raise ValueError(f"{len(place)} tasks are named for {len(x)} rows; name one for each")
-        return place
+        # Filled in, not multiplied by 0: a task that diverged must reach no other row, nor its gradient.
+        return [stack[place].masked_fill((place < 0).view(-1, *stack[0].ndim * [1]), 0) for stack in stacks]
 
     def tensors_of(self, task: str) -> dict[str, Tensor]:
         """A copy of the tensors of one task, without what fills them up; nothing if it does not enter here."""
@@ -76,10 +70,10 @@ class MixedWrapper(Wrapper):
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """The tensors in one, each filled up with zeros to the size of the largest, and one of zeros behind them."""
+    """The tensors in one, each filled up with zeros to the size of the largest."""
     sizes = [max(tensor.shape[axis] for tensor in tensors) for axis in range(tensors[0].ndim)]
-    out = tensors[0].new_zeros(len(tensors) + 1, *sizes)
-    for row, tensor in zip(out[:-1], tensors, strict=True):
+    out = tensors[0].new_zeros(len(tensors), *sizes)
+    for row, tensor in zip(out, tensors, strict=True):
         row[tuple(map(slice, tensor.shape))] = tensor
     return out
 
@@ -87,18 +81,20 @@ def stacked(tensors: list[Tensor]) -> Tensor:
 class MixedLoRA(MixedWrapper):
     """y_b + s B A x_b with the A [K, r, d_in] and B [K, d_out, r] of each row's task. Hu et al. 2022, equation 3."""
 
-    def __init__(self, base: nn.Linear, own: dict[str, Wrapper]):
-        super().__init__(base, own)
-        self.keep("scale", [wrapper.scale for wrapper in own.values()])
-        self.keep("dropout", [wrapper.recipe.dropout for wrapper in own.values()])
-        self.drops = any(wrapper.recipe.dropout for wrapper in own.values())
+    def __init__(self, base: nn.Linear, own: dict[str, Wrapper], trainable: bool):
+        super().__init__(base, own, trainable)
+        scales, dropouts = [w.scale for w in own.values()], [w.recipe.dropout for w in own.values()]
+        self.register_buffer("scale", self.A.new_tensor(scales), persistent=False)
+        self.register_buffer("dropout", self.A.new_tensor(dropouts), persistent=False)
+        self.drops = any(dropouts)
 
     def forward(self, x: Float[Tensor, "B T d_in"]) -> Float[Tensor, "B T d_out"]:
         """The frozen map for all rows at once, the updates by two batched products."""
-        y, place = self.base(x), self.chosen(x)
-        read = self.dropped(x.to(self.A.dtype), self.dropout[place]) @ self.A[place].mT  # [B, T, r]
-        scaled = self.scale[place][:, None, None] * read  # here, where it is thin
-        return torch.baddbmm(y.to(read.dtype), scaled, self.B[place].mT).to(y.dtype)
+        y = self.base(x)
+        A, B, scale, dropout = self.chosen(x, self.A, self.B, self.scale, self.dropout)
+        read = self.dropped(x.to(A.dtype), dropout) @ A.mT  # [B, T, r]
+        scaled = scale[:, None, None] * read  # here, where it is thin
+        return torch.baddbmm(y.to(read.dtype), scaled, B.mT).to(y.dtype)
 
     def dropped(self, x: Float[Tensor, "B T d_in"], p: Float[Tensor, "B"]) -> Float[Tensor, "B T d_in"]:
         """Dropout with a probability for each row, in training only."""
@@ -111,24 +107,22 @@ class MixedLoRA(MixedWrapper):
 class MixedPrefix(MixedWrapper):
     """Attention of each row over the prefix of its task, of `key` and `value` [K, n, d_model] or `hidden` [K, n, d]."""
 
-    def __init__(self, base: Attention, own: dict[str, Wrapper]):
-        super().__init__(base, own)
-        lengths = [len(tensor) for wrapper in own.values() for tensor in [*wrapper.tensors().values()][:1]]
-        there = torch.arange(max(lengths)) < torch.tensor([*lengths, 0])[:, None]  # [K + 1, n]
-        self.register_buffer("there", there.to(next(iter(self.tensors().values())).device), persistent=False)
+    def __init__(self, base: Attention, own: dict[str, Wrapper], trainable: bool):
+        super().__init__(base, own, trainable)
+        firsts = [next(iter(wrapper.tensors().values())) for wrapper in own.values()]
+        there = stacked([torch.ones_like(first[:, 0], dtype=torch.bool) for first in firsts])  # [K, n]
+        self.register_buffer("there", there, persistent=False)
 
     def forward(
         self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
     ) -> Float[Tensor, "B T d_model"]:
         """The frozen layer, with each row's own prefix as its context."""
-        place, frozen = self.chosen(x), unwrapped(self.base)
-        if hasattr(self, "hidden"):
-            hidden = self.hidden[place].to(x.dtype)  # only of tasks that are in the batch
-            key, value = frozen.key(hidden), frozen.value(hidden)  # [B, n, d_model], each row through its own LoRA
-        else:
-            key, value = self.key[place], self.value[place]
-        key, value = frozen.split_heads(key), frozen.split_heads(value)
-        return self.base(x, mask, PrefixContext(key, value, context, visible=self.there[place]))
+        frozen = unwrapped(self.base)
+        visible, *prefix = self.chosen(x, self.there, *self.tensors().values())
+        if hasattr(self, "hidden"):  # each row's goes through its own LoRA
+            prefix = [part(prefix[0].to(x.dtype)) for part in (frozen.key, frozen.value)]
+        key, value = (frozen.split_heads(part) for part in prefix)  # [B, H, n, d_head]
+        return self.base(x, mask, PrefixContext(key, value, context, visible=visible))
 
     def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
         """The frozen layer's."""
@@ -138,15 +132,17 @@ class MixedPrefix(MixedWrapper):
 class MixedAdapter(MixedWrapper, Joined):
     """h_b + s bottleneck(h_b) with each row's own `down_…` and `up_…`. Houlsby et al. 2019, section 2.1."""
 
-    def __init__(self, base: nn.Module, own: dict[str, Wrapper]):
-        super().__init__(base, own)
+    def __init__(self, base: nn.Module, own: dict[str, Wrapper], trainable: bool):
+        super().__init__(base, own, trainable)
         first = next(iter(own.values()))
         self.joined, self.activation = first.joined, first.recipe.activation
-        self.keep("scale", [wrapper.recipe.scale for wrapper in own.values()])
+        scales = [wrapper.recipe.scale for wrapper in own.values()]
+        self.register_buffer("scale", self.up_bias.new_tensor(scales), persistent=False)
 
     def added(self, h: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
         """What each row's adapter adds."""
-        place = self.chosen(h)
-        inner = torch.baddbmm(self.down_bias[place][:, None], h.to(self.down_bias.dtype), self.down_weight[place].mT)
-        out = torch.baddbmm(self.up_bias[place][:, None], activate(inner, self.activation), self.up_weight[place].mT)
-        return (self.scale[place][:, None, None] * out).to(h.dtype)
+        scale, *stacks = self.chosen(h, self.scale, self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        down_weight, down_bias, up_weight, up_bias = stacks
+        inner = torch.baddbmm(down_bias[:, None], h.to(down_bias.dtype), down_weight.mT)
+        out = torch.baddbmm(up_bias[:, None], activate(inner, self.activation), up_weight.mT)
+        return (scale[:, None, None] * out).to(h.dtype)

@@ -22,19 +22,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.block import Block
 from minitransformer.call import telling
 from minitransformer.transformer import Transformer
-from peft.attach import (
-    attach, attached, detach, load_state_dict, restore_trainability, state_dict, trainability,
-)  # fmt: skip
+from peft.attach import attach, attached, detach, load_state_dict, restore_trainability, state_dict, trainability
 from peft.checkpoint import base_hash, load
 from peft.contents import describe
-from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, MixedWrapper
+from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix
 from peft.method import Method, Wrapper
 from peft.methods.adapter import Adapter
 from peft.methods.lora import LoRALinear
@@ -43,6 +40,7 @@ from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap, wrap
 
 Bundle = Sequence[tuple[Method, Mapping[str, Tensor]]]  # recipes, each with its `state_dict`
 Source = str | Path | nn.Module | Bundle
+Tasks = Sequence[str | None]  # for each row its task; None is the frozen model alone
 
 
 class TaskBank(nn.Module):
@@ -70,55 +68,45 @@ class TaskBank(nn.Module):
             for place, wrapper in _wrappers_of(model, task, source).items():
                 places.setdefault(place, {})[task] = wrapper
         sites = sites_of(model)
-        mixed = [(site, kind(sites[site].module, own)) for (site, kind, *_), own in places.items()]
+        mixed = [(site, kind(sites[site].module, own, trainable)) for (site, kind, *_), own in places.items()]
         # All is made; from here on nothing can fail.
         self.model, self.names, self.mixed, self.training = model, tuple(sources), mixed, model.training
         self.trainable_before = trainability(model)
         model.requires_grad_(False)
         for site, wrapper in mixed:
-            for name, tensor in wrapper.tensors().items():
-                tensor.requires_grad_(trainable and name not in wrapper.frozen_tensors())
             wrap(sites[site], wrapper)
 
     def extra_repr(self) -> str:
         return f"tasks: {', '.join(self.names)}"
 
     @contextmanager
-    def using(self, tasks: Sequence[str | None]) -> Iterator[nn.Module]:
-        """Inside, in this thread, row b of every batch of `model` runs under `tasks[b]`; None is the frozen model alone.
+    def using(self, tasks: Tasks) -> Iterator[nn.Module]:
+        """Inside, in this thread, row b of every batch of `model` runs under `tasks[b]`.
 
         Raises:
             ValueError: a name that is no task of this bank, or the bank is detached.
         """
-        self._check(*tasks)
+        self._check(tasks)
         with telling({id(wrapper): wrapper.places(tasks) for _, wrapper in self.mixed}):
             yield self.model
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        padding_mask: Bool[Tensor, "B T"] | None = None,
-        *,
-        tasks: Sequence[str | None],
-    ) -> Float[Tensor, "B T V"]:
-        """The logits, each row under its task.
+    def forward(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Float[Tensor, "B T V"]:
+        """As `Transformer.forward`, each row under its task.
 
         Raises:
             ValueError: an unknown name, not one name for each row, or the bank is detached.
         """
-        self._require_one_for_each(tokens, tasks)
         with self.using(tasks):
-            return self.model(tokens, padding_mask)
+            return self.model(tokens, *rest, **options)
 
-    def generate(self, tokens: Int[Tensor, "B T"], *rest, tasks: Sequence[str | None], **options) -> Tensor:
-        """As `Transformer.generate`, each row under its task."""
-        self._require_one_for_each(tokens, tasks)
+    def generate(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Int[Tensor, "B more"]:
+        """As `Transformer.generate`, each row under its task; errors as in `forward`."""
         with self.using(tasks):
             return self.model.generate(tokens, *rest, **options)
 
     def tensors(self, task: str) -> dict[str, Tensor]:
         """A copy of one task's tensors as they are now, by the names of `peft.state_dict`."""
-        self._check(task)
+        self._check([task])
         own = [(site, wrapper.tensors_of(task)) for site, wrapper in self.mixed]
         return {f"{site}.{name}": tensor for site, tensors in own for name, tensor in tensors.items()}
 
@@ -128,7 +116,7 @@ class TaskBank(nn.Module):
         Raises:
             ValueError: it is detached already.
         """
-        self._check()
+        self._check([])
         for site in sites_of(self.model).values():
             if site.wrappers:
                 unwrap(site)
@@ -136,17 +124,14 @@ class TaskBank(nn.Module):
         self.mixed = []
         return self.model
 
-    def _check(self, *tasks: str | None) -> None:
+    def _check(self, tasks: Tasks) -> None:
         if not self.mixed:
             raise ValueError("this bank is detached from its model; make a new one, TaskBank(model, sources)")
+        if isinstance(tasks, str):
+            raise ValueError(f"give a list with one task (or None) for each row, not {tasks!r}")
         unknown = sorted({str(task) for task in tasks if task is not None and task not in self.names})
         if unknown:
             raise ValueError(f"there is no task {', '.join(unknown)}; there are {', '.join(self.names)}, and None")
-
-    @staticmethod
-    def _require_one_for_each(tokens: Int[Tensor, "B T"], tasks: Sequence[str | None]) -> None:
-        if isinstance(tasks, str) or len(tasks) != len(tokens):
-            raise ValueError(f"give a list with one task for each of the {len(tokens)} rows (or None), got {tasks!r}")
 
 
 def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, Wrapper]:
@@ -156,8 +141,9 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
         blocks = tuple(f"{name}." for name, site in sites_of(model).items() if isinstance(site.module, Block))
         found = [(site, wrapper) for site, wrappers in all_wrappers(model).items() for wrapper in wrappers]
         return {(site, *_kind(wrapper, site.startswith(blocks))): wrapper for site, wrapper in found}
-    except ValueError as error:
-        raise ValueError(f"the source of {task} does not fit: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        sources = "a file, a model with methods attached, or a list of recipes with their tensors"
+        raise ValueError(f"the source of {task} ({sources}) does not fit: {error}") from error
     finally:
         if attached(model):
             detach(model)
@@ -166,52 +152,38 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
 def _enter(model: Transformer, source: Source) -> None:
     """Attach what a source holds, with its tensors."""
     if isinstance(source, str | Path):
-        told = describe(source)
-        _require_alone(told.merged, told.train_also)
+        held = describe(source)
+        _require_alone(held.merged, held.train_also)
         load(model, source)
         return
     if isinstance(source, nn.Module):
         tensors, recipes = state_dict(source), [record.method for record in attached(source)]
-        _require_alone(bool(merged_wrappers(source)), [name for record in attached(source) for name in record.train_also])
+        _require_alone(bool(merged_wrappers(source)), sum([record.train_also for record in attached(source)], ()))
         if base_hash(source) != base_hash(model):
-            raise ValueError(
-                "its base is another model (other weights, shape or precision); make the bank on that one, or give "
-                "the recipes with their tensors, if they belong to this one as well"
-            )
+            raise ValueError("it has another base (weights, shape, precision); if it fits all the same, give the list")
     else:
-        try:
-            recipes, parts = [recipe for recipe, _ in source], [part for _, own in source for part in own.items()]
-        except (TypeError, ValueError, AttributeError):
-            raise ValueError(
-                f"a source is a file, a model with methods, or a list of recipes with their tensors, not {source!r}"
-            ) from None
-        tensors = dict(parts)
-        if len(tensors) < len(parts):
-            raise ValueError("two of its recipes come with tensors of the same name; give each its own")
+        recipes, tensors = [recipe for recipe, _ in source], {name: t for _, own in source for name, t in own.items()}
+        if len(tensors) < sum(len(own) for _, own in source):
+            raise ValueError("two recipes come with a tensor of the same name; give each its own")
     for recipe in recipes:
         attach(model, recipe)
     load_state_dict(model, tensors)
 
 
-def _require_alone(merged: bool, train_also: Sequence[str]) -> None:
+def _require_alone(merged: bool, train_also: tuple[str, ...]) -> None:
     if merged:
         raise ValueError("it is merged into its weights; unmerge it first")
     if train_also:
         raise ValueError("it trains whole modules beside its method (train_also), which rows cannot share")
 
 
-def _kind(wrapper: nn.Module, in_a_block: bool) -> tuple:
+def _kind(wrapper: Wrapper, in_a_block: bool) -> tuple:
     """What serves such a wrapper in a mixed batch, and what all that share one have to have in common."""
-    what = getattr(wrapper, "recipe", type(wrapper).__name__)
-    if type(wrapper) is LoRALinear and not in_a_block:
-        raise ValueError(
-            f"{what} enters a linear layer outside of the blocks, which does not know of which row what it reads is; "
-            f"choose other targets"
-        )
-    if type(wrapper) is LoRALinear:
+    if type(wrapper) is LoRALinear and in_a_block:  # a head reads hidden states without knowing of which rows they are
         return (MixedLoRA, *sorted(wrapper.frozen_tensors()))
     if type(wrapper) is PrefixAttention and not (wrapper.recipe.gated or wrapper.recipe.reparameterize):
         return (MixedPrefix, wrapper.recipe.at)
     if type(wrapper) is Adapter:
         return (MixedAdapter, wrapper.joined, wrapper.recipe.activation)
-    raise ValueError(f"{what} cannot share a batch with other tasks; LoRA, adapters and plain prefixes can")
+    what = getattr(wrapper, "recipe", type(wrapper).__name__)
+    raise ValueError(f"{what} cannot share a batch with other tasks; LoRA in blocks, adapters and plain prefixes can")
