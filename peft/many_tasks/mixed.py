@@ -42,7 +42,7 @@ class MixedWrapper(Wrapper):
         return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
 
     def places(self, tasks: Sequence[str | None]) -> Int[Tensor, "B"]:
-        """For rows under these tasks, where each finds its tensors in the stacks; -1 if its task does not enter here."""
+        """For rows under these tasks, where in the stacks each finds its tensors; -1: its task does not enter here."""
         number = {task: index for index, task in enumerate(self.shapes)}
         device = next(iter(self.tensors().values())).device
         return torch.tensor([number.get(task, -1) for task in tasks], dtype=torch.long, device=device)

@@ -122,6 +122,7 @@ def unfit_sources(model, path):
         yield name, alone(model, 1, (RECIPES[name],)), "cannot share a batch with other tasks"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_bank_that_cannot_be_made_leaves_the_model_as_it_was(decoder, tmp_path):
     model = decoder()
     model.blocks[1].train()
@@ -157,11 +158,11 @@ def test_nothing_else_may_be_on_the_model(decoder):
     assert torch.equal(bank(tokens, tasks=["a", None]), before)
 
 
-@pytest.mark.parametrize("recipe", [LoRA(rank=2, targets=("up",)), LoRA(rank=2), PrefixTuning(length=2)], ids=str)
+@pytest.mark.parametrize("recipe", [LoRA(rank=2, targets=("up",)), LoRA(rank=2), RECIPES["houlsby"]], ids=str)
 def test_no_method_enters_beside_a_bank(decoder, recipe):
     model = decoder()
     bank = TaskBank(model, {"a": alone(model, 1, TASKS["lora"])}, trainable=True)
-    refused(lambda: peft.attach(model, recipe), model, "detach|say which task")
+    refused(lambda: peft.attach(model, recipe), model, "detach")
     assert any(p.requires_grad for p in bank.parameters())
 
 
