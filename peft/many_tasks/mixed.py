@@ -37,6 +37,9 @@ class MixedWrapper(Wrapper):
         for name in first.tensors():
             stack = stacked([wrapper.tensors()[name].detach() for wrapper in own.values()])
             self.register_parameter(name, nn.Parameter(stack, trainable and name not in first.frozen_tensors()))
+        for option in ("scale", "dropout"):  # of each recipe, [K]; None where no recipe has it
+            values = [getattr(wrapper.recipe, option, 0) for wrapper in own.values()]
+            self.register_buffer(option, stack.new_tensor(values) if any(values) else None, persistent=False)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
@@ -44,8 +47,7 @@ class MixedWrapper(Wrapper):
     def places(self, tasks: Sequence[str | None]) -> Int[Tensor, "B"]:
         """For rows under these tasks, where in the stacks each finds its tensors; -1: its task does not enter here."""
         number = {task: index for index, task in enumerate(self.shapes)}
-        device = next(iter(self.tensors().values())).device
-        return torch.tensor([number.get(task, -1) for task in tasks], dtype=torch.long, device=device)
+        return torch.tensor([number.get(task, -1) for task in tasks], device=next(iter(self.tensors().values())).device)
 
     def chosen(self, x: Float[Tensor, "B *rest"], *stacks: Shaped[Tensor, "K ..."]) -> list[Shaped[Tensor, "B ..."]]:
         """Of each stack what each row of x takes; zeros, which change nothing, if its task does not enter here.
@@ -61,13 +63,6 @@ class MixedWrapper(Wrapper):
         # Filled in, not multiplied by 0: a task that diverged must reach no other row, nor its gradient.
         return [stack[place].masked_fill((place < 0).view(-1, *stack[0].ndim * [1]), 0) for stack in stacks]
 
-    def tensors_of(self, task: str) -> dict[str, Tensor]:
-        """A copy of the tensors of one task, without what fills them up; nothing if it does not enter here."""
-        if task not in self.shapes:
-            return {}
-        stacks = {name: tensor.detach()[list(self.shapes).index(task)] for name, tensor in self.tensors().items()}
-        return {name: stacks[name][tuple(map(slice, shape))].clone() for name, shape in self.shapes[task].items()}
-
 
 def stacked(tensors: list[Tensor]) -> Tensor:
     """The tensors in one, each filled up with zeros to the size of the largest."""
@@ -81,26 +76,19 @@ def stacked(tensors: list[Tensor]) -> Tensor:
 class MixedLoRA(MixedWrapper):
     """y_b + s B A x_b with the A [K, r, d_in] and B [K, d_out, r] of each row's task. Hu et al. 2022, equation 3."""
 
-    def __init__(self, base: nn.Linear, own: dict[str, Wrapper], trainable: bool):
-        super().__init__(base, own, trainable)
-        scales, dropouts = [w.scale for w in own.values()], [w.recipe.dropout for w in own.values()]
-        self.register_buffer("scale", self.A.new_tensor(scales), persistent=False)
-        self.register_buffer("dropout", self.A.new_tensor(dropouts), persistent=False)
-        self.drops = any(dropouts)
-
     def forward(self, x: Float[Tensor, "B T d_in"]) -> Float[Tensor, "B T d_out"]:
         """The frozen map for all rows at once, the updates by two batched products."""
         y = self.base(x)
-        A, B, scale, dropout = self.chosen(x, self.A, self.B, self.scale, self.dropout)
-        read = self.dropped(x.to(A.dtype), dropout) @ A.mT  # [B, T, r]
+        A, B, scale = self.chosen(x, self.A, self.B, self.scale)
+        read = self.dropped(x.to(A.dtype)) @ A.mT  # [B, T, r]
         scaled = scale[:, None, None] * read  # here, where it is thin
         return torch.baddbmm(y.to(read.dtype), scaled, B.mT).to(y.dtype)
 
-    def dropped(self, x: Float[Tensor, "B T d_in"], p: Float[Tensor, "B"]) -> Float[Tensor, "B T d_in"]:
+    def dropped(self, x: Float[Tensor, "B T d_in"]) -> Float[Tensor, "B T d_in"]:
         """Dropout with a probability for each row, in training only."""
-        if not (self.training and self.drops):
+        if not self.training or self.dropout is None:
             return x
-        p = p[:, None, None]
+        p = self.chosen(x, self.dropout)[0][:, None, None]
         return x * (torch.rand_like(x) >= p) / (1 - p)
 
 
@@ -109,9 +97,8 @@ class MixedPrefix(MixedWrapper):
 
     def __init__(self, base: Attention, own: dict[str, Wrapper], trainable: bool):
         super().__init__(base, own, trainable)
-        firsts = [next(iter(wrapper.tensors().values())) for wrapper in own.values()]
-        there = stacked([torch.ones_like(first[:, 0], dtype=torch.bool) for first in firsts])  # [K, n]
-        self.register_buffer("there", there, persistent=False)
+        there = [torch.ones_like(next(iter(w.tensors().values()))[:, 0], dtype=torch.bool) for w in own.values()]
+        self.register_buffer("there", stacked(there), persistent=False)  # [K, n]
 
     def forward(
         self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
@@ -136,13 +123,10 @@ class MixedAdapter(MixedWrapper, Joined):
         super().__init__(base, own, trainable)
         first = next(iter(own.values()))
         self.joined, self.activation = first.joined, first.recipe.activation
-        scales = [wrapper.recipe.scale for wrapper in own.values()]
-        self.register_buffer("scale", self.up_bias.new_tensor(scales), persistent=False)
 
     def added(self, h: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
         """What each row's adapter adds."""
-        scale, *stacks = self.chosen(h, self.scale, self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-        down_weight, down_bias, up_weight, up_bias = stacks
+        scale, down_weight, down_bias, up_weight, up_bias = self.chosen(h, self.scale, *self.tensors().values())
         inner = torch.baddbmm(down_bias[:, None], h.to(down_bias.dtype), down_weight.mT)
         out = torch.baddbmm(up_bias[:, None], activate(inner, self.activation), up_weight.mT)
         return (scale[:, None, None] * out).to(h.dtype)

@@ -38,8 +38,7 @@ from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
 from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap, wrap
 
-Bundle = Sequence[tuple[Method, Mapping[str, Tensor]]]  # recipes, each with its `state_dict`
-Source = str | Path | nn.Module | Bundle
+Source = str | Path | nn.Module | Sequence[tuple[Method, Mapping[str, Tensor]]]  # the last: as of `state_dict`
 Tasks = Sequence[str | None]  # for each row its task; None is the frozen model alone
 
 
@@ -107,8 +106,12 @@ class TaskBank(nn.Module):
     def tensors(self, task: str) -> dict[str, Tensor]:
         """A copy of one task's tensors as they are now, by the names of `peft.state_dict`."""
         self._check([task])
-        own = [(site, wrapper.tensors_of(task)) for site, wrapper in self.mixed]
-        return {f"{site}.{name}": tensor for site, tensors in own for name, tensor in tensors.items()}
+        found = {}
+        for site, wrapper in self.mixed:
+            for name, shape in wrapper.shapes.get(task, {}).items():
+                stack = wrapper.tensors()[name].detach()[wrapper.places([task])[0]]
+                found[f"{site}.{name}"] = stack[tuple(map(slice, shape))].clone()  # without what fills it up
+        return found
 
     def detach(self) -> Transformer:
         """Take everything out again: the model with the very same modules as before. The bank has no tasks then.
@@ -127,11 +130,10 @@ class TaskBank(nn.Module):
     def _check(self, tasks: Tasks) -> None:
         if not self.mixed:
             raise ValueError("this bank is detached from its model; make a new one, TaskBank(model, sources)")
-        if isinstance(tasks, str):
-            raise ValueError(f"give a list with one task (or None) for each row, not {tasks!r}")
         unknown = sorted({str(task) for task in tasks if task is not None and task not in self.names})
         if unknown:
-            raise ValueError(f"there is no task {', '.join(unknown)}; there are {', '.join(self.names)}, and None")
+            there = f"there are {', '.join(self.names)}, and None: a list of them, one for each row"
+            raise ValueError(f"there is no task {', '.join(unknown)}; {there}")
 
 
 def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, Wrapper]:
@@ -139,11 +141,10 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
     try:
         _enter(model, source)
         blocks = tuple(f"{name}." for name, site in sites_of(model).items() if isinstance(site.module, Block))
-        found = [(site, wrapper) for site, wrappers in all_wrappers(model).items() for wrapper in wrappers]
-        return {(site, *_kind(wrapper, site.startswith(blocks))): wrapper for site, wrapper in found}
+        return {(site, *_kind(w, site.startswith(blocks))): w for site, ws in all_wrappers(model).items() for w in ws}
     except (AttributeError, TypeError, ValueError) as error:
-        sources = "a file, a model with methods attached, or a list of recipes with their tensors"
-        raise ValueError(f"the source of {task} ({sources}) does not fit: {error}") from error
+        kinds = "a file, a model with methods, or a list of recipes with their tensors"
+        raise ValueError(f"the source of {task} ({kinds}) cannot be used: {error}") from error
     finally:
         if attached(model):
             detach(model)
@@ -153,14 +154,14 @@ def _enter(model: Transformer, source: Source) -> None:
     """Attach what a source holds, with its tensors."""
     if isinstance(source, str | Path):
         held = describe(source)
-        _require_alone(held.merged, held.train_also)
+        _require_alone(held.merged, any(held.train_also))
         load(model, source)
         return
     if isinstance(source, nn.Module):
         tensors, recipes = state_dict(source), [record.method for record in attached(source)]
-        _require_alone(bool(merged_wrappers(source)), sum([record.train_also for record in attached(source)], ()))
+        _require_alone(any(merged_wrappers(source)), any(record.train_also for record in attached(source)))
         if base_hash(source) != base_hash(model):
-            raise ValueError("it has another base (weights, shape, precision); if it fits all the same, give the list")
+            raise ValueError("its base is another (weights, shape, precision); a list is taken if its tensors fit here")
     else:
         recipes, tensors = [recipe for recipe, _ in source], {name: t for _, own in source for name, t in own.items()}
         if len(tensors) < sum(len(own) for _, own in source):
@@ -170,7 +171,7 @@ def _enter(model: Transformer, source: Source) -> None:
     load_state_dict(model, tensors)
 
 
-def _require_alone(merged: bool, train_also: tuple[str, ...]) -> None:
+def _require_alone(merged: bool, train_also: bool) -> None:
     if merged:
         raise ValueError("it is merged into its weights; unmerge it first")
     if train_also:

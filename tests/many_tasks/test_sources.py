@@ -62,7 +62,7 @@ def test_a_source_of_another_base_is_refused(decoder, tmp_path, form, changes):
     other = form(alone(decoder(**changes), 1, TASKS["lora"]), tmp_path)
     good = alone(model, 1, TASKS["prefix"])
     sources = {"good": good, "better": good, "bad": other, "fine": good}
-    refused(lambda: TaskBank(model, sources), model, "the source of bad .* does not fit: ")
+    refused(lambda: TaskBank(model, sources), model, "the source of bad .* cannot be used: ")
 
 
 @pytest.mark.parametrize("changes", [{"d_model": 8}, {"n_layers": 3}, {"d_ff": 32}], ids=str)
@@ -79,7 +79,7 @@ def test_tensors_that_do_not_fit_this_model_are_refused(decoder, changes, name):
 def test_a_source_in_another_precision(decoder):
     """As a model it is of another base; its tensors may enter, in the precision of the bank's model."""
     single, model = alone(decoder(), 1, TASKS["lora"]), decoder().double()
-    refused(lambda: TaskBank(model, {"x": single}), model, "another base .weights, shape, precision")
+    refused(lambda: TaskBank(model, {"x": single}), model, "its base is another .weights, shape, precision")
     bank = TaskBank(model, {"x": [(*TASKS["lora"], peft.state_dict(single))]})
     tokens, _ = rows_of(2)
     logits = bank(tokens, tasks=["x", "x"])
