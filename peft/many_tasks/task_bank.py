@@ -68,10 +68,9 @@ class TaskBank(nn.Module):
                 places.setdefault(place, {})[task] = wrapper
         sites = sites_of(model)
         mixed = [(site, kind(sites[site].module, own, trainable)) for (site, kind, *_), own in places.items()]
-        # All is made; from here on nothing can fail.
         self.model, self.names, self.mixed, self.training = model, tuple(sources), mixed, model.training
         self.trainable_before = trainability(model)
-        model.requires_grad_(False)
+        model.requires_grad_(False)  # all is made: from here on nothing can fail
         for site, wrapper in mixed:
             wrap(sites[site], wrapper)
 
@@ -85,6 +84,7 @@ class TaskBank(nn.Module):
         Raises:
             ValueError: a name that is no task of this bank, or the bank is detached.
         """
+        tasks = [tasks] if isinstance(tasks, str) else tasks  # one row
         self._check(tasks)
         with telling({id(wrapper): wrapper.places(tasks) for _, wrapper in self.mixed}):
             yield self.model
@@ -132,8 +132,7 @@ class TaskBank(nn.Module):
             raise ValueError("this bank is detached from its model; make a new one, TaskBank(model, sources)")
         unknown = sorted({str(task) for task in tasks if task is not None and task not in self.names})
         if unknown:
-            there = f"there are {', '.join(self.names)}, and None: a list of them, one for each row"
-            raise ValueError(f"there is no task {', '.join(unknown)}; {there}")
+            raise ValueError(f"there is no task {', '.join(unknown)}; there are {', '.join(self.names)}, and None")
 
 
 def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, Wrapper]:
@@ -143,8 +142,7 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
         blocks = tuple(f"{name}." for name, site in sites_of(model).items() if isinstance(site.module, Block))
         return {(site, *_kind(w, site.startswith(blocks))): w for site, ws in all_wrappers(model).items() for w in ws}
     except (AttributeError, TypeError, ValueError) as error:
-        kinds = "a file, a model with methods, or a list of recipes with their tensors"
-        raise ValueError(f"the source of {task} ({kinds}) cannot be used: {error}") from error
+        raise ValueError(f"the source of {task} (file, model, or recipes with tensors) is unfit: {error}") from error
     finally:
         if attached(model):
             detach(model)
@@ -152,30 +150,29 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
 
 def _enter(model: Transformer, source: Source) -> None:
     """Attach what a source holds, with its tensors."""
+    merged = whole = False
     if isinstance(source, str | Path):
         held = describe(source)
-        _require_alone(held.merged, any(held.train_also))
-        load(model, source)
-        return
-    if isinstance(source, nn.Module):
+        merged, whole = held.merged, held.train_also
+    elif isinstance(source, nn.Module):
         tensors, recipes = state_dict(source), [record.method for record in attached(source)]
-        _require_alone(any(merged_wrappers(source)), any(record.train_also for record in attached(source)))
-        if base_hash(source) != base_hash(model):
-            raise ValueError("its base is another (weights, shape, precision); a list is taken if its tensors fit here")
+        merged, whole = merged_wrappers(source), any(record.train_also for record in attached(source))
     else:
         recipes, tensors = [recipe for recipe, _ in source], {name: t for _, own in source for name, t in own.items()}
         if len(tensors) < sum(len(own) for _, own in source):
             raise ValueError("two recipes come with a tensor of the same name; give each its own")
-    for recipe in recipes:
-        attach(model, recipe)
-    load_state_dict(model, tensors)
-
-
-def _require_alone(merged: bool, train_also: bool) -> None:
     if merged:
         raise ValueError("it is merged into its weights; unmerge it first")
-    if train_also:
+    if whole:
         raise ValueError("it trains whole modules beside its method (train_also), which rows cannot share")
+    if isinstance(source, nn.Module) and base_hash(source) != base_hash(model):
+        raise ValueError("its base is another (weights, shape, precision); a list is taken if its tensors fit here")
+    if isinstance(source, str | Path):
+        load(model, source)
+    else:
+        for recipe in recipes:
+            attach(model, recipe)
+        load_state_dict(model, tensors)
 
 
 def _kind(wrapper: Wrapper, in_a_block: bool) -> tuple:

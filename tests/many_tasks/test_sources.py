@@ -62,7 +62,7 @@ def test_a_source_of_another_base_is_refused(decoder, tmp_path, form, changes):
     other = form(alone(decoder(**changes), 1, TASKS["lora"]), tmp_path)
     good = alone(model, 1, TASKS["prefix"])
     sources = {"good": good, "better": good, "bad": other, "fine": good}
-    refused(lambda: TaskBank(model, sources), model, "the source of bad .* cannot be used: ")
+    refused(lambda: TaskBank(model, sources), model, "the source of bad .* is unfit: ")
 
 
 @pytest.mark.parametrize("changes", [{"d_model": 8}, {"n_layers": 3}, {"d_ff": 32}], ids=str)
@@ -115,9 +115,9 @@ def unfit_sources(model, path):
     yield "twice", [(*TASKS["lora"], tensors), (PrefixTuning(length=3), tensors)], "same name"
     yield "no list", (LoRA(rank=2), tensors), "the source of bad"
     yield "no recipe", [("lora", tensors)], "'lora' is not a recipe"
-    yield "no tensors", [(LoRA(rank=2), None)], "a list of recipes with their tensors"
-    yield "a number", 5, "a list of recipes with their tensors"
-    yield "nothing", None, "a list of recipes with their tensors"
+    yield "no tensors", [(LoRA(rank=2), None)], "file, model, or recipes with tensors"
+    yield "a number", 5, "file, model, or recipes with tensors"
+    yield "nothing", None, "file, model, or recipes with tensors"
     for name in ("dora", "prefix gated", "prefix mlp", "prompt", "bitfit", "ia3", "vera"):
         yield name, alone(model, 1, (RECIPES[name],)), "cannot share a batch with other tasks"
 

@@ -154,7 +154,7 @@ def test_detach_gives_the_very_same_modules_back(decoder):
         (["lora", "opera"], "there is no task opera; there are lora, prefix, and None"),
         (["lora"], "1 tasks are named for 2 rows; name one for each"),
         (["lora", None, None], "3 tasks are named for 2 rows; name one for each"),
-        ("lora", "there is no task a, l, o, r; there are .*: a list of them, one for each row"),
+        ("lora", "1 tasks are named for 2 rows; name one for each"),
     ],
 )
 def test_unknown_names_and_wrong_lengths(decoder, tasks, message):
