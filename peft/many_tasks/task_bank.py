@@ -63,7 +63,7 @@ class TaskBank(nn.Module):
         if not sources:
             raise ValueError('no task is given; give some by name, such as {"mood": "mood.safetensors"}')
         places: dict[tuple, dict[str, Wrapper]] = {}
-        for task, source in sources.items():
+        for task, source in sorted(sources.items()):  # so a state dict fits whatever the order
             for place, wrapper in _wrappers_of(model, task, source).items():
                 places.setdefault(place, {})[task] = wrapper
         sites = sites_of(model)

@@ -157,6 +157,48 @@ def test_a_copy_is_a_bank_of_its_own(decoder, copied):
         torch.testing.assert_close(bank(tokens, tasks=["a", "b"])[row], models[task](tokens)[row])
 
 
+def test_a_state_dict_fits_a_bank_whose_tasks_came_in_another_order(decoder):
+    bank, models = two_tasks(decoder)
+    other = alone(decoder().double(), 5, TASKS["lora all"]), alone(decoder().double(), 6, TASKS["mam"])
+    twin = TaskBank(decoder().double().eval(), {"b": other[1], "a": other[0]})
+    twin.load_state_dict(bank.state_dict())
+    tokens, _ = rows_of(2)
+    logits = twin(tokens, tasks=["a", "b"])
+    for row, task in enumerate(["a", "b"]):
+        torch.testing.assert_close(logits[row], models[task](tokens)[row])
+
+
+def test_all_that_a_pass_needs_is_on_the_device_of_its_wrapper(decoder):
+    bank, _ = two_tasks(decoder)
+    bank.to("meta")
+    x = torch.empty(3, 5, 16, dtype=torch.float64, device="meta")
+    with bank.using(["a", None, "b"]):
+        for block in bank.train().model.blocks:
+            x = block(x, "causal")
+    assert x.is_meta
+
+
+def test_attention_weights_are_those_of_each_row(decoder):
+    bank, models = two_tasks(decoder)
+    tokens, _ = rows_of(2)
+    with bank.using(["a", "b"]):
+        weights = bank.model.attention_weights(tokens)
+    for mine, plain, with_prefix in zip(weights, *(m.attention_weights(tokens) for m in models.values()), strict=True):
+        torch.testing.assert_close(mine[0, ..., 4:], plain[0])
+        torch.testing.assert_close(mine[1], with_prefix[1])
+
+
+@pytest.mark.parametrize("name", ["lora", "mam", "hidden prefix", "houlsby"])
+def test_under_autocast_rows_are_what_they_are_alone(decoder, name):
+    model = decoder()
+    single = alone(model, 1, TASKS[name])
+    bank = TaskBank(copy.deepcopy(model), {"x": single})
+    tokens, _ = rows_of(2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, expected = bank(tokens, tasks=["x", None]), torch.stack([single(tokens)[0], model(tokens)[1]])
+    torch.testing.assert_close(logits, expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+
+
 def test_a_bank_moves_with_its_model(decoder):
     bank, models = two_tasks(decoder)
     tokens, _ = rows_of(2)
