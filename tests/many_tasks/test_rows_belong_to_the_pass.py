@@ -46,6 +46,7 @@ def in_threads(*jobs, times=150):
     return wrong
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_two_threads_get_the_answers_of_their_own_tasks(decoder):
     bank, models = two_tasks(decoder)
     tokens, _ = rows_of(2)
@@ -63,6 +64,7 @@ def test_two_threads_get_the_answers_of_their_own_tasks(decoder):
     assert in_threads(ask("a", "a"), ask("b", "b"), ask("b", "a")) == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_two_threads_generate_under_their_own_tasks(decoder):
     bank, models = two_tasks(decoder, max_len=20)
     tokens, _ = rows_of(2)
