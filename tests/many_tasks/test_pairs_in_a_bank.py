@@ -43,7 +43,7 @@ def single_rows(models, order, name):
     return torch.tensor([row for row, task in enumerate(order) if task == name])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("recipes", [SOME, ALL])
 def test_a_pair_is_what_it_is_alone_in_value_and_gradient(tiny, recipes, checkpointing):
     model = tiny().double()
@@ -77,8 +77,8 @@ def test_a_pair_generates_what_it_generates_alone(decoder, recipes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_half_precision_a_pair_is_what_it_is_alone_but_for_rounding(tiny, dtype):
-    exact = tiny().double().eval()
+def test_in_half_precision_a_pair_is_what_it_is_alone_but_for_rounding(decoder, dtype):
+    exact = decoder().double()
     half = copy.deepcopy(exact).to(dtype)
     exact = copy.deepcopy(half).double()
     models = pairs(half, FAMILIES)
