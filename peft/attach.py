@@ -49,6 +49,8 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     """
     if not isinstance(method, Method):
         raise ValueError(f"{method!r} is not a recipe; give one such as LoRA(rank=4) or PrefixTuning(length=8)")
+    if not attached(model) and all_wrappers(model):
+        raise ValueError("the model carries wrappers that attach did not put there, a TaskBank's; bank.detach() first")
     sites = sites_of(model)
     modules = {name: site.module for name, site in sites.items() if name}
     names = method.sites(modules)

@@ -1,25 +1,21 @@
 """The wrappers of a mixed batch: the stacked tensors of many tasks at one place, of which each row takes its own.
 
-See `task_bank.py` for the idea and the shapes. `Rows` says which task each row of the batch is under; all
-wrappers of a bank share it.
+See `task_bank.py` for the idea and the shapes. Which row is under which task belongs to the pass
+(`minitransformer/call.py`): `TaskBank.using` tells each wrapper where in its stacks every row finds its tensors.
 """
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
+from minitransformer.call import CALL
 from minitransformer.feedforward import activate
 from peft.method import KeysAndValues, Wrapper, keys_and_values, unwrapped
 from peft.methods.adapter import Joined
 from peft.methods.prefix import PrefixContext
-
-
-class Rows:
-    """The number of the task of each row, [B]; as many as there are tasks stands for none."""
-
-    def __init__(self):
-        self.numbers: Tensor | None = None
 
 
 class MixedWrapper(Wrapper):
@@ -27,47 +23,45 @@ class MixedWrapper(Wrapper):
 
     Args:
         base: the frozen module.
-        own: the wrapper of each such task, by the task's number.
-        n_tasks: how many tasks the bank has.
-        rows: shared by all wrappers of the bank.
+        own: the wrapper of each such task, by the task's name.
+        trainable: whether the tensors are trained, but for those that the tasks' recipes keep fixed.
     """
 
-    order = 0
+    enabled = True  # row by row: the zeros change nothing
 
-    def __init__(self, base: nn.Module, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
+    def __init__(self, base: nn.Module, own: dict[str, Wrapper], trainable: bool):
         super().__init__(base)
-        self.rows = rows
-        self.shapes = {number: {name: t.shape for name, t in w.tensors().items()} for number, w in own.items()}
-        place = torch.full((n_tasks + 1,), -1)
-        for index, number in enumerate(own):
-            place[number] = index
-        self.register_buffer("place", place, persistent=False)
-        for name in next(iter(own.values())).tensors():
-            self.register_parameter(name, nn.Parameter(stacked([w.tensors()[name].detach() for w in own.values()])))
+        first = next(iter(own.values()))
+        self.order, self.training = first.order, first.training
+        self.shapes = {task: {name: t.shape for name, t in w.tensors().items()} for task, w in own.items()}
+        for name in first.tensors():
+            stack = stacked([wrapper.tensors()[name].detach() for wrapper in own.values()])
+            self.register_parameter(name, nn.Parameter(stack, trainable and name not in first.frozen_tensors()))
+        for option in ("scale", "dropout"):  # of each recipe, [K]; None where no recipe has it
+            values = [getattr(wrapper.recipe, option, 0) for wrapper in own.values()]
+            self.register_buffer(option, stack.new_tensor(values) if any(values) else None, persistent=False)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
 
-    def chosen(self, x: Float[Tensor, "B *rest"]) -> tuple[Int[Tensor, "B"], Bool[Tensor, "B"]]:
-        """For each row its place in the stacks (0 where it has none), and whether it has one.
+    def places(self, tasks: Sequence[str | None]) -> Int[Tensor, "B"]:
+        """For rows under these tasks, where in the stacks each finds its tensors; -1: its task does not enter here."""
+        number = {task: index for index, task in enumerate(self.shapes)}
+        return torch.tensor([number.get(task, -1) for task in tasks], device=next(iter(self.tensors().values())).device)
+
+    def chosen(self, x: Float[Tensor, "B *rest"], *stacks: Shaped[Tensor, "K ..."]) -> list[Shaped[Tensor, "B ..."]]:
+        """Of each stack what each row of x takes; zeros, which change nothing, if its task does not enter here.
 
         Raises:
             ValueError: the batch has another number of rows, or nobody said which row is under which task.
         """
-        if self.rows.numbers is None:
+        place = CALL.told.get(id(self))
+        if place is None:
             raise ValueError("say which task each row is under: bank(tokens, tasks=[…]) or with bank.using([…])")
-        if len(self.rows.numbers) != len(x):
-            raise ValueError(f"{len(self.rows.numbers)} tasks are named for {len(x)} rows; name one for each")
-        place = self.place[self.rows.numbers.to(self.place.device)]
-        return place.clamp(min=0), place >= 0
-
-    def tensors_of(self, number: int) -> dict[str, Tensor]:
-        """A copy of the tensors of one task, without what fills them up; nothing if it does not enter here."""
-        index = int(self.place[number])
-        if index < 0:
-            return {}
-        stacks = {name: tensor.detach()[index] for name, tensor in self.tensors().items()}
-        return {name: stacks[name][tuple(map(slice, shape))].clone() for name, shape in self.shapes[number].items()}
+        if len(place) != len(x):
+            raise ValueError(f"{len(place)} tasks are named for {len(x)} rows; name one for each")
+        # Filled in, not multiplied by 0: a task that diverged must reach no other row, nor its gradient.
+        return [stack[place].masked_fill((place < 0).view(-1, *stack[0].ndim * [1]), 0) for stack in stacks]
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
@@ -82,51 +76,40 @@ def stacked(tensors: list[Tensor]) -> Tensor:
 class MixedLoRA(MixedWrapper):
     """y_b + s B A x_b with the A [K, r, d_in] and B [K, d_out, r] of each row's task. Hu et al. 2022, equation 3."""
 
-    def __init__(self, base: nn.Linear, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
-        super().__init__(base, own, n_tasks, rows)
-        for name in ("scale", "dropout"):
-            values = [getattr(wrapper.recipe, name) for wrapper in own.values()]
-            self.register_buffer(name, self.A.new_tensor(values), persistent=False)
-
     def forward(self, x: Float[Tensor, "B T d_in"]) -> Float[Tensor, "B T d_out"]:
         """The frozen map for all rows at once, the updates by two batched products."""
         y = self.base(x)
-        place, has_one = self.chosen(x)
-        read = self.dropped(x.to(self.A.dtype), self.dropout[place]) @ self.A[place].mT  # [B, T, r]
-        scaled = (self.scale[place] * has_one)[:, None, None] * read  # here, where it is thin
-        return torch.baddbmm(y.to(read.dtype), scaled, self.B[place].mT).to(y.dtype)
+        A, B, scale = self.chosen(x, self.A, self.B, self.scale)
+        read = self.dropped(x.to(A.dtype)) @ A.mT  # [B, T, r]
+        scaled = scale[:, None, None] * read  # here, where it is thin
+        return torch.baddbmm(y.to(read.dtype), scaled, B.mT).to(y.dtype)
 
-    def dropped(self, x: Float[Tensor, "B T d_in"], p: Float[Tensor, "B"]) -> Float[Tensor, "B T d_in"]:
+    def dropped(self, x: Float[Tensor, "B T d_in"]) -> Float[Tensor, "B T d_in"]:
         """Dropout with a probability for each row, in training only."""
-        if not self.training or not bool(self.dropout.any()):
+        if not self.training or self.dropout is None:
             return x
-        p = p[:, None, None]
+        p = self.chosen(x, self.dropout)[0][:, None, None]
         return x * (torch.rand_like(x) >= p) / (1 - p)
 
 
 class MixedPrefix(MixedWrapper):
     """Attention of each row over the prefix of its task, of `key` and `value` [K, n, d_model] or `hidden` [K, n, d]."""
 
-    def __init__(self, base: Attention, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
-        super().__init__(base, own, n_tasks, rows)
-        lengths = torch.tensor([wrapper.recipe.length for wrapper in own.values()])
-        there = torch.arange(int(lengths.max())) < lengths[:, None]  # [K, n]
-        self.register_buffer("there", there, persistent=False)
+    def __init__(self, base: Attention, own: dict[str, Wrapper], trainable: bool):
+        super().__init__(base, own, trainable)
+        there = [torch.ones_like(next(iter(w.tensors().values()))[:, 0], dtype=torch.bool) for w in own.values()]
+        self.register_buffer("there", stacked(there), persistent=False)  # [K, n]
 
     def forward(
         self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
     ) -> Float[Tensor, "B T d_model"]:
         """The frozen layer, with each row's own prefix as its context."""
-        place, has_one = self.chosen(x)
         frozen = unwrapped(self.base)
-        if hasattr(self, "hidden"):
-            hidden = self.hidden[place]  # only of tasks that are in the batch
-            key, value = (unwrapped(part)(hidden) for part in (frozen.key, frozen.value))  # [B, n, d_model]
-        else:
-            key, value = self.key[place], self.value[place]
-        heads = (frozen.split_heads(part) for part in (key, value))
-        visible = self.there[place] & has_one[:, None]  # [B, n]
-        return self.base(x, mask, PrefixContext(*heads, context, visible=visible))
+        visible, *prefix = self.chosen(x, self.there, *self.tensors().values())
+        if hasattr(self, "hidden"):  # each row's goes through its own LoRA
+            prefix = [part(prefix[0].to(x.dtype)) for part in (frozen.key, frozen.value)]
+        key, value = (frozen.split_heads(part) for part in prefix)  # [B, H, n, d_head]
+        return self.base(x, mask, PrefixContext(key, value, context, visible=visible))
 
     def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
         """The frozen layer's."""
@@ -136,18 +119,14 @@ class MixedPrefix(MixedWrapper):
 class MixedAdapter(MixedWrapper, Joined):
     """h_b + s bottleneck(h_b) with each row's own `down_…` and `up_…`. Houlsby et al. 2019, section 2.1."""
 
-    order = Joined.order
-
-    def __init__(self, base: nn.Module, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
-        super().__init__(base, own, n_tasks, rows)
+    def __init__(self, base: nn.Module, own: dict[str, Wrapper], trainable: bool):
+        super().__init__(base, own, trainable)
         first = next(iter(own.values()))
         self.joined, self.activation = first.joined, first.recipe.activation
-        scales = [wrapper.recipe.scale for wrapper in own.values()]
-        self.register_buffer("scale", self.up_bias.new_tensor(scales), persistent=False)
 
     def added(self, h: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
         """What each row's adapter adds."""
-        place, has_one = self.chosen(h)
-        inner = torch.baddbmm(self.down_bias[place][:, None], h.to(self.down_bias.dtype), self.down_weight[place].mT)
-        out = torch.baddbmm(self.up_bias[place][:, None], activate(inner, self.activation), self.up_weight[place].mT)
-        return ((self.scale[place] * has_one)[:, None, None] * out).to(h.dtype)
+        scale, down_weight, down_bias, up_weight, up_bias = self.chosen(h, self.scale, *self.tensors().values())
+        inner = torch.baddbmm(down_bias[:, None], h.to(down_bias.dtype), down_weight.mT)
+        out = torch.baddbmm(up_bias[:, None], activate(inner, self.activation), up_weight.mT)
+        return (scale[:, None, None] * out).to(h.dtype)

@@ -22,23 +22,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minitransformer.block import Block
+from minitransformer.call import telling
 from minitransformer.transformer import Transformer
-from peft.attach import attach, attached, detach, load_state_dict, restore_trainability, trainability
-from peft.checkpoint import load
-from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, MixedWrapper, Rows
-from peft.method import Method
+from peft.attach import attach, attached, detach, load_state_dict, restore_trainability, state_dict, trainability
+from peft.checkpoint import base_hash, load
+from peft.contents import describe
+from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix
+from peft.method import Method, Wrapper
 from peft.methods.adapter import Adapter
-from peft.methods.lora import LoRA, LoRALinear
+from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
 from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap, wrap
 
-Bundle = Sequence[tuple[Method, Mapping[str, Tensor]]]  # recipes, each with its `state_dict`
-Source = str | Path | nn.Module | Bundle
-Entered = list[tuple[tuple, nn.Module]]  # the wrappers of one task: each with its place and its kind
+Source = str | Path | nn.Module | Sequence[tuple[Method, Mapping[str, Tensor]]]  # the last: as of `state_dict`
+Tasks = Sequence[str | None]  # for each row its task; None is the frozen model alone
 
 
 class TaskBank(nn.Module):
@@ -47,142 +48,140 @@ class TaskBank(nn.Module):
     Args:
         model: nothing may be attached to it; it is changed in place, until `detach`.
         sources: for each task by name: a file that `save` wrote, a model with methods attached, or a list of recipes
-            with their tensors.
-        trainable: whether the tensors are trained; the model never is.
+            with their tensors. Each must be of this very base, or (a list, which does not say) fit it.
+        trainable: whether the tensors are trained, but for those that a recipe keeps fixed; the model never is.
 
     Raises:
-        ValueError: methods on the model, no task, a merged source, or a method that cannot share a batch. The model
-            is as it was then.
+        ValueError: methods or another bank on the model, no task, a source of another base, damaged or merged, or a
+            method that cannot share a batch. The model is as it was then.
     """
 
     def __init__(self, model: Transformer, sources: Mapping[str, Source], trainable: bool = False):
         super().__init__()
-        if attached(model):
-            raise ValueError("methods are attached to the model; detach(model) first, and give them as a source")
+        if all_wrappers(model):
+            raise ValueError("the model carries methods, or a bank; detach(model) first, and give them as a source")
         if not sources:
             raise ValueError('no task is given; give some by name, such as {"mood": "mood.safetensors"}')
-        collected = {name: _wrappers_of(model, name, source) for name, source in sources.items()}
-        self.model, self.names, self.rows = model, tuple(sources), Rows()
-        self.trainable_before = trainability(model)
-        model.requires_grad_(False)
+        places: dict[tuple, dict[str, Wrapper]] = {}
+        for task, source in sorted(sources.items()):  # so a state dict fits whatever the order
+            for place, wrapper in _wrappers_of(model, task, source).items():
+                places.setdefault(place, {})[task] = wrapper
         sites = sites_of(model)
-        for name, mixed in self._mixed(collected, {name: site.module for name, site in sites.items()}):
-            for tensor in mixed.tensors().values():
-                tensor.requires_grad_(trainable)
-            wrap(sites[name], mixed)
-
-    def _mixed(
-        self, collected: dict[str, Entered], modules: dict[str, nn.Module]
-    ) -> Iterator[tuple[str, MixedWrapper]]:
-        """One wrapper for each place and kind, with the tensors of all tasks that enter there."""
-        places: dict[tuple, dict[int, nn.Module]] = {}
-        for number, name in enumerate(self.names):
-            for place, wrapper in collected[name]:
-                places.setdefault(place, {})[number] = wrapper
-        for (site, mixed, *_), own in places.items():
-            yield site, mixed(modules[site], own, len(self.names), self.rows)
+        mixed = [(site, kind(sites[site].module, own, trainable)) for (site, kind, *_), own in places.items()]
+        self.model, self.names, self.mixed, self.training = model, tuple(sources), mixed, model.training
+        self.trainable_before = trainability(model)
+        model.requires_grad_(False)  # all is made: from here on nothing can fail
+        for site, wrapper in mixed:
+            wrap(sites[site], wrapper)
 
     def extra_repr(self) -> str:
         return f"tasks: {', '.join(self.names)}"
 
     @contextmanager
-    def using(self, tasks: Sequence[str | None]) -> Iterator[nn.Module]:
-        """Inside, row b of every batch of `model` runs under `tasks[b]`; None is the frozen model alone.
+    def using(self, tasks: Tasks) -> Iterator[nn.Module]:
+        """Inside, in this thread, row b of every batch of `model` runs under `tasks[b]`.
 
         Raises:
-            ValueError: a name that is no task of this bank.
+            ValueError: a name that is no task of this bank, or the bank is detached.
         """
-        unknown = sorted({str(task) for task in tasks if task is not None and task not in self.names})
-        if unknown:
-            raise ValueError(f"there is no task {', '.join(unknown)}; there are {', '.join(self.names)}, and None")
-        numbers = [len(self.names) if task is None else self.names.index(task) for task in tasks]
-        before, self.rows.numbers = self.rows.numbers, torch.tensor(numbers, dtype=torch.long)
-        try:
+        tasks = [tasks] if isinstance(tasks, str) else tasks  # one row
+        self._check(tasks)
+        with telling({id(wrapper): wrapper.places(tasks) for _, wrapper in self.mixed}):
             yield self.model
-        finally:
-            self.rows.numbers = before
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        padding_mask: Bool[Tensor, "B T"] | None = None,
-        *,
-        tasks: Sequence[str | None],
-    ) -> Float[Tensor, "B T V"]:
-        """The logits, each row under its task.
+    def forward(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Float[Tensor, "B T V"]:
+        """As `Transformer.forward`, each row under its task.
 
         Raises:
-            ValueError: an unknown name, or not one name for each row.
+            ValueError: an unknown name, not one name for each row, or the bank is detached.
         """
-        self._require_one_for_each(tokens, tasks)
         with self.using(tasks):
-            return self.model(tokens, padding_mask)
+            return self.model(tokens, *rest, **options)
 
-    def generate(self, tokens: Int[Tensor, "B T"], *rest, tasks: Sequence[str | None], **options) -> Tensor:
-        """As `Transformer.generate`, each row under its task."""
-        self._require_one_for_each(tokens, tasks)
+    def generate(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Int[Tensor, "B more"]:
+        """As `Transformer.generate`, each row under its task; errors as in `forward`."""
         with self.using(tasks):
             return self.model.generate(tokens, *rest, **options)
 
     def tensors(self, task: str) -> dict[str, Tensor]:
         """A copy of one task's tensors as they are now, by the names of `peft.state_dict`."""
-        if task not in self.names:
-            raise ValueError(f"there is no task {task}; there are {', '.join(self.names)}")
+        self._check([task])
         found = {}
-        for site, wrappers in all_wrappers(self.model).items():
-            for wrapper in wrappers:
-                own = wrapper.tensors_of(self.names.index(task))
-                found.update({f"{site}.{name}": tensor for name, tensor in own.items()})
+        for site, wrapper in self.mixed:
+            for name, shape in wrapper.shapes.get(task, {}).items():
+                stack = wrapper.tensors()[name].detach()[wrapper.places([task])[0]]
+                found[f"{site}.{name}"] = stack[tuple(map(slice, shape))].clone()  # without what fills it up
         return found
 
     def detach(self) -> Transformer:
-        """Take everything out again: the model with the very same modules as before."""
+        """Take everything out again: the model with the very same modules as before. The bank has no tasks then.
+
+        Raises:
+            ValueError: it is detached already.
+        """
+        self._check([])
         for site in sites_of(self.model).values():
             if site.wrappers:
                 unwrap(site)
         restore_trainability(self.model, self.trainable_before)
+        self.mixed = []
         return self.model
 
-    @staticmethod
-    def _require_one_for_each(tokens: Int[Tensor, "B T"], tasks: Sequence[str | None]) -> None:
-        if isinstance(tasks, str) or len(tasks) != len(tokens):
-            raise ValueError(f"give a list with one task for each of the {len(tokens)} rows (or None), got {tasks!r}")
+    def _check(self, tasks: Tasks) -> None:
+        if not self.mixed:
+            raise ValueError("this bank is detached from its model; make a new one, TaskBank(model, sources)")
+        unknown = sorted({str(task) for task in tasks if task is not None and task not in self.names})
+        if unknown:
+            raise ValueError(f"there is no task {', '.join(unknown)}; there are {', '.join(self.names)}, and None")
 
 
-def _wrappers_of(model: Transformer, name: str, source: Source) -> Entered:
-    """The wrappers of one task: those of an attached model, or made for the moment on `model` itself."""
-    if isinstance(source, nn.Module):
-        return _checked(name, source)
+def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, Wrapper]:
+    """The wrappers of one task, made for the moment on `model` itself: each by its site and its kind."""
     try:
-        if isinstance(source, str | Path):
-            load(model, source)
-        else:
-            for recipe, _ in source:
-                attach(model, recipe)
-            load_state_dict(model, {key: tensor for _, tensors in source for key, tensor in tensors.items()})
-        return _checked(name, model)
+        _enter(model, source)
+        blocks = tuple(f"{name}." for name, site in sites_of(model).items() if isinstance(site.module, Block))
+        return {(site, *_kind(w, site.startswith(blocks))): w for site, ws in all_wrappers(model).items() for w in ws}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the source of {task} (file, model, or recipes with tensors) is unfit: {error}") from error
     finally:
         if attached(model):
             detach(model)
 
 
-def _checked(name: str, model: nn.Module) -> Entered:
-    if not attached(model):
-        raise ValueError(f"the source of {name} has no method attached")
-    if merged_wrappers(model):
-        raise ValueError(f"the source of {name} is merged into its weights; unmerge it first")
-    if any(record.train_also for record in attached(model)):
-        raise ValueError(f"{name} trains whole modules beside its method (train_also), which rows cannot share")
-    return [((site, *_kind(own)), own) for site, wrappers in all_wrappers(model).items() for own in wrappers]
+def _enter(model: Transformer, source: Source) -> None:
+    """Attach what a source holds, with its tensors."""
+    merged = whole = False
+    if isinstance(source, str | Path):
+        held = describe(source)
+        merged, whole = held.merged, held.train_also
+    elif isinstance(source, nn.Module):
+        tensors, recipes = state_dict(source), [record.method for record in attached(source)]
+        merged, whole = merged_wrappers(source), any(record.train_also for record in attached(source))
+    else:
+        recipes, tensors = [recipe for recipe, _ in source], {name: t for _, own in source for name, t in own.items()}
+        if len(tensors) < sum(len(own) for _, own in source):
+            raise ValueError("two recipes come with a tensor of the same name; give each its own")
+    if merged:
+        raise ValueError("it is merged into its weights; unmerge it first")
+    if whole:
+        raise ValueError("it trains whole modules beside its method (train_also), which rows cannot share")
+    if isinstance(source, nn.Module) and base_hash(source) != base_hash(model):
+        raise ValueError("its base is another (weights, shape, precision); a list is taken if its tensors fit here")
+    if isinstance(source, str | Path):
+        load(model, source)
+    else:
+        for recipe in recipes:
+            attach(model, recipe)
+        load_state_dict(model, tensors)
 
 
-def _kind(wrapper: nn.Module) -> tuple:
+def _kind(wrapper: Wrapper, in_a_block: bool) -> tuple:
     """What serves such a wrapper in a mixed batch, and what all that share one have to have in common."""
-    if isinstance(wrapper, LoRALinear) and type(wrapper.recipe) is LoRA:
-        return (MixedLoRA,)
-    if isinstance(wrapper, PrefixAttention) and not (wrapper.recipe.gated or wrapper.recipe.reparameterize):
+    if type(wrapper) is LoRALinear and in_a_block:  # a head reads hidden states without knowing of which rows they are
+        return (MixedLoRA, *sorted(wrapper.frozen_tensors()))
+    if type(wrapper) is PrefixAttention and not (wrapper.recipe.gated or wrapper.recipe.reparameterize):
         return (MixedPrefix, wrapper.recipe.at)
-    if isinstance(wrapper, Adapter):
+    if type(wrapper) is Adapter:
         return (MixedAdapter, wrapper.joined, wrapper.recipe.activation)
     what = getattr(wrapper, "recipe", type(wrapper).__name__)
-    raise ValueError(f"{what} cannot share a batch with other tasks; LoRA, adapters and plain prefixes can")
+    raise ValueError(f"{what} cannot share a batch with other tasks; LoRA in blocks, adapters and plain prefixes can")
