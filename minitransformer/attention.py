@@ -12,11 +12,12 @@ Shapes:
 S, the number of keys, is T plus what a *context* brings: keys and values from elsewhere, such as those of earlier
 tokens (a KV cache) or learned ones (a prefix). *A prefix is a learned KV cache*, so both enter in one way.
 
-Differs from the paper: the linear maps have biases, as in GPT-2 and BERT; the d_model x d_model weights of all heads
+Differs from the paper: the linear layers have biases, as in GPT-2 and BERT; the d_model x d_model weights of all heads
 are stored as one matrix.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from minitransformer.call import is_transformed
 from minitransformer.config import TransformerConfig
 
 # True where a query may look at a key; "causal": at all keys up to its own, where there are as many as queries; None:
@@ -147,7 +149,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B H T d_head"]:
         """Scaled dot-product attention in the implementation that the config names."""
         dropout = self.dropout if self.training else 0.0
-        if self.implementation == "fused":
+        if self.implementation == "fused" and not is_transformed():  # not every transform knows the kernel
             return fused_attention(q, k, v, mask, dropout)
         return written_out_attention(q, k, v, mask, dropout)[0]
 
@@ -156,12 +158,14 @@ class Attention(nn.Module):
 def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
     """Inside, every pass notes the attention weights of each layer, for pictures, in the list that this gives.
 
-    The weights are computed beside the pass, without dropout, by the written-out formula.
+    The weights are computed beside the pass, without dropout, by the written-out formula. What another thread computes
+    is not noted, nor what is computed again for a gradient.
 
     Raises:
         ValueError: in a pass with a KV cache, which would keep everything twice.
     """
     weights: list[Tensor] = []
+    thread = threading.get_ident()
 
     def note(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         out, seen = written_out_attention(q, k, v, mask)
@@ -169,21 +173,24 @@ def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
         return out
 
     @torch.no_grad()
-    def look(attention: Attention, inputs: tuple, named: dict, _: Tensor) -> None:
-        given = dict(zip(("x", "mask", "context"), inputs, strict=False)) | named
-        x, mask, context = given["x"], given.get("mask"), given.get("context")
+    def look(attention: Attention, x: Tensor, mask: Mask = None, context: Context | None = None) -> None:
+        if threading.get_ident() != thread or torch._C._current_graph_task_id() != -1:  # -1: no backward pass runs
+            return
         if context is not None and context.grows:
             raise ValueError("attention weights cannot be recorded with a KV cache; give the whole text at once")
         q, k, v = attention.split_heads(attention.query(x)), *attention.keys_and_values(x)
         (note if context is None else partial(context.attend, note))(q, k, v, mask)
 
+    def hook(attention: Attention, inputs: tuple, named: dict, _: Tensor) -> None:
+        look(attention, *inputs, **named)
+
     layers = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield weights
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def written_out(mask: Mask, k: Float[Tensor, "B H S d_head"]) -> Bool[Tensor, "#B #H #T S"] | None:

@@ -1,7 +1,8 @@
 """What a forward pass needs to know beside its arguments: which methods are off, which row is under which task.
 
 It belongs to the pass and its thread: another thread does not see it, and a block that is computed again for its
-gradient (`checkpointed`) sees what it saw the first time, wherever and whenever that happens.
+gradient (`checkpointed`) sees what it saw the first time, wherever and whenever that happens. A checkpoint of the
+reader's own (`torch.utils.checkpoint`) cannot know: what it runs has to enter the context inside, and so does again.
 """
 
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 
@@ -28,6 +31,16 @@ def telling(told: Mapping) -> Iterator[None]:
         yield
     finally:
         CALL.told = before
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work on what is computed.
+
+    It knows the plain operations only, and no values: of an example in `vmap` there are none.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def checkpointed(step: Callable, *inputs):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
 from minitransformer.feedforward import activate
+from minitransformer.initialization import initialize
 
 
 class LMHead(nn.Module):
@@ -50,7 +51,7 @@ class MaskedLMHead(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """A Transformer with a classification head: one score per class for a whole row.
+    """A Transformer with a classification head, on its device: one score per class for a whole row.
 
     `pool="mean"` averages the hidden states of the real tokens; `pool="first"` takes that of the first real token.
     """
@@ -59,16 +60,15 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         if pool not in ("mean", "first"):
             raise ValueError(f'pool={pool!r} is unknown; choose "mean" or "first"')
-        if n_classes < 2:
-            raise ValueError(f"n_classes must be at least 2, got {n_classes}")
+        if n_classes < 2 or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"n_classes must be at least 2, got {n_classes}, and dropout in [0, 1), got {dropout}")
         self.transformer = transformer
         self.pool = pool
         self.dropout = dropout
-        with torch.random.fork_rng(devices=[]):  # PyTorch's own draw must not move the caller's random state
+        with torch.device("meta"):  # where PyTorch draws nothing, so the caller's random state is left alone
             self.head = nn.Linear(transformer.config.d_model, n_classes)
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.head.weight, std=0.02, generator=generator)
-        nn.init.zeros_(self.head.bias)
+        self.head.to_empty(device=next(transformer.parameters()).device)
+        initialize(self.head, "gpt2", n_layers=1, seed=seed)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from minitransformer.attention import attention_mask, recorded
 from minitransformer.block import Block
 from minitransformer.cache import KVCache
-from minitransformer.call import checkpointed
+from minitransformer.call import checkpointed, is_transformed
 from minitransformer.config import TransformerConfig
-from minitransformer.embedding import Embedding, values_are_read
+from minitransformer.embedding import Embedding, check_text, values_are_read
 from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.fast.stand_in import may_stand_in
@@ -40,14 +40,13 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, seed: int = 0):
         super().__init__()
         self.config = config
-        # PyTorch's layers draw weights of their own when they are made; ours replace them, so the caller's random
-        # state must not notice.
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # where PyTorch draws nothing, so the caller's random state is left alone
             self.embedding = Embedding(config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
             self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
             heads = {"tied": LMHead, "bert": MaskedLMHead, "none": lambda _: None}
             self.head = heads[config.lm_head](config)
+        self.to_empty(device=torch.get_default_device())
         initialize(self, config.init, config.n_layers, seed)
 
     def forward(
@@ -83,9 +82,10 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: a row without a real token, a sequence longer than max_len, a token outside the vocabulary,
-                a padding_mask that does not fit the tokens, a cache for an encoder.
+                a padding_mask that does not fit the tokens, an asked position outside the text, a cache for an
+                encoder.
         """
-        check(self, tokens, padding_mask, cache)
+        check(self, tokens, padding_mask, cache, asked)
         x = self.embedding(tokens, padding_mask, segments, cache)  # [B, n + T, d_model]
         n = x.shape[1] - tokens.shape[1]  # vectors that an embedding may put in front of the words: always real
         real_keys, n_keys = padding_mask, x.shape[1]  # None: all are real
@@ -99,8 +99,9 @@ class Transformer(nn.Module):
         steps: list[Callable] = list(self.blocks)
         if asked is not None:
             steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)
-        # Recomputed, a block would extend the cache twice.
+        # Recomputed, a block would extend the cache twice; and torch.func refuses what recomputation needs.
         recompute = self.config.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        recompute = recompute and not is_transformed()
         for i, step in enumerate(steps):
             context = None if cache is None else cache.layers[i]
             x = checkpointed(step, x, mask, context) if recompute else step(x, mask, context)
@@ -126,24 +127,25 @@ class Transformer(nn.Module):
 
         The same as with the logits of `forward`, which are never there all at once. Errors as in `hidden`.
         """
+        hidden = self.hidden(tokens, padding_mask)
+        if not values_are_read(targets):
+            return F.cross_entropy(self.lm_head(hidden).flatten(0, 1), targets.flatten())
         wanted = targets != -100
-        return self.word_loss(self.hidden(tokens, padding_mask)[wanted], targets[wanted])[0]
+        if not bool(wanted.any()):
+            raise ValueError("targets ask for no word: all are -100, so there is no mean; give at least one word")
+        return self.word_loss(hidden[wanted], targets[wanted])[0]
 
     def word_loss(
         self, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Mean cross-entropy of the words `targets` from the hidden states that should say them, and how many score
         highest; in the fast form where it may stand in, and pays."""
-        known = self.is_plain and type(self.head) is LMHead and pays(hidden, self.embedding.token.weight)
-        if known and may_stand_in(hidden, self.head, self.embedding.token):
-            return fast_cross_entropy(hidden, self.embedding.token.weight, targets, self.head.logit_scale)
+        table = self.embedding.token
+        known = type(self) is Transformer and type(self.head) is LMHead and type(table) is nn.Embedding
+        if known and pays(hidden, table.weight) and may_stand_in(hidden, self, self.head, table):
+            return fast_cross_entropy(hidden, table.weight, targets, self.head.logit_scale)
         logits = self.lm_head(hidden)
         return F.cross_entropy(logits, targets), (logits.argmax(dim=-1) == targets).sum()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model is of this very class, so that a fast form can know what it computes."""
-        return type(self) is Transformer
 
     @torch.no_grad()
     def attention_weights(
@@ -159,26 +161,23 @@ class Transformer(nn.Module):
         return generate(self, tokens, max_new_tokens, **options)
 
 
-def check(model: Transformer, tokens: Tensor, padding_mask: Tensor | None, cache: KVCache | None) -> None:
+def check(
+    model: Transformer, tokens: Tensor, padding_mask: Tensor | None, cache: KVCache | None, asked: Tensor | None
+) -> None:
     """Raise ValueError, with the cure, for what a model cannot read."""
-    if tokens.numel() == 0:
-        raise ValueError(f"tokens is empty, shape {tuple(tokens.shape)}; give at least one row of one token")
-    if tokens.dim() != 2:
-        raise ValueError(
-            f"tokens must be [B, T], got shape {tuple(tokens.shape)}; tokens[None] makes a batch of one row"
-        )
-    if padding_mask is not None and (padding_mask.shape != tokens.shape or padding_mask.dtype != torch.bool):
-        raise ValueError(
-            f"padding_mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got "
-            f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
-        )
+    check_text(tokens, padding_mask)
+    if cache is not None and not model.config.causal:
+        raise ValueError("an encoder has no KV cache: earlier tokens would have to see later ones")
+    if asked is not None and asked.shape != tokens.shape[:1]:
+        raise ValueError(f"asked names one position of each row, [{len(tokens)}], got shape {tuple(asked.shape)}")
+    if not values_are_read(tokens):
+        return
+    if asked is not None and not 0 <= int(asked.min()) <= int(asked.max()) < tokens.shape[1]:
+        raise ValueError(f"asked positions run from 0 to {tokens.shape[1] - 1}, got {asked.tolist()}")
     # Behind a cache a row may well receive padding only: its real tokens came earlier.
-    looked_at = padding_mask is not None and cache is None and values_are_read(padding_mask)
-    if looked_at and not bool(padding_mask.any(dim=1).all()):
+    if padding_mask is not None and cache is None and not bool(padding_mask.any(dim=1).all()):
         empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()
         raise ValueError(
             f"padding_mask hides every token of row {empty[0]} ({len(empty)} such rows); True marks a real token: "
             f"drop the empty rows, or invert the mask if it marks padding"
         )
-    if cache is not None and not model.config.causal:
-        raise ValueError("an encoder has no KV cache: earlier tokens would have to see later ones")

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.block import Block
 from minitransformer.fast.stand_in import may_stand_in
+from minitransformer.feedforward import FeedForward
 from minitransformer.heads import picked
+
+
+POSITION_WISE = (Block, Attention, FeedForward, nn.Linear, nn.LayerNorm)
 
 
 class Beside(Context):
@@ -38,15 +42,20 @@ def at_position(
     block: nn.Module, x: Float[Tensor, "B T d_model"], mask: Mask, context: Context | None, asked: Int[Tensor, "B"]
 ) -> Float[Tensor, "B 1 d_model"]:
     """`block(x, mask, context)` at one position of each row."""
-    known = None
-    if type(block) is Block and context is None and may_stand_in(x, *block.modules()):
-        read = getattr(block.attention, "keys_and_values", None)
-        subclass = isinstance(block.attention, Attention) and type(block.attention) is not Attention
-        if read is not None and not subclass:
-            known = read(block.norm_attention(x) if block.pre_norm else x)
+    known, parts = None, list(block.modules())
+    if type(block) is Block and context is None and all(map(is_position_wise, parts)) and may_stand_in(x, *parts):
+        known = block.attention.keys_and_values(block.norm_attention(x) if block.pre_norm else x)
     if known is None:
         return picked(block(x, mask, context), asked)
     return block(picked(x, asked), None, Beside(*known, seen_from(asked, x, mask)))
+
+
+def is_position_wise(module: nn.Module) -> bool:
+    """Whether a position's output depends on no other position, but for the keys and values that its query sees.
+
+    A wrapper's class says so itself, by `position_wise = True`: what a subclass computes, its parent cannot know.
+    """
+    return type(module) in POSITION_WISE or vars(type(module)).get("position_wise", False)
 
 
 def seen_from(asked: Int[Tensor, "B"], x: Float[Tensor, "B T d_model"], mask: Mask) -> Bool[Tensor, "B T"]:

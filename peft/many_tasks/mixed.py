@@ -82,6 +82,8 @@ def stacked(tensors: list[Tensor]) -> Tensor:
 class MixedLoRA(MixedWrapper):
     """y_b + s B A x_b with the A [K, r, d_in] and B [K, d_out, r] of each row's task. Hu et al. 2022, equation 3."""
 
+    position_wise = True
+
     def __init__(self, base: nn.Linear, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
         super().__init__(base, own, n_tasks, rows)
         for name in ("scale", "dropout"):
@@ -106,6 +108,8 @@ class MixedLoRA(MixedWrapper):
 
 class MixedPrefix(MixedWrapper):
     """Attention of each row over the prefix of its task, of `key` and `value` [K, n, d_model] or `hidden` [K, n, d]."""
+
+    position_wise = True
 
     def __init__(self, base: Attention, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
         super().__init__(base, own, n_tasks, rows)
@@ -137,6 +141,7 @@ class MixedAdapter(MixedWrapper, Joined):
     """h_b + s bottleneck(h_b) with each row's own `down_…` and `up_…`. Houlsby et al. 2019, section 2.1."""
 
     order = Joined.order
+    position_wise = True
 
     def __init__(self, base: nn.Module, own: dict[int, Wrapper], n_tasks: int, rows: Rows):
         super().__init__(base, own, n_tasks, rows)

@@ -120,6 +120,7 @@ class PrefixAttention(Wrapper):
     tensors; and `gate` [H]."""
 
     order = 0
+    position_wise = True
 
     def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
         super().__init__(base)
