@@ -130,7 +130,8 @@ def check(embedding: Embedding, tokens: Tensor, positions: Tensor, segments: Ten
     cure = "encode the text with the vocabulary the model was trained with"
     _check_range("tokens", tokens, embedding.token.num_embeddings, "the vocabulary has {} words", cure)
     if segments is not None:
-        _check_range("segments", segments, embedding.segment.num_embeddings, "the model has {}", "number them from 0")
+        cure = "number the segments from 0"
+        _check_range("segments", segments, embedding.segment.num_embeddings, "the model has {}", cure)
     if int(positions.max()) >= embedding.position.num_embeddings:
         raise ValueError(
             f"the sequence has {int(positions.max()) + 1} positions, but max_len is "

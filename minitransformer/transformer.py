@@ -22,7 +22,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, check_text, values_are_read
 from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
-from minitransformer.fast.stand_in import may_stand_in
+from minitransformer.fast.stand_in import may_stand_in, says
 from minitransformer.generation import generate
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
@@ -36,6 +36,8 @@ class Transformer(nn.Module):
         config: shape and arithmetic.
         seed: of the fresh weights; the same seed gives the same weights.
     """
+
+    is_plain = True  # what a fast form knows; a subclass is not, unless it says so as well
 
     def __init__(self, config: TransformerConfig, seed: int = 0):
         super().__init__()
@@ -141,7 +143,7 @@ class Transformer(nn.Module):
         """Mean cross-entropy of the words `targets` from the hidden states that should say them, and how many score
         highest; in the fast form where it may stand in, and pays."""
         table = self.embedding.token
-        known = type(self) is Transformer and type(self.head) is LMHead and type(table) is nn.Embedding
+        known = says(self, "is_plain") and type(self.head) is LMHead and type(table) is nn.Embedding
         if known and pays(hidden, table.weight) and may_stand_in(hidden, self, self.head, table):
             return fast_cross_entropy(hidden, table.weight, targets, self.head.logit_scale)
         logits = self.lm_head(hidden)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.block import Block
-from minitransformer.fast.stand_in import may_stand_in
+from minitransformer.fast.stand_in import may_stand_in, says
 from minitransformer.feedforward import FeedForward
 from minitransformer.heads import picked
 
@@ -53,9 +53,9 @@ def at_position(
 def is_position_wise(module: nn.Module) -> bool:
     """Whether a position's output depends on no other position, but for the keys and values that its query sees.
 
-    A wrapper's class says so itself, by `position_wise = True`: what a subclass computes, its parent cannot know.
+    A wrapper's class says so by `position_wise = True`.
     """
-    return type(module) in POSITION_WISE or vars(type(module)).get("position_wise", False)
+    return type(module) in POSITION_WISE or says(module, "position_wise")
 
 
 def seen_from(asked: Int[Tensor, "B"], x: Float[Tensor, "B T d_model"], mask: Mask) -> Bool[Tensor, "B T"]:

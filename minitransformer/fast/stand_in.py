@@ -29,6 +29,11 @@ def may_stand_in(x: Tensor, *modules: nn.Module) -> bool:
     return all([_is_plain(module) for module in modules])
 
 
+def says(module: nn.Module, name: str) -> bool:
+    """Whether the module's class has set the flag `name` itself: what a subclass computes, its parent cannot know."""
+    return vars(type(module)).get(name, False)
+
+
 def _is_plain(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if hooks or type(module).__call__ is not nn.Module.__call__:
