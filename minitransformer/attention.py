@@ -17,7 +17,6 @@ are stored as one matrix.
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitransformer.call import is_transformed
+from minitransformer.call import CALL, RECORDS, is_transformed, telling
 from minitransformer.config import TransformerConfig
 
 # True where a query may look at a key; "causal": at all keys up to its own, where there are as many as queries; None:
@@ -38,8 +37,6 @@ Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 
 class Context:
     """Keys and values from elsewhere, which a layer's queries see beside those of its input."""
-
-    grows: bool = False  # whether it keeps the keys and values of each pass, as a cache does
 
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """What the queries see in all keys and values: `attention(q, k, v, mask)` with the context's own added.
@@ -148,6 +145,7 @@ class Attention(nn.Module):
         mask: Mask = None,
     ) -> Float[Tensor, "B H T d_head"]:
         """Scaled dot-product attention in the implementation that the config names."""
+        record(self, q, k, mask)
         dropout = self.dropout if self.training else 0.0
         if self.implementation == "fused" and not is_transformed():  # not every transform knows the kernel
             return fused_attention(q, k, v, mask, dropout)
@@ -156,41 +154,22 @@ class Attention(nn.Module):
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
-    """Inside, every pass notes the attention weights of each layer, for pictures, in the list that this gives.
+    """Inside, every pass of this thread notes the attention weights of each layer, for pictures, in the list it gives.
 
-    The weights are computed beside the pass, without dropout, by the written-out formula. What another thread computes
-    is not noted, nor what is computed again for a gradient.
-
-    Raises:
-        ValueError: in a pass with a KV cache, which would keep everything twice.
+    The weights are computed beside the pass, without dropout, by the written-out formula.
     """
     weights: list[Tensor] = []
-    thread = threading.get_ident()
-
-    def note(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        out, seen = written_out_attention(q, k, v, mask)
-        weights.append(seen)
-        return out
-
-    @torch.no_grad()
-    def look(attention: Attention, x: Tensor, mask: Mask = None, context: Context | None = None) -> None:
-        if threading.get_ident() != thread or torch._C._current_graph_task_id() != -1:  # -1: no backward pass runs
-            return
-        if context is not None and context.grows:
-            raise ValueError("attention weights cannot be recorded with a KV cache; give the whole text at once")
-        q, k, v = attention.split_heads(attention.query(x)), *attention.keys_and_values(x)
-        (note if context is None else partial(context.attend, note))(q, k, v, mask)
-
-    def hook(attention: Attention, inputs: tuple, named: dict, _: Tensor) -> None:
-        look(attention, *inputs, **named)
-
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
-    try:
+    layers = {module for module in model.modules() if isinstance(module, Attention)}
+    with telling({RECORDS: (*CALL.told.get(RECORDS, ()), (layers, weights))}):
         yield weights
-    finally:
-        for handle in hooks:
-            handle.remove()
+
+
+@torch.no_grad()
+def record(attention: Attention, q: Tensor, k: Tensor, mask: Mask) -> None:
+    """Note the weights for those who record this layer; not once more where it is computed again for a gradient."""
+    for layers, weights in CALL.told.get(RECORDS, ()):
+        if attention in layers and torch._C._current_graph_task_id() == -1:  # no backward pass is running
+            weights.append(attention_weights(q, k, mask))
 
 
 def written_out(mask: Mask, k: Float[Tensor, "B H S d_head"]) -> Bool[Tensor, "#B #H #T S"] | None:

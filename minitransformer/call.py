@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 
+RECORDS = "records"  # the entry of those who note attention weights
+
+
 class _Call(threading.local):  # not contextvars: torch.compile cannot trace them
     def __init__(self):  # runs in every thread
         self.told: Mapping = {}

@@ -32,7 +32,8 @@ def next_word(
         left_out = logits.sort(dim=-1, descending=True, stable=True).indices[:, top_k:]
         logits = logits.scatter(1, left_out, -math.inf)
     from_best = logits - logits.amax(dim=-1, keepdim=True)  # or dividing by a low temperature might overflow
-    return torch.multinomial((from_best / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)
+    p = (from_best / max(temperature, 1e-30)).softmax(dim=-1)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 
-from minitransformer.call import is_transformed
+from minitransformer.call import CALL, RECORDS, is_transformed
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -14,14 +14,14 @@ PLAIN = (Tensor, nn.Parameter)
 def may_stand_in(x: Tensor, *modules: nn.Module) -> bool:
     """Whether a fast form may go round the modules on the way from x: nobody watches them, and all is plain arithmetic.
 
-    That is: no hook (nor one for all modules), no method set on the module itself, no `__call__` of its class's own, no
+    That is: nobody records, no hook (nor one for all modules), no method set on the module itself, no `__call__` of its class's own, no
     tensor of a foreign type or layout (which may multiply in its own way), no autocast, no transform, no mode that
     takes calls of PyTorch's functions; and a compiler traces the plain form. A dispatch mode sees what really runs.
     Which classes the modules are of, the fast form has to know.
     """
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_function_stack():
         return False
-    if not _is_ordinary(x) or torch.is_autocast_enabled(x.device.type):
+    if RECORDS in CALL.told or not _is_ordinary(x) or torch.is_autocast_enabled(x.device.type):
         return False
     forward = of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks
     if forward or of_all_modules._global_backward_hooks or of_all_modules._global_backward_pre_hooks:
