@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from minitransformer.call import CALL, RECORDS, is_transformed, telling
 from minitransformer.config import TransformerConfig
 
-# True where a query may look at a key; "causal": at all keys up to its own, where there are as many as queries; None:
-# at all.
+# True where a query may look at a key; "causal": at keys up to its own, of as many as there are queries; None: at all.
 Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 
 
@@ -67,13 +66,12 @@ def written_out_attention(
     v: Float[Tensor, "B H S d_head"],
     mask: Mask = None,
     dropout: float = 0.0,
-) -> tuple[Float[Tensor, "B H T d_head"], Float[Tensor, "B H T S"]]:
-    """Scaled dot-product attention as the formula says it. Returns the output and the weights.
+) -> Float[Tensor, "B H T d_head"]:
+    """Scaled dot-product attention as the formula says it.
 
     Vaswani et al. 2017, equation 1; dropout falls on the weights, as in their released code.
     """
-    weights = attention_weights(q, k, mask)
-    return F.dropout(weights, dropout) @ v, weights
+    return F.dropout(attention_weights(q, k, mask), dropout) @ v
 
 
 def fused_attention(
@@ -87,9 +85,8 @@ def fused_attention(
 
     It knows "causal", and leaves out the blocks of scores that nobody may see.
     """
-    if isinstance(mask, str):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    causal = isinstance(mask, str)
+    return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, is_causal=causal)
 
 
 class Attention(nn.Module):
@@ -117,11 +114,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T d_model"]:
         """Attend from every position of x to x itself, and to what the context brings.
 
-        Args:
-            x: the input, [B, T, d_model].
-            mask: where query t may look at key s; S counts x and the cached tokens of the context, but no prefix,
-                which every query may see. None lets every query see every key.
-            context: keys and values from elsewhere.
+        `mask` says where query t may look at key s; S counts x and the cached tokens of the context, but no prefix,
+        which every query may see.
         """
         q, k, v = self.split_heads(self.query(x)), *self.keys_and_values(x)
         attend = self.attend if context is None else partial(context.attend, self.attend)
@@ -146,10 +140,9 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B H T d_head"]:
         """Scaled dot-product attention in the implementation that the config names."""
         record(self, q, k, mask)
-        dropout = self.dropout if self.training else 0.0
-        if self.implementation == "fused" and not is_transformed():  # not every transform knows the kernel
-            return fused_attention(q, k, v, mask, dropout)
-        return written_out_attention(q, k, v, mask, dropout)[0]
+        fused = self.implementation == "fused" and not is_transformed()  # not every transform knows the kernel
+        attention = fused_attention if fused else written_out_attention
+        return attention(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
 @contextmanager
@@ -198,6 +191,5 @@ def attention_mask(
     may_look = may_look[None, None]  # [1, 1, T, S]
     if real_keys is None:
         return may_look
-    keys = torch.arange(n_keys, device=device)
-    is_self = keys == keys[n_keys - n_queries :, None]  # [T, S]
-    return may_look & (real_keys[:, None, None, :] | is_self)  # [B, 1, T, S]
+    is_self = torch.eye(n_keys, dtype=torch.bool, device=device)[n_keys - n_queries :]  # [T, S]
+    return may_look & (real_keys[:, None, None] | is_self)  # [B, 1, T, S]

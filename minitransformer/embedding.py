@@ -38,13 +38,9 @@ class Embedding(nn.Module):
         segments: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T d_model"]:
-        """Look the tokens up and add what each position (and segment) means.
+        """Look the tokens up and add what each position (and segment; 0 if left out) means.
 
-        Args:
-            tokens: word numbers.
-            real: False at padding; None: there is none.
-            segments: token types, for models that have a segment table; all 0 if left out.
-            cache: what came before, so that positions go on counting from there.
+        `real` is False at padding (None: there is none); behind a `cache` positions go on counting from there.
 
         Raises:
             ValueError: a number that one of the tables does not have, or segments without a table.

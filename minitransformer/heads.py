@@ -19,7 +19,7 @@ from minitransformer.initialization import initialize
 
 
 class LMHead(nn.Module):
-    """Scores every word by its embedding. Holds no weight of its own: the table is handed in, so it stays tied."""
+    """Scores every word by its embedding: the table is handed in, so it stays tied."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -98,10 +98,7 @@ def first_real(
     hidden: Float[Tensor, "B T d_model"], padding_mask: Bool[Tensor, "B T"] | None = None
 ) -> Float[Tensor, "B d_model"]:
     """The hidden state of the first real token (BERT's [CLS])."""
-    if padding_mask is None:
-        return hidden[:, 0]
-    first = padding_mask.to(torch.int64).argmax(dim=1)  # [B]
-    return picked(hidden, first)[:, 0]
+    return hidden[:, 0] if padding_mask is None else picked(hidden, padding_mask.long().argmax(dim=1))[:, 0]
 
 
 def picked(x: Float[Tensor, "B T d"], position: Int[Tensor, "B"]) -> Float[Tensor, "B 1 d"]:

@@ -6,7 +6,6 @@ Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2
     logits = lm_head(h)                                    [B, T, V]
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -79,42 +78,35 @@ class Transformer(nn.Module):
             padding_mask: True = a real token. Padding may stand on either side; it changes no real token's output.
             segments: BERT's token types.
             cache: a `KVCache`, which is read and extended (decoders only).
-            asked: one position for each row, if no other is needed: the last block computes only these, which saves
-                most of its work, and [B, 1, d_model] comes out.
+            asked: one position for each row, if no other is needed: [B, 1, d_model] comes out, and the last block
+                computes only these.
 
         Raises:
-            ValueError: a row without a real token, a sequence longer than max_len, a token outside the vocabulary,
-                a padding_mask that does not fit the tokens, an asked position outside the text, a cache for an
-                encoder.
+            ValueError: tokens, a padding_mask, segments or asked positions that do not fit the model or each other, a
+                row without a real token, a text longer than max_len, a cache for an encoder.
         """
         check(self, tokens, padding_mask, cache, asked)
         x = self.embedding(tokens, padding_mask, segments, cache)  # [B, n + T, d_model]
         n = x.shape[1] - tokens.shape[1]  # vectors that an embedding may put in front of the words: always real
-        real_keys, n_keys = padding_mask, x.shape[1]  # None: all are real
-        if real_keys is not None and n:
-            real_keys = F.pad(real_keys, (n, 0), value=True)
+        real_keys, n_keys = None if padding_mask is None else F.pad(padding_mask, (n, 0), value=True), x.shape[1]
         if cache is not None:
             cache.count(tokens.shape[1], padding_mask)
             real_keys = cache.extend(n_keys, real_keys)
             n_keys = cache.n_keys
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
-        steps: list[Callable] = list(self.blocks)
+        steps = list(self.blocks)
         if asked is not None:
             steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)
         # Recomputed, a block would extend the cache twice; and torch.func refuses what recomputation needs.
-        recompute = self.config.gradient_checkpointing and cache is None and torch.is_grad_enabled()
-        recompute = recompute and not is_transformed()
+        impossible = cache is not None or is_transformed()
+        recompute = self.config.gradient_checkpointing and torch.is_grad_enabled() and not impossible
         for i, step in enumerate(steps):
             context = None if cache is None else cache.layers[i]
             x = checkpointed(step, x, mask, context) if recompute else step(x, mask, context)
         return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
-        """Scores for every word from hidden states: all of them, or only those that are needed.
-
-        Raises:
-            ValueError: the model was built with `lm_head="none"`.
-        """
+        """Scores for every word from hidden states, all of them or only those that are needed; ValueError without a head."""
         if self.head is None:
             raise ValueError('this model has no language-model head (config.lm_head is "none"); use model.hidden(...)')
         return self.head(hidden, self.embedding.token.weight)
@@ -127,7 +119,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, ""]:
         """Mean cross-entropy, in nats, of the word that `targets` wants at each position; -100 wants none.
 
-        The same as with the logits of `forward`, which are never there all at once. Errors as in `hidden`.
+        As with the logits of `forward`, which are never there all at once. ValueError as in `hidden`, or for no word.
         """
         hidden = self.hidden(tokens, padding_mask)
         if not values_are_read(targets):
@@ -140,8 +132,8 @@ class Transformer(nn.Module):
     def word_loss(
         self, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """Mean cross-entropy of the words `targets` from the hidden states that should say them, and how many score
-        highest; in the fast form where it may stand in, and pays."""
+        """Mean cross-entropy, in nats, of the words `targets` from the hidden states that should say them, and how many
+        of them score highest."""
         table = self.embedding.token
         known = says(self, "is_plain") and type(self.head) is LMHead and type(table) is nn.Embedding
         if known and pays(hidden, table.weight) and may_stand_in(hidden, self, self.head, table):

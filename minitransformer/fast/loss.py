@@ -13,8 +13,7 @@ one factor for all.
 
 Shapes: h [N, d_model], E [V, d_model], t [N].
 
-Differs from the plain form: in rounding only. It refuses to be differentiated twice, and `torch.func` does not see
-through it; the plain form can be both.
+Differs from the plain form: in rounding only. It refuses to be differentiated twice.
 """
 
 import torch
