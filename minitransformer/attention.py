@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from minitransformer.call import CALL, RECORDS, is_transformed, telling
 from minitransformer.config import TransformerConfig
 
+Hidden = Float[Tensor, "B T d_model"]
+Queries = Float[Tensor, "B H T d_head"]  # and what they see
+Keys = Float[Tensor, "B H S d_head"]  # and values
 # True where a query may look at a key; "causal": at keys up to its own, of as many as there are queries; None: at all.
 Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 
@@ -45,11 +48,7 @@ class Context:
         raise NotImplementedError
 
 
-def attention_weights(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    mask: Mask = None,
-) -> Float[Tensor, "B H T S"]:
+def attention_weights(q: Queries, k: Keys, mask: Mask = None) -> Float[Tensor, "B H T S"]:
     """softmax(Q Kᵀ / sqrt(d_head)): how much each query looks at each key. Rows sum to 1.
 
     Vaswani et al. 2017, equation 1 without V.
@@ -60,13 +59,7 @@ def attention_weights(
     return scores.softmax(dim=-1)
 
 
-def written_out_attention(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    v: Float[Tensor, "B H S d_head"],
-    mask: Mask = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "B H T d_head"]:
+def written_out_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: float = 0.0) -> Queries:
     """Scaled dot-product attention as the formula says it.
 
     Vaswani et al. 2017, equation 1; dropout falls on the weights, as in their released code.
@@ -74,19 +67,15 @@ def written_out_attention(
     return F.dropout(attention_weights(q, k, mask), dropout) @ v
 
 
-def fused_attention(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    v: Float[Tensor, "B H S d_head"],
-    mask: Mask = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "B H T d_head"]:
+def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: float = 0.0) -> Queries:
     """The same output from PyTorch's fused kernel, which never stores the [T, S] weights.
 
     It knows "causal", and leaves out the blocks of scores that nobody may see.
     """
     causal = isinstance(mask, str)
-    return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, is_causal=causal)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if causal else mask, dropout_p=dropout, is_causal=causal
+    )
 
 
 class Attention(nn.Module):
@@ -109,9 +98,7 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, {self.implementation}"
 
-    def forward(
-        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    def forward(self, x: Hidden, mask: Mask = None, context: Context | None = None) -> Hidden:
         """Attend from every position of x to x itself, and to what the context brings.
 
         `mask` says where query t may look at key s; S counts x and the cached tokens of the context, but no prefix,
@@ -121,23 +108,15 @@ class Attention(nn.Module):
         attend = self.attend if context is None else partial(context.attend, self.attend)
         return self.output(attend(q, k, v, mask).transpose(1, 2).flatten(-2))  # the heads side by side, mixed by W_O
 
-    def keys_and_values(
-        self, x: Float[Tensor, "B S d_model"]
-    ) -> tuple[Float[Tensor, "B H S d_head"], Float[Tensor, "B H S d_head"]]:
+    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> tuple[Keys, Keys]:
         """What the positions of x answer."""
         return self.split_heads(self.key(x)), self.split_heads(self.value(x))
 
-    def split_heads(self, x: Float[Tensor, "B S d_model"]) -> Float[Tensor, "B H S d_head"]:
+    def split_heads(self, x: Float[Tensor, "B S d_model"]) -> Keys:
         """Cut the last axis into heads and put the heads before the positions."""
         return x.view(*x.shape[:2], self.n_heads, x.shape[2] // self.n_heads).transpose(1, 2)
 
-    def attend(
-        self,
-        q: Float[Tensor, "B H T d_head"],
-        k: Float[Tensor, "B H S d_head"],
-        v: Float[Tensor, "B H S d_head"],
-        mask: Mask = None,
-    ) -> Float[Tensor, "B H T d_head"]:
+    def attend(self, q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
         """Scaled dot-product attention in the implementation that the config names."""
         record(self, q, k, mask)
         fused = self.implementation == "fused" and not is_transformed()  # not every transform knows the kernel
@@ -165,7 +144,7 @@ def record(attention: Attention, q: Tensor, k: Tensor, mask: Mask) -> None:
             weights.append(attention_weights(q, k, mask))
 
 
-def written_out(mask: Mask, k: Float[Tensor, "B H S d_head"]) -> Bool[Tensor, "#B #H #T S"] | None:
+def written_out(mask: Mask, k: Keys) -> Bool[Tensor, "#B #H #T S"] | None:
     """The mask as a tensor."""
     if not isinstance(mask, str):
         return mask

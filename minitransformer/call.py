@@ -14,7 +14,6 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-
 RECORDS = "records"  # the entry of those who note attention weights
 
 

@@ -18,6 +18,7 @@ CHOICES = {
     "attention": ("fused", "written_out"),
     "init": ("gpt2", "unit_embedding"),
 }
+KINDS = {int: (Integral, "an integer"), float: (Real, "a finite number"), bool: (bool, "True or False")}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _checked(name: str, value, kind: type):
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(CHOICES[name])}")
         return value
-    numbers, wanted = {int: (Integral, "an integer"), float: (Real, "a finite number"), bool: (bool, "True or False")}[kind]
-    if not isinstance(value, numbers) or isinstance(value, bool) != (kind is bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    known, called = KINDS[kind]
+    if not isinstance(value, known) or isinstance(value, bool) != (kind is bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be {called}, got {value!r}")
     return kind(value)

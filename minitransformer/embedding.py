@@ -19,6 +19,9 @@ from minitransformer.cache import KVCache
 from minitransformer.call import is_transformed
 from minitransformer.config import TransformerConfig
 
+Tokens = Int[Tensor, "B T"]
+Real = Bool[Tensor, "B T"] | None  # False at padding; None: there is none
+
 
 class Embedding(nn.Module):
     """Tables `token` [V, d_model], `position` [max_len, d_model] and, for BERT, `segment` [n_segments, d_model]."""
@@ -32,11 +35,7 @@ class Embedding(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        real: Bool[Tensor, "B T"] | None = None,
-        segments: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
+        self, tokens: Tokens, real: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T d_model"]:
         """Look the tokens up and add what each position (and segment; 0 if left out) means.
 
@@ -55,10 +54,7 @@ class Embedding(nn.Module):
         return self.position.num_embeddings
 
     def summed(
-        self,
-        vectors: Float[Tensor, "B T d_model"],
-        positions: Int[Tensor, "#B T"],
-        segments: Int[Tensor, "B T"] | None = None,
+        self, vectors: Float[Tensor, "B T d_model"], positions: Int[Tensor, "#B T"], segments: Tokens | None = None
     ) -> Float[Tensor, "B T d_model"]:
         """Word vectors, wherever they come from, with positions and segments added, normalised, dropped out."""
         x = vectors + self.position(positions)
@@ -69,9 +65,7 @@ class Embedding(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-def positions(
-    tokens: Int[Tensor, "B T"], real: Bool[Tensor, "B T"] | None = None, cache: KVCache | None = None
-) -> Int[Tensor, "#B T"]:
+def positions(tokens: Tokens, real: Real = None, cache: KVCache | None = None) -> Int[Tensor, "#B T"]:
     """How many real tokens stand in front of each token of the row, those in the cache included.
 
     Where all are real (`real` is None), every row counts alike, and one row [1, T] stands for all.

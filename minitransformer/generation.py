@@ -10,11 +10,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
-from minitransformer.embedding import check_text
+from minitransformer.embedding import Real, Tokens, check_text
 from minitransformer.fast.generation import fast_steps
 from minitransformer.modes import evaluation_mode
 
@@ -39,9 +39,9 @@ def next_word(
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    tokens: Int[Tensor, "B T"],
+    tokens: Tokens,
     max_new_tokens: int,
-    padding_mask: Bool[Tensor, "B T"] | None = None,
+    padding_mask: Real = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,

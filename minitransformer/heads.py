@@ -10,12 +10,15 @@ the pooled classification input is BERT's first token or, as sentence encoders d
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.embedding import Real, Tokens
 from minitransformer.feedforward import activate
 from minitransformer.initialization import initialize
+
+Rows = Float[Tensor, "*rows d_model"]
 
 
 class LMHead(nn.Module):
@@ -25,9 +28,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.logit_scale = config.logit_scale
 
-    def forward(
-        self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
-    ) -> Float[Tensor, "*rows V"]:
+    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
         """logits = logit_scale * E h."""
         logits = F.linear(hidden, embedding)
         return logits if self.logit_scale == 1.0 else logits * self.logit_scale  # a walk over V numbers for each token
@@ -43,9 +44,7 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(
-        self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
-    ) -> Float[Tensor, "*rows V"]:
+    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
         """logits = E norm(act(W h + b)) + c."""
         return F.linear(self.norm(activate(self.dense(hidden), self.activation)), embedding, self.bias)
 
@@ -70,23 +69,17 @@ class SequenceClassifier(nn.Module):
         self.head.to_empty(device=next(transformer.parameters()).device)
         initialize(self.head, "gpt2", n_layers=1, seed=seed)
 
-    def forward(
-        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B n_classes"]:
+    def forward(self, tokens: Tokens, padding_mask: Real = None) -> Float[Tensor, "B n_classes"]:
         """Class scores (logits), one row per text."""
         return self.head(F.dropout(self.features(tokens, padding_mask), self.dropout, self.training))
 
-    def features(
-        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B d_model"]:
+    def features(self, tokens: Tokens, padding_mask: Real = None) -> Float[Tensor, "B d_model"]:
         """What the head reads: one pooled hidden state per text."""
         hidden = self.transformer.hidden(tokens, padding_mask)
         return mean_pool(hidden, padding_mask) if self.pool == "mean" else first_real(hidden, padding_mask)
 
 
-def mean_pool(
-    hidden: Float[Tensor, "B T d_model"], padding_mask: Bool[Tensor, "B T"] | None = None
-) -> Float[Tensor, "B d_model"]:
+def mean_pool(hidden: Float[Tensor, "B T d_model"], padding_mask: Real = None) -> Float[Tensor, "B d_model"]:
     """The mean of the hidden states over real tokens."""
     if padding_mask is None:
         return hidden.mean(dim=1)
@@ -94,9 +87,7 @@ def mean_pool(
     return (hidden * real).sum(dim=1) / real.sum(dim=1)
 
 
-def first_real(
-    hidden: Float[Tensor, "B T d_model"], padding_mask: Bool[Tensor, "B T"] | None = None
-) -> Float[Tensor, "B d_model"]:
+def first_real(hidden: Float[Tensor, "B T d_model"], padding_mask: Real = None) -> Float[Tensor, "B d_model"]:
     """The hidden state of the first real token (BERT's [CLS])."""
     return hidden[:, 0] if padding_mask is None else picked(hidden, padding_mask.long().argmax(dim=1))[:, 0]
 

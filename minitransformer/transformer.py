@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.attention import attention_mask, recorded
@@ -18,7 +18,7 @@ from minitransformer.block import Block
 from minitransformer.cache import KVCache
 from minitransformer.call import checkpointed, is_transformed
 from minitransformer.config import TransformerConfig
-from minitransformer.embedding import Embedding, check_text, values_are_read
+from minitransformer.embedding import Embedding, Real, Tokens, check_text, values_are_read
 from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.fast.stand_in import may_stand_in, says
@@ -51,11 +51,7 @@ class Transformer(nn.Module):
         initialize(self, config.init, config.n_layers, seed)
 
     def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        padding_mask: Bool[Tensor, "B T"] | None = None,
-        segments: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
+        self, tokens: Tokens, padding_mask: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T V"]:
         """Scores for every word at every position (for a decoder: of the word that comes next).
 
@@ -65,9 +61,9 @@ class Transformer(nn.Module):
 
     def hidden(
         self,
-        tokens: Int[Tensor, "B T"],
-        padding_mask: Bool[Tensor, "B T"] | None = None,
-        segments: Int[Tensor, "B T"] | None = None,
+        tokens: Tokens,
+        padding_mask: Real = None,
+        segments: Tokens | None = None,
         cache: KVCache | None = None,
         asked: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B Q d_model"]:
@@ -106,17 +102,12 @@ class Transformer(nn.Module):
         return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
-        """Scores for every word from hidden states, all of them or only those that are needed; ValueError without a head."""
+        """Scores for every word from hidden states: all, or those that are needed. ValueError if there is no head."""
         if self.head is None:
             raise ValueError('this model has no language-model head (config.lm_head is "none"); use model.hidden(...)')
         return self.head(hidden, self.embedding.token.weight)
 
-    def loss(
-        self,
-        tokens: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],
-        padding_mask: Bool[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, ""]:
+    def loss(self, tokens: Tokens, targets: Tokens, padding_mask: Real = None) -> Float[Tensor, ""]:
         """Mean cross-entropy, in nats, of the word that `targets` wants at each position; -100 wants none.
 
         As with the logits of `forward`, which are never there all at once. ValueError as in `hidden`, or for no word.
@@ -142,15 +133,13 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits, targets), (logits.argmax(dim=-1) == targets).sum()
 
     @torch.no_grad()
-    def attention_weights(
-        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
-    ) -> list[Float[Tensor, "B H T S"]]:
+    def attention_weights(self, tokens: Tokens, padding_mask: Real = None) -> list[Float[Tensor, "B H T S"]]:
         """Each layer's attention weights, for pictures (dropout off): row t says where query t looks."""
         with evaluation_mode(self), recorded(self) as weights:
             self.hidden(tokens, padding_mask)
         return weights
 
-    def generate(self, tokens: Int[Tensor, "B T"], max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
+    def generate(self, tokens: Tokens, max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
         """Continue each row by `max_new_tokens` words; see `minitransformer.generation.generate` for the options."""
         return generate(self, tokens, max_new_tokens, **options)
 

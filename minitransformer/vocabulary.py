@@ -53,7 +53,7 @@ class Vocabulary:
         return self._ids[word]
 
     def encode(self, text: str | Iterable[str]) -> list[int]:
-        """The ids of a text, lower-cased and its punctuation split off, or of a list of words; ValueError as in `id`."""
+        """The ids of a list of words, or of a text, lower-cased and punctuation split off. ValueError as in `id`."""
         words = TOKEN_PATTERN.findall(text.lower()) if isinstance(text, str) else text
         return [self.id(word) for word in words]
 

@@ -6,7 +6,6 @@ about both, before the first step:
 
     query, key, value     one weight, one product
     every weight          stored as [d_in, d_out], if many rows will read it in that order
-    residual sum          a part of the product: x + h Wᵀ is one operation
     keys and values       room for all that will come; a prefix lies in it like any other key
 
 Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B, H, n + S, d_head].
@@ -51,22 +50,22 @@ def fast_steps(model: nn.Module, cache: KVCache, more: int) -> "FastSteps | None
 
 
 def parts_of(block: nn.Module) -> Parts | None:
-    """A block's attention layer, keys and values [n, d_model] in front of it, and its linear layers; None if it is more.
+    """A block's attention layer, keys and values [n, d_model] in front, and its linear layers; None if it is more.
 
     A wrapper says what is inside by a method `as_attention` that returns the first two.
     """
     if type(block) is not Block or type(block.feedforward) is not FeedForward:
         return None
-    found = (block.attention, None) if type(block.attention) is Attention else asked(block.attention, "as_attention")
+    found = (block.attention, None) if type(block.attention) is Attention else answer(block.attention, "as_attention")
     if found is None:
         return None
     attention, ffn = found[0], block.feedforward
     layers = attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down
-    linear = [(own.weight, own.bias) if type(own) is nn.Linear else asked(own, "as_linear") for own in layers]
+    linear = [(own.weight, own.bias) if type(own) is nn.Linear else answer(own, "as_linear") for own in layers]
     return None if None in linear else (*found, linear)
 
 
-def asked(module: nn.Module, name: str):
+def answer(module: nn.Module, name: str):
     """What a wrapper answers about itself; None if it has no such answer."""
     return getattr(module, name)() if hasattr(module, name) else None
 
@@ -91,11 +90,6 @@ class ThinLinear:
     def __call__(self, x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
         """The layers' outputs."""
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
-
-    def added_to(self, residual: Float[Tensor, "B d_out"], x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
-        """residual + y."""
-        out = torch.addmm(residual, x, self.weight)
-        return out if self.bias is None else out.add_(self.bias)
 
 
 class FastBlock:
@@ -128,23 +122,23 @@ class FastBlock:
     def __call__(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
         """As `Block.forward`, for the newest position."""
         if self.pre_norm:
-            x = self.output.added_to(x, self.heads(self.norm_attention(x)))
-            return self.down.added_to(x, self.hidden(self.norm_feedforward(x)))
-        x = self.norm_attention(self.output.added_to(x, self.heads(x)))
-        return self.norm_feedforward(self.down.added_to(x, self.hidden(x)))
+            x = x + self.attention(self.norm_attention(x))
+            return x + self.feedforward(self.norm_feedforward(x))
+        x = self.norm_attention(x + self.attention(x))
+        return self.norm_feedforward(x + self.feedforward(x))
 
-    def heads(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
-        """What the heads see, side by side; the key and value of x are noted."""
+    def attention(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
+        """As `Attention.forward`; the key and value of x are noted."""
         new = self.read(x).view(len(x), 3, self.n_heads, 1, -1).transpose(0, 1)  # [3, B, H, 1, d_head]
         self.seen.narrow(3, self.n_seen, 1).copy_(new[1:])
         self.n_seen += 1
         keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
         real = None if self.real is None else self.real[..., : self.n_seen]
-        return F.scaled_dot_product_attention(new[0], keys, values, real).view(x.shape)
+        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).view(x.shape))
 
-    def hidden(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_ff"]:
-        """The hidden layer of the FFN."""
-        return activate(self.up(x), self.activation)
+    def feedforward(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
+        """As `FeedForward.forward`."""
+        return self.down(activate(self.up(x), self.activation))
 
 
 def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention, Context, Mask
+from minitransformer.attention import Attention, Context, Hidden, Mask
 from minitransformer.block import Block
 from minitransformer.fast.stand_in import may_stand_in, says
 from minitransformer.feedforward import FeedForward
@@ -40,7 +40,7 @@ class RowContext(Context):
 
 
 def at_position(
-    block: nn.Module, x: Float[Tensor, "B T d_model"], mask: Mask, context: Context | None, asked: Int[Tensor, "B"]
+    block: nn.Module, x: Hidden, mask: Mask, context: Context | None, asked: Int[Tensor, "B"]
 ) -> Float[Tensor, "B 1 d_model"]:
     """`block(x, mask, context)` at one position of each row."""
     known, parts = None, list(block.modules())

@@ -14,10 +14,10 @@ PLAIN = (Tensor, nn.Parameter)
 def may_stand_in(x: Tensor, *modules: nn.Module) -> bool:
     """Whether a fast form may go round the modules on the way from x: nobody watches them, and all is plain arithmetic.
 
-    That is: nobody records, no hook (nor one for all modules), no method set on the module itself, no `__call__` of its class's own, no
-    tensor of a foreign type or layout (which may multiply in its own way), no autocast, no transform, no mode that
-    takes calls of PyTorch's functions; and a compiler traces the plain form. A dispatch mode sees what really runs.
-    Which classes the modules are of, the fast form has to know.
+    That is: nobody records, no hook (nor one for all modules), no method set on the module itself, no `__call__` of its
+    class's own, no tensor of a foreign type or layout (which may multiply in its own way), no autocast, no transform,
+    no mode that takes calls of PyTorch's functions; and a compiler traces the plain form. (A dispatch mode sees what
+    really runs.) Which classes the modules are of, the fast form has to know.
     """
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_function_stack():
         return False

@@ -148,9 +148,8 @@ def test_generation_in_many_threads_leaves_the_modes(decoder):
             module.dropout = 0.5
     expected = decoder.generate(TOKENS, 4)
     with ThreadPoolExecutor(4) as pool:
-        jobs = [
-            (pool.submit(decoder.generate, TOKENS, 4), pool.submit(decoder.attention_weights, TOKENS)) for _ in range(40)
-        ]
+        asked = decoder.generate, decoder.attention_weights
+        jobs = [(pool.submit(asked[0], TOKENS, 4), pool.submit(asked[1], TOKENS)) for _ in range(40)]
         results = [(words.result(), weights.result()) for words, weights in jobs]
     for words, weights in results:
         assert torch.equal(words, expected) and len(weights) == 2 and torch.equal(weights[1], results[0][1][1])

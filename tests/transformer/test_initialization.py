@@ -102,7 +102,8 @@ def test_a_seed_gives_the_same_weights_whatever_the_callers_random_state(dtype):
         torch.manual_seed(1)
         one = Transformer(GPT2.config)
         torch.manual_seed(2)
-        assert all(torch.equal(*pair) for pair in zip(one.parameters(), Transformer(GPT2.config).parameters()))
+        other = Transformer(GPT2.config)
+        assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
         assert one.norm.weight.dtype == dtype
     finally:
         torch.set_default_dtype(torch.float32)
