@@ -51,10 +51,14 @@ def checkpointed(step: Callable, *inputs):
     The non-reentrant form: the other gives no gradient where no input needs one, as in the first block of every frozen
     model.
     """
-    told = dict(CALL.told)
-    return checkpoint(partial(_as_told, told, step) if told else step, *inputs, use_reentrant=False)
+    if not torch.compiler.is_compiling():  # a compiled recomputation repeats what was traced
+        step = partial(_as_told, CALL.told, step)
+    return checkpoint(step, *inputs, use_reentrant=False)
 
 
 def _as_told(told: Mapping, step: Callable, *inputs):
-    with telling(told):
+    before, CALL.told = CALL.told, told  # no more and no less, wherever the backward pass runs
+    try:
         return step(*inputs)
+    finally:
+        CALL.told = before

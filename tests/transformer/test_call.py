@@ -32,17 +32,18 @@ def test_entries_nest_end_with_an_exception_and_stay_in_their_thread():
     assert CALL.told == {}
 
 
+@pytest.mark.parametrize("told", [{}, {"task": "a"}], ids=str)
 @pytest.mark.parametrize("where", ["here", "another thread", "told otherwise"])
-def test_what_is_computed_again_is_told_the_same(where):
+def test_what_is_computed_again_is_told_the_same(where, told):
     seen, x = [], torch.ones(1, requires_grad=True)
-    with telling({"task": "a"}):
-        out = checkpointed(lambda x: seen.append(dict(CALL.told)) or x * 2, x)
+    with telling(told):
+        out = checkpointed(lambda x: seen.append(dict(CALL.told)) or x * x, x)
     if where == "another thread":
         in_another_thread(out.backward)
     else:
-        with telling({"task": "b"} if where == "told otherwise" else {}):
+        with telling({"task": "b", "other": 1} if where == "told otherwise" else {}):
             out.backward()
-    assert seen == [{"task": "a"}] * 2 and x.grad == 2 and CALL.told == {}
+    assert seen == [told] * 2 and x.grad == 2 and CALL.told == {}
 
 
 def gradients(**changes):
@@ -58,6 +59,18 @@ def test_what_is_computed_again_drops_the_same():
     expected = gradients()
     for gradient, other in zip(gradients(gradient_checkpointing=True), expected, strict=True):
         torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("recipe", [peft.LoRA(rank=2), peft.PrefixTuning(length=3)], ids=str)
+def test_a_backward_pass_inside_disabled_computes_the_adapted_blocks_again(recipe):
+    found = []
+    for checkpointing in (False, True):
+        model = Transformer(TransformerConfig(**CONFIG, gradient_checkpointing=checkpointing))
+        trained = peft.trainable_parameters(train_a_little(peft.attach(model, recipe)))
+        loss = model(TOKENS).square().sum()
+        with peft.disabled(model):
+            found.append(torch.autograd.grad(loss, list(trained.values())))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
