@@ -59,7 +59,7 @@ class Embedding(nn.Module):
         """Word vectors, wherever they come from, with positions and segments added, normalised, dropped out."""
         x = vectors + self.position(positions)
         if self.segment is not None:
-            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
+            x = x + self.segment(positions.new_zeros(1, 1) if segments is None else segments)
         if self.norm is not None:
             x = self.norm(x)
         return F.dropout(x, self.dropout, self.training)

@@ -51,8 +51,7 @@ def generate(
 
     Args:
         model: a causal Transformer.
-        tokens: the beginnings, [B, T].
-        max_new_tokens: how many words to add.
+        tokens, max_new_tokens: the beginnings, [B, T], and how many words to add.
         padding_mask: True = a real token; shorter rows are padded on the left.
         temperature: 0 is greedy; higher values draw more freely.
         top_k: draw among the k best words only.
@@ -63,7 +62,6 @@ def generate(
         ValueError: an encoder, tokens that are no batch of texts, a text that would outgrow max_len, right padding, or
             an option that is bad or would be ignored.
     """
-    check_text(tokens, padding_mask)
     _check(model, tokens, max_new_tokens, padding_mask)
     _check_options(temperature, top_k, seed)
     generator = torch.Generator(device=tokens.device).manual_seed(seed) if temperature else None
@@ -82,11 +80,12 @@ def generate(
                     fast = fast_steps(model, cache, left - 1)
             word = next_word(logits, temperature, top_k, generator)[:, None]
             tokens = torch.cat([tokens, word], dim=1)
-            real = None if real is None or fast is not None else F.pad(real, (0, 1), value=True)
+            real = None if real is None else F.pad(real, (0, 1), value=True)
     return tokens
 
 
 def _check(model: nn.Module, tokens: Tensor, max_new_tokens: int, padding_mask: Tensor | None) -> None:
+    check_text(tokens, padding_mask)
     if not model.config.causal:
         raise ValueError("an encoder (causal=False) cannot generate: it reads in both directions; use a decoder")
     if max_new_tokens < 0:
