@@ -56,10 +56,8 @@ class TransformerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads; "
-                f"choose d_model as a multiple of n_heads"
-            )
+            cure = "choose d_model as a multiple of n_heads"
+            raise ValueError(f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads; {cure}")
         if self.n_segments < 0:
             raise ValueError(f"n_segments must be 0 (no segment table) or more, got {self.n_segments}")
         if not 0.0 <= self.dropout < 1.0:

@@ -52,30 +52,24 @@ def fast_steps(model: nn.Module, cache: KVCache, more: int) -> "FastSteps | None
 def parts_of(block: nn.Module) -> Parts | None:
     """A block's attention layer, keys and values [n, d_model] in front, and its linear layers; None if it is more.
 
-    A wrapper says what is inside by a method `as_attention` that returns the first two.
+    A wrapper says what it amounts to: `as_attention` returns the first two, `as_linear` a layer's weight and bias.
     """
     if type(block) is not Block or type(block.feedforward) is not FeedForward:
         return None
-    found = (block.attention, None) if type(block.attention) is Attention else answer(block.attention, "as_attention")
+    own, ffn = block.attention, block.feedforward
+    found = (own, None) if type(own) is Attention else getattr(own, "as_attention", lambda: None)()
     if found is None:
         return None
-    attention, ffn = found[0], block.feedforward
+    attention = found[0]
     layers = attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down
-    linear = [(own.weight, own.bias) if type(own) is nn.Linear else answer(own, "as_linear") for own in layers]
+    linear = [(e.weight, e.bias) if type(e) is nn.Linear else getattr(e, "as_linear", lambda: None)() for e in layers]
     return None if None in linear else (*found, linear)
-
-
-def answer(module: nn.Module, name: str):
-    """What a wrapper answers about itself; None if it has no such answer."""
-    return getattr(module, name)() if hasattr(module, name) else None
 
 
 class ThinLinear:
     """y = x Wᵀ + b for a few rows x. Several layers of one input are joined, their outputs side by side.
 
-    Args:
-        layers: weight and bias of each.
-        relaid: store the weights as [d_in, d_out]; otherwise a single one is read where it lies, and not copied.
+    `relaid` stores the weights as [d_in, d_out]; otherwise a single one is read where it lies, and not copied.
     """
 
     def __init__(self, *layers: Linear, relaid: bool):
@@ -93,14 +87,9 @@ class ThinLinear:
 
 
 class FastBlock:
-    """A block for the newest token of each row, with all keys and values that it may see. Its norms may be wrapped.
+    """A block for the newest token of each row; `seen` [2, B, H, S, d_head] hold what all earlier ones answer.
 
-    Args:
-        block, parts: the block and what it amounts to.
-        seen: the keys and values of all earlier tokens, [2, B, H, S, d_head].
-        real: which of those are real tokens, [B, S]; None: all of them.
-        more: how many tokens will come.
-        relaid: as in `ThinLinear`.
+    `real` says which of those are real tokens (None: all of them); `more` tokens will come. Norms may be wrapped.
     """
 
     def __init__(
