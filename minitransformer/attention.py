@@ -140,7 +140,8 @@ def record(attention: Attention, q: Tensor, k: Tensor, mask: Mask) -> None:
     """Note the weights for those who record this layer; not once more where it is computed again for a gradient."""
     for layers, weights in CALL.told.get(RECORDS, ()):
         if attention in layers and torch._C._current_graph_task_id() == -1:  # no backward pass is running
-            weights.append(attention_weights(q, k, mask).detach())
+            with torch.no_grad():
+                weights.append(attention_weights(q, k, mask))
 
 
 def written_out(mask: Mask, k: Keys) -> Bool[Tensor, "#B #H #T S"] | None:
