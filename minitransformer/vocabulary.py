@@ -38,9 +38,6 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __contains__(self, word: str) -> bool:
-        return word in self._ids
-
     def __repr__(self) -> str:
         return f"Vocabulary({len(self)} words: {' '.join(self.words[:6])} ...)"
 
