@@ -12,7 +12,7 @@ Shapes:
 S, the number of keys, is T plus what a *context* brings: keys and values from elsewhere, such as those of earlier
 tokens (a KV cache) or learned ones (a prefix). *A prefix is a learned KV cache*, so both enter in one way.
 
-Differs from the paper: the linear maps have biases, as in GPT-2 and BERT; the d_model x d_model weights of all heads
+Differs from the paper: the linear layers have biases, as in GPT-2 and BERT; the d_model x d_model weights of all heads
 are stored as one matrix.
 """
 
@@ -27,17 +27,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from minitransformer.call import CALL, RECORDS, is_transformed, telling
 from minitransformer.config import TransformerConfig
 
-# True where a query may look at a key; "causal": at all keys up to its own, where there are as many as queries; None:
-# at all.
+Hidden = Float[Tensor, "B T d_model"]
+Queries = Float[Tensor, "B H T d_head"]  # and what they see
+Keys = Float[Tensor, "B H S d_head"]  # and values
+# True where a query may look at a key; "causal": at keys up to its own, of as many as there are queries; None: at all.
 Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 
 
 class Context:
     """Keys and values from elsewhere, which a layer's queries see beside those of its input."""
-
-    grows: bool = False  # whether it keeps the keys and values of each pass, as a cache does
 
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """What the queries see in all keys and values: `attention(q, k, v, mask)` with the context's own added.
@@ -47,11 +48,7 @@ class Context:
         raise NotImplementedError
 
 
-def attention_weights(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    mask: Mask = None,
-) -> Float[Tensor, "B H T S"]:
+def attention_weights(q: Queries, k: Keys, mask: Mask = None) -> Float[Tensor, "B H T S"]:
     """softmax(Q Kᵀ / sqrt(d_head)): how much each query looks at each key. Rows sum to 1.
 
     Vaswani et al. 2017, equation 1 without V.
@@ -62,35 +59,23 @@ def attention_weights(
     return scores.softmax(dim=-1)
 
 
-def written_out_attention(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    v: Float[Tensor, "B H S d_head"],
-    mask: Mask = None,
-    dropout: float = 0.0,
-) -> tuple[Float[Tensor, "B H T d_head"], Float[Tensor, "B H T S"]]:
-    """Scaled dot-product attention as the formula says it. Returns the output and the weights.
+def written_out_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: float = 0.0) -> Queries:
+    """Scaled dot-product attention as the formula says it.
 
     Vaswani et al. 2017, equation 1; dropout falls on the weights, as in their released code.
     """
-    weights = attention_weights(q, k, mask)
-    return F.dropout(weights, dropout) @ v, weights
+    return F.dropout(attention_weights(q, k, mask), dropout) @ v
 
 
-def fused_attention(
-    q: Float[Tensor, "B H T d_head"],
-    k: Float[Tensor, "B H S d_head"],
-    v: Float[Tensor, "B H S d_head"],
-    mask: Mask = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "B H T d_head"]:
+def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: float = 0.0) -> Queries:
     """The same output from PyTorch's fused kernel, which never stores the [T, S] weights.
 
     It knows "causal", and leaves out the blocks of scores that nobody may see.
     """
-    if isinstance(mask, str):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    causal = isinstance(mask, str)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if causal else mask, dropout_p=dropout, is_causal=causal
+    )
 
 
 class Attention(nn.Module):
@@ -113,80 +98,53 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, {self.implementation}"
 
-    def forward(
-        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    def forward(self, x: Hidden, mask: Mask = None, context: Context | None = None) -> Hidden:
         """Attend from every position of x to x itself, and to what the context brings.
 
-        Args:
-            x: the input, [B, T, d_model].
-            mask: where query t may look at key s; S counts x and the cached tokens of the context, but no prefix,
-                which every query may see. None lets every query see every key.
-            context: keys and values from elsewhere.
+        `mask` says where query t may look at key s; S counts x and the cached tokens of the context, but no prefix,
+        which every query may see.
         """
         q, k, v = self.split_heads(self.query(x)), *self.keys_and_values(x)
         attend = self.attend if context is None else partial(context.attend, self.attend)
         return self.output(attend(q, k, v, mask).transpose(1, 2).flatten(-2))  # the heads side by side, mixed by W_O
 
-    def keys_and_values(
-        self, x: Float[Tensor, "B S d_model"]
-    ) -> tuple[Float[Tensor, "B H S d_head"], Float[Tensor, "B H S d_head"]]:
+    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> tuple[Keys, Keys]:
         """What the positions of x answer."""
         return self.split_heads(self.key(x)), self.split_heads(self.value(x))
 
-    def split_heads(self, x: Float[Tensor, "B S d_model"]) -> Float[Tensor, "B H S d_head"]:
+    def split_heads(self, x: Float[Tensor, "B S d_model"]) -> Keys:
         """Cut the last axis into heads and put the heads before the positions."""
         return x.view(*x.shape[:2], self.n_heads, x.shape[2] // self.n_heads).transpose(1, 2)
 
-    def attend(
-        self,
-        q: Float[Tensor, "B H T d_head"],
-        k: Float[Tensor, "B H S d_head"],
-        v: Float[Tensor, "B H S d_head"],
-        mask: Mask = None,
-    ) -> Float[Tensor, "B H T d_head"]:
+    def attend(self, q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
         """Scaled dot-product attention in the implementation that the config names."""
-        dropout = self.dropout if self.training else 0.0
-        if self.implementation == "fused":
-            return fused_attention(q, k, v, mask, dropout)
-        return written_out_attention(q, k, v, mask, dropout)[0]
+        record(self, q, k, mask)
+        fused = self.implementation == "fused" and not is_transformed()  # not every transform knows the kernel
+        attention = fused_attention if fused else written_out_attention
+        return attention(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
-    """Inside, every pass notes the attention weights of each layer, for pictures, in the list that this gives.
+    """Inside, every pass of this thread notes the attention weights of each layer, for pictures, in the list it gives.
 
     The weights are computed beside the pass, without dropout, by the written-out formula.
-
-    Raises:
-        ValueError: in a pass with a KV cache, which would keep everything twice.
     """
     weights: list[Tensor] = []
-
-    def note(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        out, seen = written_out_attention(q, k, v, mask)
-        weights.append(seen)
-        return out
-
-    @torch.no_grad()
-    def look(attention: Attention, inputs: tuple, named: dict, _: Tensor) -> None:
-        given = dict(zip(("x", "mask", "context"), inputs, strict=False)) | named
-        x, mask, context = given["x"], given.get("mask"), given.get("context")
-        if context is not None and context.grows:
-            raise ValueError("attention weights cannot be recorded with a KV cache; give the whole text at once")
-        q, k, v = attention.split_heads(attention.query(x)), *attention.keys_and_values(x)
-        (note if context is None else partial(context.attend, note))(q, k, v, mask)
-
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
-    try:
+    layers = {module for module in model.modules() if isinstance(module, Attention)}
+    with telling({RECORDS: (*CALL.told.get(RECORDS, ()), (layers, weights))}):
         yield weights
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def written_out(mask: Mask, k: Float[Tensor, "B H S d_head"]) -> Bool[Tensor, "#B #H #T S"] | None:
+def record(attention: Attention, q: Tensor, k: Tensor, mask: Mask) -> None:
+    """Note the weights for those who record this layer; not once more where it is computed again for a gradient."""
+    for layers, weights in CALL.told.get(RECORDS, ()):
+        if attention in layers and torch._C._current_graph_task_id() == -1:  # no backward pass is running
+            with torch.no_grad():
+                weights.append(attention_weights(q, k, mask))
+
+
+def written_out(mask: Mask, k: Keys) -> Bool[Tensor, "#B #H #T S"] | None:
     """The mask as a tensor."""
     if not isinstance(mask, str):
         return mask
@@ -212,6 +170,5 @@ def attention_mask(
     may_look = may_look[None, None]  # [1, 1, T, S]
     if real_keys is None:
         return may_look
-    keys = torch.arange(n_keys, device=device)
-    is_self = keys == keys[n_keys - n_queries :, None]  # [T, S]
-    return may_look & (real_keys[:, None, None, :] | is_self)  # [B, 1, T, S]
+    is_self = torch.eye(n_keys, dtype=torch.bool, device=device)[n_keys - n_queries :]  # [T, S]
+    return may_look & (real_keys[:, None, None] | is_self)  # [B, 1, T, S]

@@ -10,10 +10,9 @@ Shapes: [B, T, d_model] -> [B, T, d_model].
 """
 
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from minitransformer.attention import Attention, Context, Mask
+from minitransformer.attention import Attention, Context, Hidden, Mask
 from minitransformer.config import TransformerConfig
 from minitransformer.feedforward import FeedForward
 
@@ -33,9 +32,7 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         return "pre-norm" if self.pre_norm else "post-norm"
 
-    def forward(
-        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    def forward(self, x: Hidden, mask: Mask = None, context: Context | None = None) -> Hidden:
         """Arguments as in `Attention.forward`."""
         p = self.dropout if self.training else 0.0
         if self.pre_norm:

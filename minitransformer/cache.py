@@ -18,8 +18,6 @@ from minitransformer.attention import Context, Mask
 class LayerCache(Context):
     """The keys and values that one attention layer has computed so far: a context for the tokens that come next."""
 
-    grows = True
-
     def __init__(self):
         self.key: Float[Tensor, "B H S d_head"] | None = None
         self.value: Float[Tensor, "B H S d_head"] | None = None

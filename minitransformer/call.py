@@ -1,7 +1,8 @@
 """What a forward pass needs to know beside its arguments: which methods are off, which row is under which task.
 
 It belongs to the pass and its thread: another thread does not see it, and a block that is computed again for its
-gradient (`checkpointed`) sees what it saw the first time, wherever and whenever that happens.
+gradient (`checkpointed`) sees what it saw the first time, wherever and whenever that happens. A checkpoint of the
+reader's own (`torch.utils.checkpoint`) cannot know: what it runs has to enter the context inside, and so does again.
 """
 
 import threading
@@ -9,7 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+
+RECORDS = "records"  # the entry of those who note attention weights
 
 
 class _Call(threading.local):  # not contextvars: torch.compile cannot trace them
@@ -30,16 +35,30 @@ def telling(told: Mapping) -> Iterator[None]:
         CALL.told = before
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work on what is computed.
+
+    It knows the plain operations only, and no values: of an example in `vmap` there are none.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def checkpointed(step: Callable, *inputs):
     """`step(*inputs)`, of which nothing is kept for the backward pass: it is computed again there.
 
     The non-reentrant form: the other gives no gradient where no input needs one, as in the first block of every frozen
     model.
     """
-    told = dict(CALL.told)
-    return checkpoint(partial(_as_told, told, step) if told else step, *inputs, use_reentrant=False)
+    if not torch.compiler.is_compiling():  # a compiled recomputation repeats what was traced
+        step = partial(_as_told, CALL.told, step)
+    return checkpoint(step, *inputs, use_reentrant=False)
 
 
 def _as_told(told: Mapping, step: Callable, *inputs):
-    with telling(told):
+    before, CALL.told = CALL.told, told  # no more and no less, wherever the backward pass runs
+    try:
         return step(*inputs)
+    finally:
+        CALL.told = before

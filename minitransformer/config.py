@@ -6,13 +6,19 @@ The letters used for axes everywhere in this repository:
     H  heads (n_heads)          d_head = d_model / n_heads       V  words (vocab_size)
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
-NORMS = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
-LM_HEADS = ("tied", "bert", "none")
-ATTENTIONS = ("fused", "written_out")
-INITS = ("gpt2", "unit_embedding")
+CHOICES = {
+    "norm": ("pre", "post"),
+    "activation": ACTIVATIONS,
+    "lm_head": ("tied", "bert", "none"),
+    "attention": ("fused", "written_out"),
+    "init": ("gpt2", "unit_embedding"),
+}
+KINDS = {int: (Integral, "an integer"), float: (Real, "a finite number"), bool: (bool, "True or False")}
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class TransformerConfig:
     """Everything that fixes a Transformer's shape and arithmetic; weights are not in it.
 
     Raises:
-        ValueError: a size below 1, heads that do not divide d_model, or an unknown choice.
+        ValueError: a field of another type or out of its range, heads that do not divide d_model, an unknown choice,
+            or a logit_scale that BERT's head would ignore.
     """
 
     vocab_size: int  # V
@@ -43,27 +50,36 @@ class TransformerConfig:
     init: str = "gpt2"  # how fresh weights are drawn, see minitransformer/initialization.py
 
     def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), field.type))
         for name in ("vocab_size", "max_len", "d_model", "n_heads", "n_layers", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads; "
-                f"choose d_model as a multiple of n_heads"
-            )
+            cure = "choose d_model as a multiple of n_heads"
+            raise ValueError(f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads; {cure}")
         if self.n_segments < 0:
             raise ValueError(f"n_segments must be 0 (no segment table) or more, got {self.n_segments}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
+        if self.norm_eps <= 0.0 or self.logit_scale <= 0.0:
+            raise ValueError(f"norm_eps and logit_scale must be above 0, got {self.norm_eps} and {self.logit_scale}")
         if self.lm_head == "bert" and self.logit_scale != 1.0:
             raise ValueError(f'lm_head="bert" has no logit_scale, got {self.logit_scale}; leave it at 1.0')
-        choices = {"norm": NORMS, "activation": ACTIVATIONS, "lm_head": LM_HEADS}
-        choices |= {"attention": ATTENTIONS, "init": INITS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
 
     @property
     def d_head(self) -> int:
         """Width of one head: d_model / n_heads."""
         return self.d_model // self.n_heads
+
+
+def _checked(name: str, value, kind: type):
+    """The value as Python's own number (of NumPy's, too), flag or choice; ValueError if it is of another kind."""
+    if kind is str:
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(CHOICES[name])}")
+        return value
+    known, called = KINDS[kind]
+    if not isinstance(value, known) or isinstance(value, bool) != (kind is bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be {called}, got {value!r}")
+    return kind(value)

@@ -16,7 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
+from minitransformer.call import is_transformed
 from minitransformer.config import TransformerConfig
+
+Tokens = Int[Tensor, "B T"]
+Real = Bool[Tensor, "B T"] | None  # False at padding; None: there is none
 
 
 class Embedding(nn.Module):
@@ -31,23 +35,14 @@ class Embedding(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        real: Bool[Tensor, "B T"] | None = None,
-        segments: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
+        self, tokens: Tokens, real: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T d_model"]:
-        """Look the tokens up and add what each position (and segment) means.
+        """Look the tokens up and add what each position (and segment; 0 if left out) means.
 
-        Args:
-            tokens: word numbers.
-            real: False at padding; None: there is none.
-            segments: token types, for models that have a segment table; all 0 if left out.
-            cache: what came before, so that positions go on counting from there.
+        `real` is False at padding (None: there is none); behind a `cache` positions go on counting from there.
 
         Raises:
-            ValueError: a token outside the vocabulary, a position beyond max_len, segments outside their table
-                or without one.
+            ValueError: a number that one of the tables does not have, or segments without a table.
         """
         place = positions(tokens, real, cache)
         check(self, tokens, place, segments)
@@ -59,23 +54,18 @@ class Embedding(nn.Module):
         return self.position.num_embeddings
 
     def summed(
-        self,
-        vectors: Float[Tensor, "B T d_model"],
-        positions: Int[Tensor, "#B T"],
-        segments: Int[Tensor, "B T"] | None = None,
+        self, vectors: Float[Tensor, "B T d_model"], positions: Int[Tensor, "#B T"], segments: Tokens | None = None
     ) -> Float[Tensor, "B T d_model"]:
         """Word vectors, wherever they come from, with positions and segments added, normalised, dropped out."""
         x = vectors + self.position(positions)
         if self.segment is not None:
-            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
+            x = x + self.segment(positions.new_zeros(1, 1) if segments is None else segments)
         if self.norm is not None:
             x = self.norm(x)
         return F.dropout(x, self.dropout, self.training)
 
 
-def positions(
-    tokens: Int[Tensor, "B T"], real: Bool[Tensor, "B T"] | None = None, cache: KVCache | None = None
-) -> Int[Tensor, "#B T"]:
+def positions(tokens: Tokens, real: Real = None, cache: KVCache | None = None) -> Int[Tensor, "#B T"]:
     """How many real tokens stand in front of each token of the row, those in the cache included.
 
     Where all are real (`real` is None), every row counts alike, and one row [1, T] stands for all.
@@ -96,33 +86,51 @@ def without_padding(
 
 
 def values_are_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: there are some, and no compiler is tracing (its graph would be cut)."""
-    return tensor.numel() > 0 and not torch.compiler.is_compiling()
+    """Whether a check may look at the values: there are some, and nobody traces or transforms what is computed."""
+    return tensor.numel() > 0 and not (tensor.is_meta or torch.compiler.is_compiling() or is_transformed())
+
+
+def check_text(tokens: Tensor, padding_mask: Tensor | None) -> None:
+    """Raise ValueError, with the cure, for what is no batch of texts."""
+    if tokens.numel() == 0:
+        raise ValueError(f"tokens is empty, shape {tuple(tokens.shape)}; give at least one row of one token")
+    if tokens.dim() != 2:
+        raise ValueError(
+            f"tokens must be [B, T], got shape {tuple(tokens.shape)}; tokens[None] makes a batch of one row"
+        )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens are word numbers, torch.int64 or torch.int32, got {tokens.dtype}; use tokens.long()")
+    if padding_mask is not None and (padding_mask.shape != tokens.shape or padding_mask.dtype != torch.bool):
+        raise ValueError(
+            f"padding_mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got "
+            f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
+        )
 
 
 def check(embedding: Embedding, tokens: Tensor, positions: Tensor, segments: Tensor | None = None) -> None:
     """Raise ValueError, with the cure, for numbers that one of the tables does not have."""
-    if embedding.segment is None and segments is not None:
+    if segments is not None and embedding.segment is None:
         raise ValueError(
             "segments were given, but this model has no segment table (config.n_segments is 0); leave them out"
         )
+    if segments is not None and segments.shape != tokens.shape:
+        raise ValueError(f"segments must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(segments.shape)}")
     if not values_are_read(tokens):
         return
-    n_words = embedding.token.num_embeddings
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
-        raise ValueError(
-            f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_words} "
-            f"words (0 to {n_words - 1}); encode the text with the vocabulary the model was trained with"
-        )
+    cure = "encode the text with the vocabulary the model was trained with"
+    _check_range("tokens", tokens, embedding.token.num_embeddings, "the vocabulary has {} words", cure)
+    if segments is not None:
+        cure = "number the segments from 0"
+        _check_range("segments", segments, embedding.segment.num_embeddings, "the model has {}", cure)
     if int(positions.max()) >= embedding.position.num_embeddings:
         raise ValueError(
             f"the sequence has {int(positions.max()) + 1} positions, but max_len is "
             f"{embedding.position.num_embeddings}; shorten the text (or the prompt in front of it), or build the "
             f"model with a larger max_len"
         )
-    n = embedding.segment.num_embeddings if segments is not None else 0
-    if segments is not None and not 0 <= int(segments.min()) <= int(segments.max()) < n:
-        raise ValueError(
-            f"segments range from {int(segments.min())} to {int(segments.max())}, but the model has {n} "
-            f"(0 to {n - 1}); number the segments from 0"
-        )
+
+
+def _check_range(name: str, values: Tensor, n: int, there_are: str, cure: str) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= n:
+        raise ValueError(f"{name} range from {low} to {high}, but {there_are.format(n)} (0 to {n - 1}); {cure}")

@@ -1,8 +1,4 @@
-"""Is this the right environment? The import name `peft` is also that of Hugging Face's library.
-
-`check()` looks where Python would import `peft` from, without importing it, and says what to do if that is not the
-package beside this one.
-"""
+"""Is this the right environment? The import name `peft` is also that of Hugging Face's library."""
 
 import importlib.util
 import sys
@@ -20,7 +16,7 @@ def install(extra: str) -> str:
 
 
 def check() -> str:
-    """Say that all is well.
+    """Look where Python would import `peft` from, without importing it, and say that all is well.
 
     Raises:
         ImportError: `peft` is missing, or is another package of the same name; the message names the cure.

@@ -13,18 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.config import TransformerConfig
+from minitransformer.config import ACTIVATIONS, TransformerConfig
 
 
 def activate(x: Float[Tensor, "*shape"], activation: str) -> Float[Tensor, "*shape"]:
     """Apply "gelu" (x Phi(x), exact), "gelu_tanh" (GPT-2's approximation of it) or "relu" elementwise."""
-    if activation == "relu":
-        return F.relu(x)
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    raise ValueError(f"activation={activation!r} is unknown; choose gelu, gelu_tanh or relu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; choose gelu, gelu_tanh or relu")
+    return F.relu(x) if activation == "relu" else F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class FeedForward(nn.Module):

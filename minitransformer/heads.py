@@ -10,23 +10,25 @@ the pooled classification input is BERT's first token or, as sentence encoders d
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.embedding import Real, Tokens
 from minitransformer.feedforward import activate
+from minitransformer.initialization import initialize
+
+Rows = Float[Tensor, "*rows d_model"]
 
 
 class LMHead(nn.Module):
-    """Scores every word by its embedding. Holds no weight of its own: the table is handed in, so it stays tied."""
+    """Scores every word by its embedding: the table is handed in, so it stays tied."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.logit_scale = config.logit_scale
 
-    def forward(
-        self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
-    ) -> Float[Tensor, "*rows V"]:
+    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
         """logits = logit_scale * E h."""
         logits = F.linear(hidden, embedding)
         return logits if self.logit_scale == 1.0 else logits * self.logit_scale  # a walk over V numbers for each token
@@ -42,15 +44,13 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(
-        self, hidden: Float[Tensor, "*rows d_model"], embedding: Float[Tensor, "V d_model"]
-    ) -> Float[Tensor, "*rows V"]:
+    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
         """logits = E norm(act(W h + b)) + c."""
         return F.linear(self.norm(activate(self.dense(hidden), self.activation)), embedding, self.bias)
 
 
 class SequenceClassifier(nn.Module):
-    """A Transformer with a classification head: one score per class for a whole row.
+    """A Transformer with a classification head, on its device: one score per class for a whole row.
 
     `pool="mean"` averages the hidden states of the real tokens; `pool="first"` takes that of the first real token.
     """
@@ -59,34 +59,27 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         if pool not in ("mean", "first"):
             raise ValueError(f'pool={pool!r} is unknown; choose "mean" or "first"')
-        if n_classes < 2:
-            raise ValueError(f"n_classes must be at least 2, got {n_classes}")
+        if n_classes < 2 or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"n_classes must be at least 2, got {n_classes}, and dropout in [0, 1), got {dropout}")
         self.transformer = transformer
         self.pool = pool
         self.dropout = dropout
-        with torch.random.fork_rng(devices=[]):  # PyTorch's own draw must not move the caller's random state
+        with torch.device("meta"):  # where PyTorch draws nothing, so the caller's random state is left alone
             self.head = nn.Linear(transformer.config.d_model, n_classes)
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.head.weight, std=0.02, generator=generator)
-        nn.init.zeros_(self.head.bias)
+        self.head.to_empty(device=next(transformer.parameters()).device)
+        initialize(self.head, "gpt2", n_layers=1, seed=seed)
 
-    def forward(
-        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B n_classes"]:
+    def forward(self, tokens: Tokens, padding_mask: Real = None) -> Float[Tensor, "B n_classes"]:
         """Class scores (logits), one row per text."""
         return self.head(F.dropout(self.features(tokens, padding_mask), self.dropout, self.training))
 
-    def features(
-        self, tokens: Int[Tensor, "B T"], padding_mask: Bool[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B d_model"]:
+    def features(self, tokens: Tokens, padding_mask: Real = None) -> Float[Tensor, "B d_model"]:
         """What the head reads: one pooled hidden state per text."""
         hidden = self.transformer.hidden(tokens, padding_mask)
         return mean_pool(hidden, padding_mask) if self.pool == "mean" else first_real(hidden, padding_mask)
 
 
-def mean_pool(
-    hidden: Float[Tensor, "B T d_model"], padding_mask: Bool[Tensor, "B T"] | None = None
-) -> Float[Tensor, "B d_model"]:
+def mean_pool(hidden: Float[Tensor, "B T d_model"], padding_mask: Real = None) -> Float[Tensor, "B d_model"]:
     """The mean of the hidden states over real tokens."""
     if padding_mask is None:
         return hidden.mean(dim=1)
@@ -94,14 +87,9 @@ def mean_pool(
     return (hidden * real).sum(dim=1) / real.sum(dim=1)
 
 
-def first_real(
-    hidden: Float[Tensor, "B T d_model"], padding_mask: Bool[Tensor, "B T"] | None = None
-) -> Float[Tensor, "B d_model"]:
+def first_real(hidden: Float[Tensor, "B T d_model"], padding_mask: Real = None) -> Float[Tensor, "B d_model"]:
     """The hidden state of the first real token (BERT's [CLS])."""
-    if padding_mask is None:
-        return hidden[:, 0]
-    first = padding_mask.to(torch.int64).argmax(dim=1)  # [B]
-    return picked(hidden, first)[:, 0]
+    return hidden[:, 0] if padding_mask is None else picked(hidden, padding_mask.long().argmax(dim=1))[:, 0]
 
 
 def picked(x: Float[Tensor, "B T d"], position: Int[Tensor, "B"]) -> Float[Tensor, "B 1 d"]:

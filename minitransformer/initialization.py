@@ -9,8 +9,8 @@ Two ways, chosen by `TransformerConfig.init`:
                       Vaswani et al. 2017, section 3.5. With logits scaled by 1 / sqrt(d_model), every vector of the
                       network starts at about unit variance; a small model learns fast from there.
 
-Biases start at 0, LayerNorms at gain 1 and bias 0. The draws come from a generator of their own: the global random
-state is left alone, and the same seed gives the same weights.
+Biases start at 0, LayerNorms at gain 1 and bias 0. The draws come from a generator of their own, on the CPU: the
+caller's random states are left alone, and the same seed gives the same weights on every device.
 """
 
 import math
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 RESIDUAL_WRITERS = ("attention.output", "feedforward.down")
 
 
+@torch.no_grad()
 def initialize(model: nn.Module, init: str, n_layers: int, seed: int) -> None:
     """Overwrite every weight of `model`, in the order of `named_modules()`.
 
@@ -33,20 +34,24 @@ def initialize(model: nn.Module, init: str, n_layers: int, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            std = 0.02 if init == "gpt2" else 1 / math.sqrt(module.in_features)
-            if init == "gpt2" and name.endswith(RESIDUAL_WRITERS):
-                std /= math.sqrt(2 * n_layers)
-            nn.init.normal_(module.weight, std=std, generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            std = 1.0 if init == "unit_embedding" and name.endswith("token") else 0.02
-            nn.init.normal_(module.weight, std=std, generator=generator)
+        for part, p in module.named_parameters(recurse=False):
+            if p.is_meta:
+                continue
+            if part == "bias" or isinstance(module, nn.LayerNorm):
+                p.fill_(0.0 if part == "bias" else 1.0)
+                continue
+            p.copy_(torch.empty_like(p, device="cpu").normal_(std=spread(name, p, init, n_layers), generator=generator))
             if init == "unit_embedding" and name.endswith("position"):
-                module.weight.data.copy_(sinusoids(*module.weight.shape))
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+                p.copy_(sinusoids(*p.shape))
+
+
+def spread(name: str, weight: Tensor, init: str, n_layers: int) -> float:
+    """The standard deviation of a fresh weight, by the name of its module."""
+    if init == "gpt2":
+        return 0.02 / math.sqrt(2 * n_layers) if name.endswith(RESIDUAL_WRITERS) else 0.02
+    if name.startswith("embedding"):
+        return 1.0 if name.endswith("token") else 0.02
+    return 1 / math.sqrt(weight.shape[1])
 
 
 def sinusoids(max_len: int, d_model: int) -> Float[Tensor, "max_len d_model"]:

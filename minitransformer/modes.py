@@ -1,23 +1,42 @@
 """Training or evaluation mode for a while: afterwards every module is in the mode that it was in."""
 
+import threading
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+_LOCK = threading.Lock()
+_VISITS: WeakKeyDictionary[nn.Module, list[dict]] = WeakKeyDictionary()  # who is inside, the newest last
 
 
 @contextmanager
 def modes_restored(model: nn.Module):
-    """Afterwards every module is in the mode (training or evaluation) it was in, also after an exception."""
-    modes = {module: module.training for module in model.modules()}
+    """Afterwards every module is in the mode (training or evaluation) it was in, also after an exception.
+
+    Several threads may be inside at once, with the whole model or with parts of it: who leaves before one that came
+    later leaves the module's first mode to that one, and the last to leave restores it.
+    """
+    with _LOCK:
+        visit = {module: module.training for module in model.modules()}
+        for module in visit:
+            _VISITS.setdefault(module, []).append(visit)
     try:
         yield model
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        with _LOCK:
+            for module, mode in visit.items():
+                visits = _VISITS[module]
+                place = next(i for i, other in enumerate(visits) if other is visit)
+                del visits[place]
+                if place < len(visits):
+                    visits[place][module] = mode
+                else:
+                    module.training = mode
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module):
-    """Dropout off inside; afterwards every module is in the mode it was in, also after an exception."""
+    """Dropout off inside; otherwise as `modes_restored`."""
     with modes_restored(model):
         yield model.eval()

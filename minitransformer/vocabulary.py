@@ -20,38 +20,29 @@ TOKEN_PATTERN = re.compile(r"<\w+>|\w+|[^\w\s]")
 class Vocabulary:
     """A fixed list of words; a word's id is its index in the list.
 
-    `<pad>` has id 0, and `<bos>`, which opens every document, has id 1.
+    `<pad>` has id 0, and `<bos>`, which opens every document, has id 1; they are put in front of the given words.
+
+    Raises:
+        ValueError: a word is given twice.
     """
 
-    def __init__(self, words: Sequence[str]):
-        """Make a vocabulary of `words`, without the two special tokens, which are put in front.
+    pad_id, bos_id = 0, 1
 
-        Raises:
-            ValueError: a word is given twice.
-        """
+    def __init__(self, words: Sequence[str]):
         self.words = (PAD, BOS, *words)
         self._ids = {word: index for index, word in enumerate(self.words)}
         if len(self._ids) < len(self.words):
             twice = sorted({word for word in self.words if self.words.count(word) > 1})
             raise ValueError(f"these words are in the list twice: {', '.join(twice)}; give each word once")
-        self.pad_id = self._ids[PAD]
-        self.bos_id = self._ids[BOS]
 
     def __len__(self) -> int:
         return len(self.words)
-
-    def __contains__(self, word: str) -> bool:
-        return word in self._ids
 
     def __repr__(self) -> str:
         return f"Vocabulary({len(self)} words: {' '.join(self.words[:6])} ...)"
 
     def id(self, word: str) -> int:
-        """The id of one word.
-
-        Raises:
-            ValueError: the word is unknown; the message names the nearest known words.
-        """
+        """The id of one word; ValueError, with the nearest known words, if it is unknown."""
         if word not in self._ids:
             near = difflib.get_close_matches(word, self.words, n=3, cutoff=0.5)
             cure = f"did you mean {' or '.join(near)}?" if near else "see Vocabulary.words for the whole list"
@@ -59,11 +50,7 @@ class Vocabulary:
         return self._ids[word]
 
     def encode(self, text: str | Iterable[str]) -> list[int]:
-        """Turn a text, or a list of words, into ids. A text is lower-cased and its punctuation split off.
-
-        Raises:
-            ValueError: a word is unknown; the message names the nearest known words.
-        """
+        """The ids of a list of words, or of a text, lower-cased and punctuation split off. ValueError as in `id`."""
         words = TOKEN_PATTERN.findall(text.lower()) if isinstance(text, str) else text
         return [self.id(word) for word in words]
 

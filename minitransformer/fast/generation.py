@@ -6,19 +6,17 @@ about both, before the first step:
 
     query, key, value     one weight, one product
     every weight          stored as [d_in, d_out], if many rows will read it in that order
-    residual sum          a part of the product: x + h Wᵀ is one operation
     keys and values       room for all that will come; a prefix lies in it like any other key
 
 Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B, H, n + S, d_head].
 
-Differs from the plain form (`Block.forward` behind a `KVCache`): in rounding only. It serves blocks whose maps are
-linear: plain ones, and wrappers that say so by `as_linear` or `as_attention`. While it is in use, some of the weights
-are there twice, and a change of the model goes unnoticed. The cache is taken over, and cannot be read on by the model.
+Differs from the plain form (`Block.forward` behind a `KVCache`): in rounding only. It serves blocks of linear layers:
+plain ones, and wrappers that say so by `as_linear` or `as_attention`. While it is in use, some of the weights are there
+twice, and a change of the model goes unnoticed. The cache is taken over, and cannot be read on by the model.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,163 +25,109 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention
 from minitransformer.block import Block
-from minitransformer.cache import KVCache, LayerCache
+from minitransformer.cache import KVCache
 from minitransformer.embedding import Embedding, positions
-from minitransformer.fast.stand_in import may_stand_in
+from minitransformer.fast.stand_in import may_stand_in, says
 from minitransformer.feedforward import FeedForward, activate
 from minitransformer.heads import LMHead
 
-LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
-KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
+FEWEST_STEPS = 4  # measured: with fewer, laying out takes longer than it saves
+Linear = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
+Parts = tuple[Attention, tuple[Tensor, Tensor] | None, list[Linear]]
 
 
-class PlainFormNeededError(Exception):
-    """The model computes something that the fast form does not know."""
+def fast_steps(model: nn.Module, cache: KVCache, more: int) -> "FastSteps | None":
+    """The fast form of `more` steps behind this cache; None where the plain one is needed, or as good."""
+    known = says(model, "is_plain") and model.config.attention == "fused"
+    if more < FEWEST_STEPS or not known or len(model.blocks) != len(cache.layers):
+        return None
+    if any(layer.key is None for layer in cache.layers):  # what stands in the block's place keeps none
+        return None
+    if not may_stand_in(cache.layers[0].key, *model.modules()):
+        return None
+    parts = [parts_of(block) for block in model.blocks]  # all are known before anything is laid out
+    return None if None in parts else FastSteps(model, cache, parts, more)
 
 
-def linear_map(module: nn.Module) -> LinearMap | None:
-    """The weight and the bias by which a module acts at present; None if it does not say, or is no linear map.
+def parts_of(block: nn.Module) -> Parts | None:
+    """A block's attention layer, keys and values [n, d_model] in front, and its linear layers; None if it is more.
 
-    A wrapper says so by a method `as_linear` that returns the same.
+    A wrapper says what it amounts to: `as_attention` returns the first two, `as_linear` a layer's weight and bias.
     """
-    if type(module) is nn.Linear:
-        return module.weight, module.bias
-    return module.as_linear() if hasattr(module, "as_linear") else None
-
-
-def plain_attention(module: nn.Module) -> tuple[Attention, KeysAndValues | None] | None:
-    """The attention layer in a module, and extra keys and values in front of it; None if it computes anything else.
-
-    A wrapper says so by a method `as_attention` that returns the same.
-    """
-    if type(module) is Attention:
-        return module, None
-    return module.as_attention() if hasattr(module, "as_attention") else None
-
-
-def known(found):
-    """`found`, unless it is None: then PlainFormNeededError is raised."""
+    if type(block) is not Block or type(block.feedforward) is not FeedForward:
+        return None
+    own, ffn = block.attention, block.feedforward
+    found = (own, None) if type(own) is Attention else getattr(own, "as_attention", lambda: None)()
     if found is None:
-        raise PlainFormNeededError
-    return found
-
-
-def relaying_pays(n_rows: int, more: int) -> bool:
-    """Whether weights should be stored as [d_in, d_out] for so many rows and steps.
-
-    Measured: up to eight rows read a weight equally well either way, and a dozen steps must pay for the new layout.
-    """
-    return n_rows > 8 and more >= 16
+        return None
+    attention = found[0]
+    layers = attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down
+    linear = [(e.weight, e.bias) if type(e) is nn.Linear else getattr(e, "as_linear", lambda: None)() for e in layers]
+    return None if None in linear else (*found, linear)
 
 
 class ThinLinear:
-    """y = x Wᵀ + b for a few rows x. Several maps of one input are joined, their outputs side by side.
+    """y = x Wᵀ + b for a few rows x. Several layers of one input are joined, their outputs side by side.
 
-    Args:
-        maps: weight and bias of each.
-        relaid: store the weights as [d_in, d_out]; otherwise a single one is read where it lies, and not copied.
+    `relaid` stores the weights as [d_in, d_out]; otherwise a single one is read where it lies, and not copied.
     """
 
-    def __init__(self, *maps: LinearMap, relaid: bool):
-        if len(maps) == 1 and not relaid:
-            self.weight = maps[0][0].T  # [d_in, d_out]
+    def __init__(self, *layers: Linear, relaid: bool):
+        weights = [w for w, _ in layers]
+        if relaid:
+            self.weight = torch.cat([w.T for w in weights], dim=1)  # [d_in, d_out]
         else:
-            self.weight = torch.cat([w.T for w, _ in maps], dim=1) if relaid else torch.cat([w for w, _ in maps]).T
-        biased = any(b is not None for _, b in maps)
-        self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in maps]) if biased else None
+            self.weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).T
+        biased = any(b is not None for _, b in layers)
+        self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in layers]) if biased else None
 
     def __call__(self, x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
-        """The maps' outputs."""
+        """The layers' outputs."""
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
-
-    def added_to(self, residual: Float[Tensor, "B d_out"], x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
-        """residual + y."""
-        out = torch.addmm(residual, x, self.weight)
-        return out if self.bias is None else out.add_(self.bias)
-
-
-class Parts(NamedTuple):
-    """What a block amounts to."""
-
-    attention: Attention
-    extra: KeysAndValues | None
-    read: tuple[LinearMap, ...]  # query, key, value
-    output: LinearMap
-    up: LinearMap
-    down: LinearMap
-
-
-def parts_of(block: nn.Module) -> Parts:
-    """What the block amounts to; PlainFormNeededError if it is more than linear maps and attention."""
-    plain = type(block) is Block and type(block.feedforward) is FeedForward
-    attention, extra = known(plain_attention(block.attention) if plain else None)
-    ffn = block.feedforward
-    maps = [attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down]
-    query, key, value, *others = [known(linear_map(part)) for part in maps]
-    return Parts(attention, extra, (query, key, value), *others)
-
-
-class FastAttention:
-    """Attention from the newest token of each row to all that it may see, which is kept here.
-
-    Args:
-        parts: of the block.
-        cache: the keys and values of all earlier tokens.
-        real_keys: which of those are real tokens, [B, S]; None: all of them.
-        more: how many tokens will come.
-        relaid: as in `ThinLinear`.
-    """
-
-    def __init__(self, parts: Parts, cache: LayerCache, real_keys: Bool[Tensor, "B S"] | None, more: int, relaid: bool):
-        n_rows, self.n_heads, n_tokens, self.d_head = cache.key.shape
-        self.read, self.output = ThinLinear(*parts.read, relaid=relaid), ThinLinear(parts.output, relaid=relaid)
-        n = 0 if parts.extra is None else len(parts.extra[0])
-        self.n_seen = n + n_tokens
-        self.seen = cache.key.new_empty(2, n_rows, self.n_heads, self.n_seen + more, self.d_head)
-        for place, extra in enumerate(() if parts.extra is None else parts.extra):
-            self.seen[place, :, :, :n] = parts.attention.split_heads(extra[None])
-        self.seen[0, :, :, n : self.n_seen], self.seen[1, :, :, n : self.n_seen] = cache.key, cache.value
-        self.real = None if real_keys is None else F.pad(real_keys, (n, more), value=True)[:, None, None]
-
-    def __call__(self, residual: Float[Tensor, "B d_model"], x: Float[Tensor, "B d_model"]) -> Tensor:
-        """residual + what attention makes of x, [B, d_model]; the key and value of x are noted."""
-        new = self.read(x).view(-1, 3, self.n_heads, 1, self.d_head).transpose(0, 1)  # [3, B, H, 1, d_head]
-        self.seen.narrow(3, self.n_seen, 1).copy_(new[1:])
-        self.n_seen += 1
-        keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
-        real = None if self.real is None else self.real[..., : self.n_seen]
-        heads = F.scaled_dot_product_attention(new[0], keys, values, real)  # [B, H, 1, d_head]
-        return self.output.added_to(residual, heads.view(x.shape))
 
 
 class FastBlock:
-    """A block for one new token a row; arguments as in `FastAttention`. Its norms may be wrapped."""
+    """A block for the newest token of each row; `seen` [2, B, H, S, d_head] hold what all earlier ones answer.
+
+    `real` says which of those are real tokens (None: all of them); `more` tokens will come. Norms may be wrapped.
+    """
 
     def __init__(
-        self,
-        block: Block,
-        parts: Parts,
-        cache: LayerCache,
-        real_keys: Bool[Tensor, "B S"] | None,
-        more: int,
-        relaid: bool,
+        self, block: Block, parts: Parts, seen: Tensor, real: Bool[Tensor, "B S"] | None, more: int, relaid: bool
     ):
-        self.pre_norm, self.activation = block.pre_norm, block.feedforward.activation
+        attention, extra, (query, key, value, *others) = parts
+        self.pre_norm, self.activation, self.n_heads = block.pre_norm, block.feedforward.activation, attention.n_heads
         self.norm_attention, self.norm_feedforward = for_rows(block.norm_attention), for_rows(block.norm_feedforward)
-        self.attention = FastAttention(parts, cache, real_keys, more, relaid)
-        self.up, self.down = ThinLinear(parts.up, relaid=relaid), ThinLinear(parts.down, relaid=relaid)
+        self.read = ThinLinear(query, key, value, relaid=relaid)
+        self.output, self.up, self.down = (ThinLinear(layer, relaid=relaid) for layer in others)
+        n = 0 if extra is None else len(extra[0])
+        if extra is not None:
+            front = torch.stack([attention.split_heads(part[None]) for part in extra])  # [2, 1, H, n, d_head]
+            seen = torch.cat([front.expand(-1, seen.shape[1], -1, -1, -1), seen], dim=3)
+        self.n_seen = seen.shape[3]
+        self.seen = F.pad(seen, (0, 0, 0, more))  # [2, B, H, n + S + more, d_head]
+        self.real = None if real is None else F.pad(real, (n, more), value=True)[:, None, None]
 
     def __call__(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
         """As `Block.forward`, for the newest position."""
         if self.pre_norm:
-            x = self.attention(x, self.norm_attention(x))
-            return self.down.added_to(x, self.bent(self.norm_feedforward(x)))
-        x = self.norm_attention(self.attention(x, x))
-        return self.norm_feedforward(self.down.added_to(x, self.bent(x)))
+            x = x + self.attention(self.norm_attention(x))
+            return x + self.feedforward(self.norm_feedforward(x))
+        x = self.norm_attention(x + self.attention(x))
+        return self.norm_feedforward(x + self.feedforward(x))
 
-    def bent(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_ff"]:
-        """The hidden layer of the FFN."""
-        return activate(self.up(x), self.activation)
+    def attention(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
+        """As `Attention.forward`; the key and value of x are noted."""
+        new = self.read(x).view(len(x), 3, self.n_heads, 1, -1).transpose(0, 1)  # [3, B, H, 1, d_head]
+        self.seen.narrow(3, self.n_seen, 1).copy_(new[1:])
+        self.n_seen += 1
+        keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
+        real = None if self.real is None else self.real[..., : self.n_seen]
+        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).view(x.shape))
+
+    def feedforward(self, x: Float[Tensor, "B d_model"]) -> Float[Tensor, "B d_model"]:
+        """As `FeedForward.forward`."""
+        return self.down(activate(self.up(x), self.activation))
 
 
 def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -195,61 +139,33 @@ def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class FastSteps:
-    """A model for one new token a row; see the head of this file.
+    """A model for one new token a row; see the head of this file. The cache's keys and values are taken out of it."""
 
-    Args:
-        model: a decoder.
-        cache: what it has read so far; its keys and values are taken out of it.
-        more: how many tokens will come.
-
-    Raises:
-        PlainFormNeededError: the model computes something that this form does not know.
-    """
-
-    def __init__(self, model: nn.Module, cache: KVCache, more: int):
-        fused = getattr(model, "is_plain", False) and model.config.attention == "fused"
-        filled = fused and len(model.blocks) == len(cache.layers) and all(own.key is not None for own in cache.layers)
-        known(model if filled and may_stand_in(cache.layers[0].key, *model.modules()) else None)
-        parts = [parts_of(block) for block in model.blocks]  # all are known before anything is laid out
-        relaid = relaying_pays(len(cache.layers[0].key), more)
-        self.model, self.cache = model, cache
-        self.blocks = [
-            FastBlock(block, own, layer, cache.real_keys, more, relaid)
-            for block, own, layer in zip(model.blocks, parts, cache.layers, strict=True)
-        ]
-        cache.layers.clear()
+    def __init__(self, model: nn.Module, cache: KVCache, parts: list[Parts], more: int):
+        # Measured: up to eight rows read a weight equally well either way, and a dozen steps pay for the new layout.
+        relaid = len(cache.layers[0].key) > 8 and more >= 16
+        self.model, self.cache, self.blocks = model, cache, []
+        for block, own in zip(model.blocks, parts, strict=True):
+            layer = cache.layers.pop(0)
+            seen = torch.stack([layer.key, layer.value])
+            self.blocks.append(FastBlock(block, own, seen, cache.real_keys, more, relaid))
         self.norm, self.head, self.scale = for_rows(model.norm), model.lm_head, 1.0
-        if type(model.head) is LMHead:
+        self.is_tied = type(model.head) is LMHead and type(model.embedding.token) is nn.Embedding
+        if self.is_tied:
             self.head = ThinLinear((model.embedding.token.weight, None), relaid=relaid)
             self.scale = model.head.logit_scale
 
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
     def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
         """The scores of the word that follows the newest one of each row."""
-        x = self.embedded(words)[:, 0]
+        embedding = self.model.embedding
+        if type(embedding) is Embedding and self.is_tied:  # no check: the words can only be the vocabulary's own
+            x = embedding.summed(embedding.token(words), positions(words, cache=self.cache))[:, 0]
+        else:
+            x = embedding(words, cache=self.cache)[:, 0]
         self.cache.count(1, None)
         self.cache.extend(1, None)
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
         return logits if self.scale == 1.0 else logits * self.scale
-
-    def embedded(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 d_model"]:
-        """The words' vectors; without checks where the words can only be the vocabulary's own."""
-        embedding = self.model.embedding
-        if type(embedding) is Embedding and type(self.model.head) is LMHead:
-            return embedding.summed(embedding.token(words), positions(words, cache=self.cache))
-        return embedding(words, cache=self.cache)
-
-
-FEWEST_STEPS = 4  # measured: with fewer, laying out takes longer than it saves
-
-
-def fast_steps(model: nn.Module, cache: KVCache, more: int) -> FastSteps | None:
-    """The fast form of `more` steps behind this cache; None where the plain one is needed, or as good."""
-    if more < FEWEST_STEPS:
-        return None
-    try:
-        return FastSteps(model, cache, more)
-    except PlainFormNeededError:
-        return None

@@ -13,12 +13,11 @@ one factor for all.
 
 Shapes: h [N, d_model], E [V, d_model], t [N].
 
-Differs from the plain form: in rounding only. It refuses to be differentiated twice, and `torch.func` does not see
-through it; the plain form can be both.
+Differs from the plain form: in rounding only. It refuses to be differentiated twice.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = 2**20  # logits at a time: 4 MiB
@@ -32,15 +31,9 @@ def pays(hidden: Tensor, embedding: Tensor) -> bool:
 
 
 def fast_cross_entropy(
-    hidden: Float[Tensor, "N d_model"],
-    embedding: Float[Tensor, "V d_model"],
-    targets: Int[Tensor, "N"],
-    scale: float = 1.0,
+    hidden: Float[Tensor, "N d_model"], embedding: Float[Tensor, "V d_model"], targets: Int[Tensor, "N"], scale: float
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Mean cross-entropy in nats of the words `targets` under softmax(scale * E h), and how many score highest.
-
-    The gradients go to `hidden` and `embedding`.
-    """
+    """Mean cross-entropy in nats of the words `targets` under softmax(scale * E h), and how many score highest."""
     learns = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, embedding)]
     return FastCrossEntropy.apply(hidden, embedding, targets, float(scale), *learns)
 
@@ -64,7 +57,8 @@ class FastCrossEntropy(torch.autograd.Function):
             own, highest = z.gather(1, target), z.amax(dim=-1, keepdim=True)
             # log sum exp z = max z - log max p, in which no logarithm of 0 can occur; large numbers meet first
             loss += ((highest - own) - p.amax(dim=-1, keepdim=True).log()).sum()
-            correct += n_right(z, target, own == highest)
+            best = (own == highest).flatten().nonzero().flatten()  # of several highest words, argmax takes the first
+            correct += (z[best].argmax(dim=-1) == target[best, 0]).sum()
             p.scatter_add_(1, target, -torch.ones_like(own))  # p - onehot(t)
             if hidden_learns:
                 torch.mm(p, embedding, out=hidden_gradient[rows]).mul_(scale / n)
@@ -83,11 +77,3 @@ class FastCrossEntropy(torch.autograd.Function):
             )
         gradients = (None if gradient is None else factor * gradient for gradient in ctx.saved_tensors)
         return *gradients, None, None, None, None
-
-
-def n_right(
-    logits: Float[Tensor, "rows V"], target: Int[Tensor, "rows 1"], among_the_highest: Bool[Tensor, "rows 1"]
-) -> Int[Tensor, ""]:
-    """How many rows have their target as `argmax`, which of several highest words takes the first."""
-    rows = among_the_highest.flatten().nonzero().flatten()
-    return (logits[rows].argmax(dim=-1) == target[rows, 0]).sum()

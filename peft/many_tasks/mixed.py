@@ -76,6 +76,8 @@ def stacked(tensors: list[Tensor]) -> Tensor:
 class MixedLoRA(MixedWrapper):
     """y_b + s B A x_b with the A [K, r, d_in] and B [K, d_out, r] of each row's task. Hu et al. 2022, equation 3."""
 
+    position_wise = True
+
     def forward(self, x: Float[Tensor, "B T d_in"]) -> Float[Tensor, "B T d_out"]:
         """The frozen map for all rows at once, the updates by two batched products."""
         y = self.base(x)
@@ -94,6 +96,8 @@ class MixedLoRA(MixedWrapper):
 
 class MixedPrefix(MixedWrapper):
     """Attention of each row over the prefix of its task, of `key` and `value` [K, n, d_model] or `hidden` [K, n, d]."""
+
+    position_wise = True
 
     def __init__(self, base: Attention, own: dict[str, Wrapper], trainable: bool):
         super().__init__(base, own, trainable)
@@ -118,6 +122,8 @@ class MixedPrefix(MixedWrapper):
 
 class MixedAdapter(MixedWrapper, Joined):
     """h_b + s bottleneck(h_b) with each row's own `down_…` and `up_…`. Houlsby et al. 2019, section 2.1."""
+
+    position_wise = True
 
     def __init__(self, base: nn.Module, own: dict[str, Wrapper], trainable: bool):
         super().__init__(base, own, trainable)

@@ -119,6 +119,8 @@ class Joined(Wrapper):
 class Adapter(Joined):
     """A bottleneck behind, beside or in front of a frozen module, with explicit `down_…` and `up_…` tensors."""
 
+    position_wise = True
+
     def __init__(self, base: nn.Module, recipe: BottleneckAdapter, d: int, generator: torch.Generator):
         super().__init__(base)
         self.recipe = recipe

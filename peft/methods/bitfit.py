@@ -64,6 +64,7 @@ class ShiftedBias(Wrapper):
     """A linear layer or a norm with an explicit `delta_bias` [d_out] on top of its frozen bias."""
 
     order = 2
+    position_wise = True
 
     def __init__(self, base: nn.Linear | nn.LayerNorm):
         super().__init__(base)

@@ -46,6 +46,8 @@ class DoRA(LoRA):
 class DoRALinear(LoRALinear):
     """y = m / ||W0 + ΔW|| (W0 x + (alpha / r) B A dropout(x)) + b, with explicit A, B and m = `magnitude` [d_out]."""
 
+    position_wise = True
+
     def __init__(self, base: nn.Linear, recipe: DoRA, generator: torch.Generator):
         super().__init__(base, recipe, generator)
         self.magnitude = parameter_like(row_norms(base.weight.detach().to(self.A.dtype)), base)

@@ -52,6 +52,7 @@ class Rescaled(Wrapper):
     """A linear layer with an explicit vector `scale` on its output [d_out] or on its input [d_in]."""
 
     order = 1
+    position_wise = True
 
     def __init__(self, base: nn.Linear, side: str):
         super().__init__(base)

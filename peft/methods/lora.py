@@ -99,6 +99,8 @@ class LoRA(LinearMethod):
 class LoRALinear(MergeableLinear):
     """y = base(x) + (alpha / r) B A dropout(x), with explicit A [r, d_in] and B [d_out, r]."""
 
+    position_wise = True
+
     def __init__(self, base: nn.Linear, recipe: LoRA, generator: torch.Generator):
         super().__init__(base)
         self.recipe, self.scale = recipe, recipe.scale

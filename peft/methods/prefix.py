@@ -117,6 +117,7 @@ class PrefixAttention(Wrapper):
     tensors; and `gate` [H]."""
 
     order = 0
+    position_wise = True
 
     def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
         super().__init__(base)
@@ -167,11 +168,6 @@ class PrefixContext(Context):
     behind: Context | None = None  # another context, such as a KV cache
     gate: Float[Tensor, " H"] | None = None  # one for each head: the prefix then has a softmax of its own
     visible: Bool[Tensor, "B n"] | None = None  # False where a row lacks a position
-
-    @property
-    def grows(self) -> bool:
-        """Whether a cache stands behind."""
-        return self.behind is not None and self.behind.grows
 
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `Context.attend`: the tokens behind first, the prefix in front of them."""

@@ -94,6 +94,8 @@ class VeRA(LinearMethod):
 class VeRALinear(MergeableLinear):
     """y = base(x) + b ⊙ B (d ⊙ A x), with explicit d [r] and b [d_out]; A and B are shared and frozen."""
 
+    position_wise = True
+
     def __init__(self, base: nn.Linear, recipe: VeRA, A: nn.Parameter, B: nn.Parameter):
         super().__init__(base)
         self.A, self.B = A, B

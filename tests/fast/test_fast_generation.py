@@ -6,9 +6,8 @@ from reference.random_weights import randomize
 from torch import nn
 
 from minitransformer import Transformer, TransformerConfig, generation
-from minitransformer.attention import Attention
 from minitransformer.cache import KVCache
-from minitransformer.fast.generation import ThinLinear, fast_steps, linear_map, plain_attention, relaying_pays
+from minitransformer.fast.generation import ThinLinear, fast_steps
 
 CONFIG = {"vocab_size": 23, "max_len": 40, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24}
 TOKENS = torch.tensor([[3, 1, 4, 1], [0, 0, 5, 9], [0, 0, 0, 2]])
@@ -60,7 +59,7 @@ def test_weights_that_are_laid_out_anew_give_the_same(n_rows, more):
     model = decoder()
     tokens = torch.randint(23, (n_rows, 4), generator=torch.Generator().manual_seed(1))
     fast, cache = steps(model, tokens, more=more)
-    assert fast.blocks[0].up.weight.is_contiguous() == relaying_pays(n_rows, more) == (n_rows == 9 and more == 16)
+    assert fast.blocks[0].up.weight.is_contiguous() == (n_rows == 9 and more == 16)
     for _ in range(more):
         words = torch.randint(23, (n_rows, 1))
         torch.testing.assert_close(fast(words), plainly(model, words, cache, None), rtol=1e-11, atol=1e-11)
@@ -224,18 +223,11 @@ def test_the_plain_form_is_used_under_autocast():
         assert steps(model)[0] is None
 
 
-def test_maps_without_a_bias_stand_beside_maps_with_one():
+def test_layers_without_a_bias_stand_beside_layers_with_one():
     torch.manual_seed(0)
     one, other, x = nn.Linear(3, 4), nn.Linear(3, 2, bias=False), torch.randn(5, 3)
     for relaid in (False, True):
-        both = ThinLinear(linear_map(one), linear_map(other), relaid=relaid)
+        both = ThinLinear((one.weight, one.bias), (other.weight, None), relaid=relaid)
         torch.testing.assert_close(both(x), torch.cat([one(x), other(x)], dim=1))
-        alone = ThinLinear(linear_map(other), relaid=relaid)
+        alone = ThinLinear((other.weight, None), relaid=relaid)
         torch.testing.assert_close(alone(x), other(x))
-        torch.testing.assert_close(alone.added_to(x[:, :2], x), x[:, :2] + other(x))
-
-
-def test_what_is_no_linear_map_or_attention_says_nothing():
-    attention = Attention(TransformerConfig(**CONFIG))
-    assert linear_map(nn.ReLU()) is None and plain_attention(nn.ReLU()) is None
-    assert plain_attention(attention) == (attention, None)

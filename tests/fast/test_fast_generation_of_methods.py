@@ -8,9 +8,9 @@ from reference.random_weights import randomize
 import peft
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.cache import KVCache
-from minitransformer.fast.generation import fast_steps, linear_map
+from minitransformer.fast.generation import fast_steps
 from peft.functional import lora_update
-from peft.method import switched_off
+from peft.method import linear_map, switched_off
 from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
 

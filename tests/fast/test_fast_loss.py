@@ -68,7 +68,7 @@ def test_first_derivatives_by_finite_differences():
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     hidden, embedding, targets = tensors()
-    loss, _ = fast_cross_entropy(hidden, embedding, targets)
+    loss, _ = fast_cross_entropy(hidden, embedding, targets, 1.0)
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice; take the plain one, .*cross_entropy"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
@@ -77,7 +77,7 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 def test_only_what_asks_for_a_gradient_gets_one(learning):
     *given, targets = tensors()
     given = [tensor.detach().requires_grad_(i in learning) for i, tensor in enumerate(given)]
-    loss, _ = fast_cross_entropy(*given, targets)
+    loss, _ = fast_cross_entropy(*given, targets, 1.0)
     assert loss.requires_grad == bool(learning)
     if learning:
         loss.backward()
@@ -103,7 +103,7 @@ def test_without_autograd_no_gradient_is_made(monkeypatch):
 def test_words_that_are_all_but_impossible_have_their_finite_loss(size):
     """Where softmax rounds to 0, its logarithm would be minus infinity: the loss is the distance to the best word."""
     hidden, embedding = torch.tensor([[size, 0.0]], requires_grad=True), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    loss, correct = fast_cross_entropy(hidden, embedding, torch.tensor([1]))
+    loss, correct = fast_cross_entropy(hidden, embedding, torch.tensor([1]), 1.0)
     expected = F.cross_entropy(hidden.detach() @ embedding.T, torch.tensor([1]))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and correct == 0
     assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
@@ -113,19 +113,19 @@ def test_the_loss_of_a_sure_and_right_word_keeps_its_digits():
     """The loss is a small difference of large numbers: the large ones must meet first."""
     for size in (1e2, 1e4):
         hidden, embedding = torch.tensor([[1.0]]), torch.tensor([[size], [size - 5]])
-        loss, correct = fast_cross_entropy(hidden, embedding, torch.tensor([0]))
+        loss, correct = fast_cross_entropy(hidden, embedding, torch.tensor([0]), 1.0)
         assert loss.item() == pytest.approx(np.log1p(np.exp(-5)), rel=1e-4) and correct == 1
 
 
 def test_of_equally_high_words_the_first_counts_as_the_answer():
     hidden, embedding = torch.zeros(3, D), torch.randn(V, D)
-    assert fast_cross_entropy(hidden, embedding, torch.tensor([0, 1, 6]))[1] == 1
+    assert fast_cross_entropy(hidden, embedding, torch.tensor([0, 1, 6]), 1.0)[1] == 1
 
 
 def test_a_nan_in_the_hidden_states_is_a_nan_in_the_loss():
     hidden, embedding, targets = tensors(torch.float32)
     broken = hidden.detach().masked_fill(torch.arange(D) == 1, torch.nan)
-    assert fast_cross_entropy(broken, embedding, targets)[0].isnan()
+    assert fast_cross_entropy(broken, embedding, targets, 1.0)[0].isnan()
 
 
 def test_it_pays_where_there_are_many_logits_in_full_precision():

@@ -1,10 +1,13 @@
 """The KV cache: it holds what came in its order, and padding is noted from when it occurs."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from reference.method_cases import train_a_little
 
+import peft
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.attention import recorded
 from minitransformer.cache import KVCache, LayerCache
@@ -42,11 +45,15 @@ def test_a_layer_keeps_keys_and_values_apart():
     assert torch.equal(layer.key, keys) and torch.equal(layer.value, values)
 
 
-def test_attention_weights_are_not_recorded_behind_a_cache():
-    model, tokens = Transformer(CONFIG).eval(), torch.tensor([[3, 1, 4]])
-    with recorded(model), pytest.raises(ValueError, match="whole text"):
-        model.hidden(tokens, cache=KVCache(2))
-    assert torch.equal(model.generate(tokens, 4), model.generate(tokens, 4, use_cache=False))
+def test_attention_weights_behind_a_cache_are_rows_of_those_of_the_whole_text():
+    model, tokens = Transformer(CONFIG).eval(), torch.tensor([[3, 1, 4, 1, 5]])
+    whole, cache = model.attention_weights(tokens), KVCache(2)
+    with recorded(model) as weights:
+        model.hidden(tokens[:, :3], cache=cache)
+        model.hidden(tokens[:, 3:], cache=cache)
+    for layer, (first, second) in enumerate(zip(weights[:2], weights[2:], strict=True)):
+        torch.testing.assert_close(first, whole[layer][:, :, :3, :3])
+        torch.testing.assert_close(second, whole[layer][:, :, 3:])
 
 
 def test_without_padding_nothing_is_noted():
@@ -93,3 +100,20 @@ def test_long_generation_is_the_same_with_and_without_the_cache(padded):
     assert torch.equal(model.generate(tokens, 30, padding_mask=real), expected)
     alone = model.generate(tokens[1:2, padded:], 30)
     assert torch.equal(alone[:, 6 - padded :], expected[1:2, 6:])
+
+
+@pytest.mark.parametrize("cuts", [(5,), (1, 2), (3, 4, 6)], ids=str)
+@pytest.mark.parametrize("targets", [("query",), ("key",), ("value",), ("query", "key", "value")], ids=str)
+@pytest.mark.parametrize("attention", ["fused", "written_out"])
+def test_gradients_through_a_cache_are_those_of_the_whole_text(attention, targets, cuts):
+    model = Transformer(dataclasses.replace(CONFIG, attention=attention)).double()
+    train_a_little(peft.attach(model, peft.LoRA(rank=2, targets=targets)))
+    trained = list(peft.trainable_parameters(model).values())
+    tokens = torch.randint(23, (2, 7), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(2)
+    pieces = torch.cat([model(piece, cache=cache) for piece in tokens.tensor_split(cuts, dim=1)], dim=1)
+    whole = model(tokens)
+    torch.testing.assert_close(pieces, whole, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(out.square().sum(), trained) for out in (pieces, whole)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

@@ -1,5 +1,7 @@
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 
 from minitransformer import TransformerConfig
@@ -35,8 +37,39 @@ def test_sizes_are_at_least_1(name):
         ({"attention": "flash"}, "attention='flash' is unknown; choose one of fused, written_out"),
         ({"init": "zero"}, "init='zero' is unknown; choose one of gpt2, unit_embedding"),
         ({"lm_head": "bert", "logit_scale": 0.5}, 'lm_head="bert" has no logit_scale'),
+        ({"logit_scale": 0.0}, "norm_eps and logit_scale must be above 0, got 1e-05 and 0.0"),
+        ({"norm_eps": -1.0}, "norm_eps and logit_scale must be above 0, got -1.0 and 1.0"),
     ],
 )
 def test_a_bad_choice_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**(SIZES | change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"d_model": 128.0}, "d_model must be an integer, got 128.0"),
+        ({"n_heads": True}, "n_heads must be an integer, got True"),
+        ({"vocab_size": "10"}, "vocab_size must be an integer, got '10'"),
+        ({"n_segments": None}, "n_segments must be an integer, got None"),
+        ({"dropout": float("nan")}, "dropout must be a finite number, got nan"),
+        ({"norm_eps": float("inf")}, "norm_eps must be a finite number, got inf"),
+        ({"logit_scale": "1"}, "logit_scale must be a finite number, got '1'"),
+        ({"causal": 1}, "causal must be True or False, got 1"),
+        ({"gradient_checkpointing": "no"}, "gradient_checkpointing must be True or False, got 'no'"),
+        ({"norm": None}, "norm=None is unknown"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_value_of_another_kind_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**(SIZES | change))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_become_pythons_own():
+    config = TransformerConfig(np.int64(10), np.int32(8), dropout=np.float32(0.25), logit_scale=2)
+    assert config == TransformerConfig(10, 8, dropout=0.25, logit_scale=2.0)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["vocab_size"] == 10
+    assert type(config.logit_scale) is float

@@ -27,6 +27,18 @@ def test_left_out_segments_are_all_0():
     assert torch.equal(e(TOKENS, REAL), e(TOKENS, REAL, torch.zeros_like(TOKENS)))
 
 
+def test_what_is_hooked_to_the_segments_sees_those_that_are_left_out():
+    e = embedding(n_segments=2)
+    e.segment.register_forward_hook(lambda *seen: 2 * seen[-1])
+    torch.testing.assert_close(e(TOKENS, REAL), e(TOKENS, REAL, torch.zeros_like(TOKENS)))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_segments_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"segments must have the shape of tokens, \(2, 4\), got \(1, 4\)"):
+        embedding(n_segments=2)(TOKENS, REAL, torch.zeros(1, 4, dtype=torch.long))
+
+
 def test_the_sum_is_normalised_where_asked():
     plain, normed = embedding(), embedding(embedding_norm=True)
     plain.load_state_dict(normed.state_dict(), strict=False)

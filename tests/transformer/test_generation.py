@@ -1,9 +1,14 @@
+import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import pytest
 import torch
 from reference.random_weights import randomize
 
 from minitransformer import Transformer, TransformerConfig
-from minitransformer.generation import evaluation_mode, next_word
+from minitransformer.generation import next_word
+from minitransformer.modes import evaluation_mode, modes_restored
 
 CONFIG = {"vocab_size": 23, "max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24}
 TOKENS = torch.tensor([[3, 1, 4, 1], [0, 0, 5, 9], [0, 0, 0, 2]])
@@ -96,12 +101,71 @@ def test_modes_come_back_after_an_exception(decoder):
     assert all(module.training for module in decoder.modules())
 
 
+class InAndOut(ExitStack):
+    """A use of the model that begins and ends when it is told to."""
+
+    def __init__(self, use, module):
+        super().__init__()
+        self.enter_context(use(module))
+
+
+@pytest.mark.parametrize("use", [evaluation_mode, modes_restored])
+@pytest.mark.parametrize("order", ["nested", "overlapping", "three"])
+def test_the_last_to_leave_restores_the_modes(decoder, use, order):
+    decoder.train()
+    decoder.blocks[0].eval()
+    before = {module: module.training for module in decoder.modules()}
+    first, second = InAndOut(evaluation_mode, decoder), InAndOut(use, decoder.blocks)
+    last = InAndOut(evaluation_mode, decoder) if order == "three" else None
+    if order == "nested":
+        second.close()
+        assert not any(module.training for module in decoder.modules())
+        first.close()
+    else:
+        first.close()
+        inside = decoder.modules() if last else decoder.blocks.modules()
+        assert not any(module.training for module in inside)
+        second.close()
+        if last:
+            last.close()
+    assert {module: module.training for module in decoder.modules()} == before
+
+
+def test_a_mode_that_is_set_inside_is_what_an_inner_use_restores(decoder):
+    decoder.eval()
+    with evaluation_mode(decoder):
+        decoder.train()
+        with evaluation_mode(decoder):
+            assert not decoder.training
+        assert decoder.training
+    assert not decoder.training
+
+
+def test_generation_in_many_threads_leaves_the_modes(decoder):
+    decoder.train()
+    for module in decoder.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    expected = decoder.generate(TOKENS, 4)
+    with ThreadPoolExecutor(4) as pool:
+        asked = decoder.generate, decoder.attention_weights
+        jobs = [(pool.submit(asked[0], TOKENS, 4), pool.submit(asked[1], TOKENS)) for _ in range(40)]
+        results = [(words.result(), weights.result()) for words, weights in jobs]
+    for words, weights in results:
+        assert torch.equal(words, expected) and len(weights) == 2 and torch.equal(weights[1], results[0][1][1])
+    assert all(module.training for module in decoder.modules())
+
+
 @pytest.mark.parametrize(
     "n, options, message",
     [
         (-1, {}, "max_new_tokens must be 0 or more"),
         (9, {}, "4 tokens and 9 new ones exceed max_len 12; ask for at most 8 new tokens"),
         (1, {"temperature": -1.0}, "temperature must be 0 .greedy. or more"),
+        (1, {"temperature": math.nan}, "temperature must be 0 .greedy. or more, and finite, got nan"),
+        (1, {"temperature": math.inf}, "temperature must be 0 .greedy. or more, and finite, got inf"),
+        (1, {"top_k": 3}, "top_k=3 and seed=0 would be ignored: give a temperature above 0"),
+        (1, {"seed": 1}, "top_k=None and seed=1 would be ignored: give a temperature above 0"),
         (1, {"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
         (1, {"padding_mask": REAL.flip(1)}, "pad on the left"),
     ],
@@ -109,6 +173,43 @@ def test_modes_come_back_after_an_exception(decoder):
 def test_bad_options_are_refused(decoder, n, options, message):
     with pytest.raises(ValueError, match=message):
         decoder.generate(TOKENS, n, **options)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize(
+    "tokens, mask, message",
+    [
+        (TOKENS[0], None, r"tokens must be \[B, T\], got shape \(4,\); tokens\[None\]"),
+        (TOKENS[None], None, r"tokens must be \[B, T\], got shape \(1, 3, 4\)"),
+        (TOKENS[:, :0], None, "tokens is empty"),
+        (TOKENS.double(), None, r"got torch.float64; use tokens.long\(\)"),
+        (TOKENS.bool(), None, r"got torch.bool; use tokens.long\(\)"),
+        (TOKENS, REAL[:, 0], r"padding_mask must be bool and of the shape of tokens"),
+        (TOKENS, REAL.long(), r"padding_mask must be bool"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_batch_of_texts_is_refused(decoder, tokens, mask, message, n):
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(tokens, n, padding_mask=mask)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_exactly_k_words_are_drawn_from_also_where_they_are_equal(k, temperature):
+    logits = torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0]).expand(500, -1)
+    words = next_word(logits, temperature, k, torch.Generator().manual_seed(0))
+    best = [1, 3, 0, 2, 4]  # the higher first, of equal ones those in front
+    assert set(words.tolist()) <= set(best[:k])
+    if temperature == 1.0:
+        assert set(words.tolist()) == set(best[:k])
+
+
+def test_any_temperature_above_0_gives_probabilities():
+    logits = torch.tensor([[1.0, 300.0, 2.0]])
+    for temperature in (1e-300, 1e-38, 1e-30, 1e30):
+        word = next_word(logits, temperature, None, torch.Generator().manual_seed(0))
+        assert temperature > 1 or word == 1
 
 
 def test_an_encoder_cannot_generate():

@@ -93,3 +93,27 @@ def test_the_callers_random_state_is_left_alone(build):
     before = torch.get_rng_state()
     build()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_seed_gives_the_same_weights_whatever_the_callers_random_state(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(1)
+        one = Transformer(GPT2.config)
+        torch.manual_seed(2)
+        other = Transformer(GPT2.config)
+        assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
+        assert one.norm.weight.dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_on_the_meta_device_a_model_has_shapes_only():
+    """As large as GPT-3 (Brown et al. 2020, table 2.1), in no time; shapes are computed as well."""
+    sizes = {"vocab_size": 50257, "max_len": 2048, "d_model": 12288, "n_heads": 96, "n_layers": 4, "d_ff": 49152}
+    with torch.device("meta"):
+        model = SequenceClassifier(Transformer(TransformerConfig(**sizes)), 2)
+        assert model(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 2)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert SequenceClassifier(GPT2.to("cpu"), 2).head.weight.device.type == "cpu"

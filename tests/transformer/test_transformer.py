@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from reference.numpy_transformer import ACTIVATIONS, NumpyTransformer
 from reference.random_weights import randomize
+from torch.utils.checkpoint import checkpoint
 
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.attention import recorded
@@ -142,6 +143,22 @@ def test_recorded_weights_are_those_of_the_pass_and_nobody_records_afterwards(ti
     assert all(torch.equal(*pair) for pair in zip(weights, model.attention_weights(TOKENS), strict=True))
 
 
+def test_what_is_computed_again_for_a_gradient_is_not_recorded_twice(tiny):
+    model = tiny(gradient_checkpointing=True)
+    with recorded(model) as weights:
+        model.hidden(TOKENS).sum().backward()
+        assert len(weights) == 2
+        checkpoint(model.hidden, TOKENS, use_reentrant=False).sum().backward()
+    assert len(weights) == 4
+
+
+def test_who_records_a_layer_sees_no_other_and_two_may_record_one(tiny):
+    model = tiny()
+    with recorded(model) as all_of_them, recorded(model.blocks[1].attention) as one:
+        model(TOKENS)
+    assert len(all_of_them) == 2 and len(one) == 1 and torch.equal(one[0], all_of_them[1])
+
+
 def test_recorded_weights_know_a_mask_that_comes_by_name(tiny):
     model = tiny()
     expected = model.attention_weights(TOKENS)
@@ -187,6 +204,17 @@ def test_module_names_are_the_documented_ones(tiny):
     assert {"embedding.token", "embedding.position", "norm"} | {f"blocks.1.{name}" for name in block} <= names
 
 
+def test_a_loss_of_no_word_is_refused(tiny):
+    with pytest.raises(ValueError, match="targets ask for no word: all are -100"):
+        tiny().loss(TOKENS, torch.full_like(TOKENS, -100))
+
+
+@pytest.mark.parametrize("asked", [[0, -1, 2], [0, 1, 7]], ids=str)
+def test_an_asked_position_outside_the_text_is_refused(tiny, asked):
+    with pytest.raises(ValueError, match=r"asked positions run from 0 to 6, got \["):
+        tiny().hidden(TOKENS, asked=torch.tensor(asked))
+
+
 @pytest.mark.parametrize(
     "tokens, mask, message",
     [
@@ -207,10 +235,11 @@ def test_bad_input_is_refused(tiny, tokens, mask, message):
     "tokens, mask, message",
     [
         (TOKENS[0], None, r"tokens must be \[B, T\], got shape \(7,\); tokens\[None\]"),
+        (TOKENS.float(), None, r"word numbers, torch.int64 or torch.int32, got torch.float32; use tokens.long\(\)"),
         (TOKENS, MASKS["left"].long(), r"padding_mask must be bool .* got torch.int64 .*; mask.bool\(\)"),
         (TOKENS, MASKS["left"][:1], r"of the shape of tokens, \(3, 7\), got torch.bool \(1, 7\)"),
     ],
-    ids=["one row", "integers", "another shape"],
+    ids=["one row", "real numbers", "integers", "another shape"],
 )
 def test_bad_shapes_have_messages_of_their_own_where_shapes_are_not_checked(tiny, unchecked, tokens, mask, message):
     with pytest.raises(ValueError, match=message):
