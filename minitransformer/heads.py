@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
 from minitransformer.feedforward import activate
+from minitransformer.randomness import random_state_restored
 
 
 class LMHead(nn.Module):
@@ -64,7 +65,9 @@ class SequenceClassifier(nn.Module):
         self.transformer = transformer
         self.pool = pool
         self.dropout = dropout
-        with torch.random.fork_rng(devices=[]):  # PyTorch's own draw must not move the caller's random state
+        with random_state_restored(
+            torch.get_default_device()
+        ):  # PyTorch's own draw must not move the caller's random state
             self.head = nn.Linear(transformer.config.d_model, n_classes)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.head.weight, std=0.02, generator=generator)

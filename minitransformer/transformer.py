@@ -27,6 +27,7 @@ from minitransformer.generation import generate
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
+from minitransformer.randomness import random_state_restored
 
 
 class Transformer(nn.Module):
@@ -42,7 +43,7 @@ class Transformer(nn.Module):
         self.config = config
         # PyTorch's layers draw weights of their own when they are made; ours replace them, so the caller's random
         # state must not notice.
-        with torch.random.fork_rng(devices=[]):
+        with random_state_restored(torch.get_default_device()):
             self.embedding = Embedding(config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
             self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
