@@ -82,7 +82,7 @@ def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: In
 def _score(scores: Float[Tensor, "*shape"], targets: Int[Tensor, "N"]) -> Score:
     if scores.dim() != 2:
         raise ValueError(
-            f"one score for each class is wanted, [N, classes], and the model gives {list(scores.shape)}: label_loss is "
+            f"one score for each class is wanted, [N, n], but the model gives {list(scores.shape)}: label_loss is "
             f"for a SequenceClassifier"
         )
     scores, targets = _asked(scores, targets, scores.shape[1])
@@ -94,7 +94,7 @@ def _asked(rows: Tensor, targets: Tensor, n_choices: int) -> tuple[Tensor, Tenso
     """The rows that are asked something, and their targets; raise ValueError for a target that is no choice."""
     if targets.is_floating_point() or targets.shape != rows.shape[:1]:
         raise ValueError(
-            f"targets must be whole numbers, one for each of {len(rows)} rows, not {targets.dtype} {list(targets.shape)}"
+            f"targets must be whole numbers, one a row of {len(rows)}, not {targets.dtype} {list(targets.shape)}"
         )
     asked = targets != NOTHING
     rows, targets = (rows, targets) if bool(asked.all()) else (rows[asked], targets[asked])

@@ -151,7 +151,7 @@ def test_an_encoder_does_not_learn_to_copy():
             self.model, self.hidden = model, model.hidden
 
     for model in (transformer(causal=False), Inside(transformer(causal=False))):
-        with pytest.raises(ValueError, match="an encoder sees the next word .* take a model with causal=True"):
+        with pytest.raises(ValueError, match=r"an encoder sees the next word .* take a model with causal=True"):
             next_token_loss(model, DATA)
 
 
@@ -515,7 +515,7 @@ def test_a_step_that_breaks_the_weights_is_undone(value, error):
 
     options = {"objective": objective, "schedule": "constant", "warmup": 0, "progress": False}
     fit(twin, DATA, steps=2, optimizer=torch.optim.SGD(twin.parameters(), lr=0.1), **options)
-    with pytest.raises(error, match="norm of the new weights .* at step 2; the weights are still|the machine stops"):
+    with pytest.raises(error, match=r"norm of the new weights .* at step 2; the weights are still|the machine stops"):
         fit(model, DATA, steps=9, optimizer=optimizer, **options)
     assert same_bits(weights_of(twin), weights_of(model)) and model.seen == 2
 
@@ -561,7 +561,7 @@ def test_no_option_is_ignored():
         options = {"train": DATA, "steps": 3, "progress": False, name: value} | beside
         with pytest.raises(ValueError, match=f"{name}=.* would be ignored, since it goes with"):
             fit(transformer(), **options)
-    with pytest.raises(ValueError, match='keep="best" needs .* validate_every'):
+    with pytest.raises(ValueError, match=r'keep="best" needs .* validate_every'):
         fit(transformer(), DATA, HELD_OUT, steps=3, keep="best", progress=False)
 
 
