@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -10,42 +11,52 @@ from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.objectives import Score
 
 SCHEDULES = ("cosine", "linear", "constant")
-OF_ADAMW = ("learning_rate", "weight_decay", "betas")  # an optimizer of one's own brings these
 
 
 def check_options(given: Mapping) -> None:
     """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
-    train, validation, steps = given["train"], given["validation"], given["steps"]
+    o, own = SimpleNamespace(**given), given["optimizer"] is not None
     for name in ("steps", "batch_size", "validate_every", "every"):
         if given[name] is not None and (not isinstance(given[name], int) or given[name] < 1):
             raise ValueError(f"{name}={given[name]!r} must be a whole number, at least 1")
-    if not callable(train) and not isinstance(train, Dataset):
-        raise ValueError(f"train is a {type(train).__name__}; give a Dataset, or a function from the step to one")
-    if not callable(train) and len(train) == 0:
-        raise ValueError("the training set is empty")
-    if validation is not None and (not isinstance(validation, Dataset) or len(validation) == 0):
-        raise ValueError("the validation set is empty; leave it out, or give a Dataset with rows")
-    schedule, warmup, clip, keep = (given[name] for name in ("schedule", "warmup", "clip", "keep"))
-    if not callable(schedule) and schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or give a function")
-    if warmup is not None and not 0 <= warmup < max(1, steps):
-        raise ValueError(f"warmup={warmup} must be at least 0 and shorter than the run of {steps} steps")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip={clip} must be above 0; None never clips")
-    if keep not in ("last", "best"):
-        raise ValueError(f'keep={keep!r} is unknown; choose "last" or "best"')
-    if keep == "best" and (validation is None or given["validate_every"] is None):
-        raise ValueError('keep="best" needs a validation set to judge by, and validate_every')
-    ignored = [name for name in OF_ADAMW if given["optimizer"] is not None and given[name] is not None]
-    for name, missing in (
-        (ignored and ignored[0], "AdamW without an optimizer of your own: set it in the optimizer's groups"),
-        (warmup is not None and callable(schedule) and "warmup", "a named schedule: a function says it all"),
-        (given["batch_size"] and callable(train) and "batch_size", "a data set: a function makes its own batches"),
-        (given["validate_every"] and validation is None and "validate_every", "a validation set"),
-        (given["every"] and given["checkpoint"] is None and "every", "a checkpoint file"),
+    for wrong, message in (
+        (
+            not callable(o.train) and not isinstance(o.train, Dataset),
+            f"train is a {type(o.train).__name__}; give a Dataset, or a function from the step to one",
+        ),
+        (isinstance(o.train, Dataset) and len(o.train) == 0, "the training set is empty; give it rows"),
+        (
+            o.validation is not None and not (isinstance(o.validation, Dataset) and len(o.validation)),
+            "the validation set is empty; leave it out, or give a Dataset with rows",
+        ),
+        (
+            not callable(o.schedule) and o.schedule not in SCHEDULES,
+            f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or give a function",
+        ),
+        (
+            o.warmup is not None and not 0 <= o.warmup < max(1, o.steps),
+            f"warmup={o.warmup} must be at least 0 and shorter than the run of {o.steps} steps",
+        ),
+        (o.clip is not None and not o.clip > 0, f"clip={o.clip} must be above 0; None never clips"),
+        (o.keep not in ("last", "best"), f'keep={o.keep!r} is unknown; choose "last" or "best"'),
+        (
+            o.keep == "best" and (o.validation is None or o.validate_every is None),
+            'keep="best" needs a validation set to judge by, and validate_every',
+        ),
     ):
-        if name:
-            raise ValueError(f"{name}={given[name]!r} would be ignored, since it goes with {missing}; leave it out")
+        if wrong:
+            raise ValueError(message)
+    for name, serves, place in (
+        ("learning_rate", not own, "AdamW; the groups of an optimizer of your own say it"),
+        ("weight_decay", not own, "AdamW; the groups of an optimizer of your own say it"),
+        ("betas", not own, "AdamW; the groups of an optimizer of your own say it"),
+        ("warmup", not callable(o.schedule), "a named schedule; a function says it all"),
+        ("batch_size", not callable(o.train), "a data set; a function makes its own batches"),
+        ("validate_every", o.validation is not None, "a validation set"),
+        ("every", o.checkpoint is not None, "a checkpoint file"),
+    ):
+        if given[name] is not None and not serves:
+            raise ValueError(f"{name}={given[name]!r} would be ignored, since it goes with {place}; leave it out")
 
 
 def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,13 +93,6 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{', …' if len(left_out) > 3 else ''}), so they would never move; make the optimizer after the last "
             f"attach()"
         )
-
-
-def checked_batch(batch: Dataset, step: int) -> Dataset:
-    """The batch that a function gave; raise ValueError unless it is a data set with rows."""
-    if not isinstance(batch, Dataset) or len(batch) == 0:
-        raise ValueError(f"the batch of step {step} is a {type(batch).__name__}, or empty; give a Dataset with rows")
-    return batch
 
 
 def check_finite(name: str, value: float, step: int) -> None:

@@ -9,21 +9,22 @@ Sources: AdamW, Loshchilov & Hutter 2019, algorithm 2; clipping by the global no
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.checks import check_finite, check_optimizer, check_options, check_score, trainable_of
 from minitransformer.training.distributed import data_parallel
 from minitransformer.training.evaluation import evaluate
 from minitransformer.training.objectives import Objective, Score, answer_loss
-from minitransformer.training.plan import batches, is_due, learning_rate_factor, left_as_found, set_rates
-from minitransformer.training.progress import History, ProgressBar, RunState
-from minitransformer.training.resume import RunFile, identity_of
+from minitransformer.training.plan import (
+    batches, is_due, learning_rate_factor, left_as_found, restored_by_an_exception, set_rates,
+)  # fmt: skip
+from minitransformer.training.progress import History, ProgressBar
+from minitransformer.training.resume import run_file
 
 DECISIVE = ("steps", "schedule", "clip", "validate_every", "keep", "seed", "objective", "train", "validation")
 
@@ -76,14 +77,9 @@ def fit(
         optimizer = torch.optim.AdamW(trainable.values(), rate, betas or (0.9, 0.999), weight_decay=weight_decay or 0.0)
     check_optimizer(model, optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    devices = {p.device for p in model.parameters()}
-    run, run_file = RunState(), None
-    if checkpoint is not None:
-        options = {name: given[name] for name in DECISIVE} | {"batch_size": batch_size, "warmup": warmup}
-        run_file = RunFile(Path(checkpoint), identity_of(model, optimizer, options))
-        run = run_file.restore(model, optimizer)
-        if run.step < steps:  # a place that cannot be written is noticed here
-            run_file.save(run, model, optimizer)
+    options = {name: given[name] for name in DECISIVE} | {"batch_size": batch_size, "warmup": warmup}
+    file = run_file(checkpoint, model, optimizer, options)
+    run, devices = file.restore(model, optimizer), {p.device for p in model.parameters()}
     with left_as_found(model, optimizer, devices), ProgressBar(steps, run.step, description, progress) as bar:
         learner = data_parallel(model, objective)
         for step, batch in batches(train, range(run.step, steps), batch_size, seed, devices):
@@ -95,8 +91,8 @@ def fit(
             bar.show(run.history)
             if validation is not None and is_due(validate_every, run.step, steps):
                 run.record_validation(evaluate(model, validation, objective), trainable, keep)
-            if run_file is not None and is_due(every or max(1, steps // 20), run.step, steps):
-                run_file.save(run, model, optimizer)
+            if is_due(every or max(1, steps // 20), run.step, steps):
+                file.save(run, model, optimizer)
     return run.finish(trainable)
 
 
@@ -125,16 +121,3 @@ def training_step(
     finally:
         optimizer.zero_grad(set_to_none=True)  # no gradient outlives its step
     return score, norm
-
-
-@contextmanager
-def restored_by_an_exception(tensors: list[Tensor]) -> Iterator[None]:
-    """After an exception inside, the tensors hold what they held."""
-    before = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        raise

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitransformer.modes import modes_restored
 from minitransformer.randomness import generator_of, random_state_restored
 from minitransformer.tasks.dataset import Dataset
-from minitransformer.training.checks import checked_batch
 from minitransformer.training.distributed import n_processes, rank
 
 
@@ -35,7 +34,12 @@ def batches(
         for device in devices:
             generator_of(device).manual_seed((seed * 1_000_003 + step) * n_processes() + rank())
         if callable(train):
-            yield step, checked_batch(train(step), step)
+            batch = train(step)
+            if not isinstance(batch, Dataset) or len(batch) == 0:
+                raise ValueError(
+                    f"the batch of step {step} is a {type(batch).__name__}, or empty; give a Dataset of rows"
+                )
+            yield step, batch
             continue
         epoch, position = divmod(step, per_epoch)
         if epoch != ordered:
@@ -81,3 +85,16 @@ def left_as_found(
             yield
     finally:
         set_rates(optimizer, peaks, 1.0)
+
+
+@contextmanager
+def restored_by_an_exception(tensors: list[Tensor]) -> Iterator[None]:
+    """After an exception inside, the tensors hold what they held."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        raise

@@ -26,14 +26,14 @@ START = "start of the trained tensors"
 
 @dataclass(frozen=True)
 class RunFile:
-    """The file of one run: `save` after some steps, `restore` at the start of the next try.
+    """The file of one run: `restore` at the start of each try, `save` after some steps. Without a path both do nothing.
 
     Args:
         path: of the file.
         identity: all that decides the result, as texts by name; a file of another run is refused.
     """
 
-    path: Path
+    path: Path | None
     identity: dict[str, str]
 
     def save(self, run: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -42,60 +42,54 @@ class RunFile:
         Raises:
             OSError: the file cannot be written; an older one is as it was.
         """
-        if not is_writer():
+        if self.path is None or not is_writer():
             return
-        state = {
-            f"optimizer.{index}.{name}": value
-            for index, entries in optimizer.state_dict()["state"].items()
-            for name, value in entries.items()
-        }
+        state = {f"model.{name}": tensor for name, tensor in moving(model).items()}
+        state |= {f"best.{name}": tensor for name, tensor in run.best.items()}
+        for index, entries in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        record = {"format": FORMAT, "identity": self.identity, "history": asdict(run.history)}
-        record["values"] = {name: value for name, value in state.items() if name not in tensors}
-        tensors |= {f"model.{name}": tensor for name, tensor in moving(model).items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in run.best.items()}
+        values = {name: value for name, value in state.items() if name not in tensors}
+        record = {"format": FORMAT, "identity": self.identity, "history": asdict(run.history), "values": values}
         write_whole(self.path, pack(tensors, record, KEY))
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-        """Put model and optimizer where the run stood; a fresh run if there is no file yet.
+        """Put model and optimizer where the run stood. If there is no file yet, a fresh run, whose start is written.
 
         Raises:
             ValueError: not the file of a run, damaged, or of another run. Nothing has changed then.
+            OSError: the file cannot be read, or no file can be written there.
         """
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
+            self.save(RunState(), model, optimizer)
             return RunState()
-        tensors, record = self._read()
-        parts = {"model": {}, "best": {}, "optimizer": {}}
+        try:
+            tensors, record, sound = unpack(self.path.read_bytes(), KEY)
+        except ValueError:
+            tensors, record, sound = {}, {}, False
+        if not sound or record.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is damaged, of another version or no run at all; delete it to start anew")
+        model_state, best, state = {}, {}, {}
         for name, value in {**tensors, **record["values"]}.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        self._refuse_another(record["identity"], parts["model"], parts["best"])
-        state = {}
-        for name, value in parts["optimizer"].items():
-            index, _, entry = name.partition(".")
-            state.setdefault(int(index), {})[entry] = value
+            if part == "optimizer":
+                index, _, entry = rest.partition(".")
+                state.setdefault(int(index), {})[entry] = value
+            else:
+                (best if part == "best" else model_state)[rest] = value
+        self._refuse_another(record["identity"], model_state, best)
         groups = optimizer.state_dict()["param_groups"]  # stay, since the schedule sets their rates
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         with torch.no_grad():
             for name, tensor in moving(model).items():
-                tensor.copy_(parts["model"][name])
-        return RunState(History(**record["history"]), parts["best"])
-
-    def _read(self) -> tuple[dict[str, Tensor], dict]:
-        try:
-            tensors, record, sound = unpack(self.path.read_bytes(), KEY)
-        except ValueError as error:
-            message = f"{self.path} is not the file of a run, or it is damaged; delete it to start anew"
-            raise ValueError(message) from error
-        if record.get("format") != FORMAT or not sound:
-            raise ValueError(f"{self.path} is damaged, or of another version; delete it to start anew")
-        return tensors, record
+                tensor.copy_(model_state[name])
+        return RunState(History(**record["history"]), best)
 
     def _refuse_another(self, found: dict[str, str], saved: dict[str, Tensor], best: dict[str, Tensor]) -> None:
-        """The model may also stand where the run of the file stands, or ended."""
-        if self.identity[START] in (fingerprint(saved), fingerprint(saved | best)):
-            found = found | {START: self.identity[START]}
-        other = [name for name in {**self.identity, **found} if self.identity.get(name) != found.get(name)]
+        own = dict(self.identity)
+        if own[START] in (fingerprint(saved), fingerprint(saved | best)):  # the model stands where this run stood
+            own[START] = found[START]
+        other = [name for name in {**own, **found} if own.get(name) != found.get(name)]
         if other:
             raise ValueError(
                 f"{self.path} belongs to a run with another {', '.join(other[:4])}{', …' if len(other) > 4 else ''}; "
@@ -103,12 +97,14 @@ class RunFile:
             )
 
 
-def identity_of(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict) -> dict[str, str]:
-    """All that decides the result of a run, as texts by name.
+def run_file(path: str | Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, options: dict) -> RunFile:
+    """The file of the run that these decide.
 
     Raises:
         ValueError: an option is, or holds, what no other process can know again.
     """
+    if path is None:
+        return RunFile(None, {})
     found = {"processes": str(n_processes()), "devices": str(sorted({p.device.type for p in model.parameters()}))}
     for name, value in options.items():
         try:
@@ -123,13 +119,12 @@ def identity_of(model: nn.Module, optimizer: torch.optim.Optimizer, options: dic
     found["optimizer"] = type(optimizer).__name__
     names = {id(p): name for name, p in named.items()}
     for number, group in enumerate(optimizer.param_groups):
-        for key, value in group.items():
-            value = [names.get(id(p)) for p in value] if key == "params" else value
-            found[f"{key} of group {number}" if number else key] = mark(value)
+        held = {"params": [names.get(id(p)) for p in group["params"]]}
+        found |= {f"{key} of group {number}" if number else key: mark(own) for key, own in {**group, **held}.items()}
     found["start of the optimizer"] = mark(optimizer.state_dict()["state"])
     found |= modules_of(model)
     found["frozen base"] = fingerprint({name: p for name, p in named.items() if not p.requires_grad})
-    return found | {START: fingerprint(moving(model))}
+    return RunFile(Path(path), found | {START: fingerprint(moving(model))})
 
 
 def moving(model: nn.Module) -> dict[str, Tensor]:
