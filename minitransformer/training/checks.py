@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from types import SimpleNamespace
 
 import torch
@@ -15,46 +16,32 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 def check_options(given: Mapping) -> None:
     """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
-    o, own = SimpleNamespace(**given), given["optimizer"] is not None
+    o = SimpleNamespace(**given)
     for name in ("steps", "batch_size", "validate_every", "every"):
-        if given[name] is not None and (not isinstance(given[name], int) or given[name] < 1):
+        if given[name] is not None and (not isinstance(given[name], Integral) or given[name] < 1):
             raise ValueError(f"{name}={given[name]!r} must be a whole number, at least 1")
-    for wrong, message in (
-        (
-            not callable(o.train) and not isinstance(o.train, Dataset),
-            f"train is a {type(o.train).__name__}; give a Dataset, or a function from the step to one",
-        ),
-        (isinstance(o.train, Dataset) and len(o.train) == 0, "the training set is empty; give it rows"),
-        (
-            o.validation is not None and not (isinstance(o.validation, Dataset) and len(o.validation)),
-            "the validation set is empty; leave it out, or give a Dataset with rows",
-        ),
-        (
-            not callable(o.schedule) and o.schedule not in SCHEDULES,
-            f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or give a function",
-        ),
-        (
-            o.warmup is not None and not 0 <= o.warmup < max(1, o.steps),
-            f"warmup={o.warmup} must be at least 0 and shorter than the run of {o.steps} steps",
-        ),
-        (o.clip is not None and not o.clip > 0, f"clip={o.clip} must be above 0; None never clips"),
-        (o.keep not in ("last", "best"), f'keep={o.keep!r} is unknown; choose "last" or "best"'),
-        (
-            o.keep == "best" and (o.validation is None or o.validate_every is None),
-            'keep="best" needs a validation set to judge by, and validate_every',
-        ),
-    ):
-        if wrong:
-            raise ValueError(message)
-    for name, serves, place in (
-        ("learning_rate", not own, "AdamW; the groups of an optimizer of your own say it"),
-        ("weight_decay", not own, "AdamW; the groups of an optimizer of your own say it"),
-        ("betas", not own, "AdamW; the groups of an optimizer of your own say it"),
-        ("warmup", not callable(o.schedule), "a named schedule; a function says it all"),
-        ("batch_size", not callable(o.train), "a data set; a function makes its own batches"),
-        ("validate_every", o.validation is not None, "a validation set"),
-        ("every", o.checkpoint is not None, "a checkpoint file"),
-    ):
+    for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
+        if not serves and not (isinstance(given[name], Dataset) and len(given[name])):
+            raise ValueError(f"{name} is empty, or a {type(given[name]).__name__}; give a Dataset with rows")
+    if not callable(o.schedule) and o.schedule not in SCHEDULES:
+        raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or a function")
+    if o.warmup is not None and not 0 <= o.warmup < max(1, o.steps):
+        raise ValueError(f"warmup={o.warmup} must be at least 0 and shorter than the run of {o.steps} steps")
+    if o.clip is not None and not o.clip > 0:
+        raise ValueError(f"clip={o.clip} must be above 0; None never clips")
+    if o.keep not in ("last", "best"):
+        raise ValueError(f'keep={o.keep!r} is unknown; choose "last" or "best"')
+    if o.keep == "best" and (o.validation is None or o.validate_every is None):
+        raise ValueError('keep="best" needs a validation set to judge by, and validate_every')
+    adamw = (o.optimizer is None, "AdamW; an optimizer of your own says it in its groups")
+    serving = {
+        "learning_rate": adamw, "weight_decay": adamw, "betas": adamw,
+        "warmup": (not callable(o.schedule), "a named schedule; a function says it all"),
+        "batch_size": (not callable(o.train), "a data set; a function makes its own batches"),
+        "validate_every": (o.validation is not None, "a validation set"),
+        "every": (o.checkpoint is not None, "a checkpoint file"),
+    }  # fmt: skip
+    for name, (serves, place) in serving.items():
         if given[name] is not None and not serves:
             raise ValueError(f"{name}={given[name]!r} would be ignored, since it goes with {place}; leave it out")
 
@@ -71,8 +58,7 @@ def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
         out = getattr(module, "merged", False) is True or getattr(module, "enabled", True) is False
         if out and any(p.requires_grad for p in module.parameters()):
             raise ValueError(
-                f"{name} is disabled, or merged into the weights, so its tensors would not learn; leave disabled(…), "
-                f"or unmerge(model) first"
+                f"{name} is merged into the weights, or disabled: unmerge(model) first, or leave disabled(…)"
             )
     for name, p in trainable.items():
         if p.dtype not in (torch.float32, torch.float64):
@@ -111,12 +97,7 @@ def check_score(score: Score, step: int) -> None:
             f"the objective gave {type(score).__name__}; give a Score(loss, correct, count), loss a scalar"
         )
     if score.count == 0:
-        raise ValueError(
-            f"the batch of step {step} asks nothing: every label is -100, or no row has a next word; leave it out"
-        )
+        raise ValueError(f"the batch of step {step} asks nothing: every label is -100, or no row has a next word")
     check_finite("loss", score.loss.item(), step)
     if not score.loss.requires_grad:
-        raise ValueError(
-            "no trainable tensor has a part in the loss, so nothing can be learned: is the method disabled, or does "
-            "the objective detach its loss?"
-        )
+        raise ValueError("no trainable tensor has a part in the loss; does the objective detach it?")

@@ -11,7 +11,7 @@ import hashlib
 import io
 import pickle
 import sysconfig
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 
@@ -110,7 +110,9 @@ def modules_of(model: nn.Module, seen: list | None = None) -> dict[str, str]:
 
 def _leaves(name: str, value, seen: list) -> dict[str, str]:
     """The parts of a dataclass or a short list one by one, so that a refusal can name the one that differs."""
-    parts = vars(value) if is_dataclass(value) else dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+    parts = dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {own.name: getattr(value, own.name) for own in fields(value)}
     if not 0 < len(parts) < 30:
         return {name: _mark_or_kind(value, seen, (*VALUES, list, dict, set))}
     found = {name: type(value).__qualname__}

@@ -1,8 +1,8 @@
 """One training loop for pretraining, full fine-tuning and every PEFT method.
 
 The loop does not know what it trains: it hands the optimizer the tensors with `requires_grad`. Beside it stand what is
-asked of the model (`objectives.py`), the rows and the rate of each step (`plan.py`), what is recorded (`progress.py`),
-what is refused (`checks.py`), how a killed run goes on (`resume.py`) and how processes share one (`distributed.py`).
+asked (`objectives.py`), the rows and the rate of each step (`plan.py`), what is recorded (`progress.py`) or refused
+(`checks.py`), how a killed run goes on (`resume.py`, `identity.py`), how processes share one (`distributed.py`).
 
 Sources: AdamW, Loshchilov & Hutter 2019, algorithm 2; clipping by the global norm, Pascanu et al. 2013, algorithm 1.
 """
@@ -20,9 +20,7 @@ from minitransformer.training.checks import check_finite, check_optimizer, check
 from minitransformer.training.distributed import data_parallel
 from minitransformer.training.evaluation import evaluate
 from minitransformer.training.objectives import Objective, Score, answer_loss
-from minitransformer.training.plan import (
-    batches, is_due, learning_rate_factor, left_as_found, restored_by_an_exception, set_rates,
-)  # fmt: skip
+from minitransformer.training.plan import batches, is_due, learning_rate_factor, left_as_found, set_rates, undone
 from minitransformer.training.progress import History, ProgressBar
 from minitransformer.training.resume import run_file
 
@@ -37,7 +35,7 @@ def fit(
     keep: str = "last", optimizer: torch.optim.Optimizer | None = None, seed: int = 0, progress: bool = True,
     description: str = "fit", checkpoint: str | Path | None = None, every: int | None = None,
 ) -> History:  # fmt: skip
-    """Train the tensors of `model` that require a gradient, in place. An option that would be ignored is refused.
+    """Train the tensors of `model` that require a gradient, in place.
 
     Args:
         model: whatever the objective can call; its trainable tensors are those with `requires_grad`.
@@ -68,8 +66,7 @@ def fit(
         FloatingPointError: a loss, a gradient or a weight is NaN or infinite; the weights are those before that step.
         OSError: the checkpoint cannot be written; noticed before the first step.
     """
-    given = dict(locals())
-    check_options(given)
+    check_options(given := dict(locals()))
     trainable = trainable_of(model)
     batch_size, warmup = batch_size or 32, min(100, steps // 20) if warmup is None else warmup
     if optimizer is None:
@@ -109,13 +106,13 @@ def training_step(
     """
     optimizer.zero_grad(set_to_none=True)
     try:
-        with restored_by_an_exception(list(model.buffers())):
+        with undone(list(model.buffers())):
             score = objective(model, batch)
             check_score(score, step)
             score.loss.backward()
             norm = nn.utils.clip_grad_norm_(trainable, math.inf if clip is None else clip).item()
             check_finite("gradient norm", norm, step)
-            with restored_by_an_exception(trainable):
+            with undone(trainable):
                 optimizer.step()
                 check_finite("norm of the new weights", nn.utils.get_total_norm(trainable).item(), step)
     finally:

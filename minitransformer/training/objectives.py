@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from minitransformer.tasks.dataset import Dataset
 
-NOTHING = -100  # the target that asks nothing, as in PyTorch
-
 
 @dataclass
 class Score:
@@ -82,28 +80,22 @@ def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: In
 def _score(scores: Float[Tensor, "*shape"], targets: Int[Tensor, "N"]) -> Score:
     if scores.dim() != 2:
         raise ValueError(
-            f"one score for each class is wanted, [N, n], but the model gives {list(scores.shape)}: label_loss is "
-            f"for a SequenceClassifier"
+            f"scores [N, classes] are wanted, not {list(scores.shape)}: label_loss is for a SequenceClassifier"
         )
     scores, targets = _asked(scores, targets, scores.shape[1])
     loss = F.cross_entropy(scores, targets) if len(targets) else scores.sum() * 0
     return Score(loss, int((scores.argmax(dim=-1) == targets).sum()), len(targets))
 
 
-def _asked(rows: Tensor, targets: Tensor, n_choices: int) -> tuple[Tensor, Tensor]:
-    """The rows that are asked something, and their targets; raise ValueError for a target that is no choice."""
+def _asked(rows: Tensor, targets: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The rows that are asked something, and their targets; raise ValueError for a target that is none of n choices."""
     if targets.is_floating_point() or targets.shape != rows.shape[:1]:
-        raise ValueError(
-            f"targets must be whole numbers, one a row of {len(rows)}, not {targets.dtype} {list(targets.shape)}"
-        )
-    asked = targets != NOTHING
+        raise ValueError(f"targets must be whole numbers, [{len(rows)}], not {targets.dtype} {list(targets.shape)}")
+    asked = targets != -100  # as PyTorch has it
     rows, targets = (rows, targets) if bool(asked.all()) else (rows[asked], targets[asked])
-    wrong = targets[(targets < 0) | (targets >= n_choices)]
+    wrong = targets[(targets < 0) | (targets >= n)]
     if len(wrong):
-        raise ValueError(
-            f"the target {int(wrong[0])} is none of the {n_choices} classes or words, which are counted from 0; only "
-            f"{NOTHING} asks nothing"
-        )
+        raise ValueError(f"the target {int(wrong[0])} is none of the {n} classes or words; only -100 asks nothing")
     return rows, targets.long()
 
 

@@ -28,7 +28,6 @@ def batches(
     Raises:
         ValueError: the function gives no data set, or an empty one.
     """
-    per_epoch = 1 if callable(train) else max(1, len(train) // batch_size)
     ordered = None  # the epoch whose order is at hand
     for step in steps:
         for device in devices:
@@ -36,12 +35,10 @@ def batches(
         if callable(train):
             batch = train(step)
             if not isinstance(batch, Dataset) or len(batch) == 0:
-                raise ValueError(
-                    f"the batch of step {step} is a {type(batch).__name__}, or empty; give a Dataset of rows"
-                )
+                raise ValueError(f"the batch of step {step} is empty, or a {type(batch).__name__}; give a Dataset")
             yield step, batch
             continue
-        epoch, position = divmod(step, per_epoch)
+        epoch, position = divmod(step, max(1, len(train) // batch_size))
         if epoch != ordered:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order, ordered = torch.randperm(len(train), generator=generator), epoch
@@ -88,8 +85,8 @@ def left_as_found(
 
 
 @contextmanager
-def restored_by_an_exception(tensors: list[Tensor]) -> Iterator[None]:
-    """After an exception inside, the tensors hold what they held."""
+def undone(tensors: list[Tensor]) -> Iterator[None]:
+    """After an exception inside, the tensors hold what they held before."""
     before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,6 @@ class ProgressBar(tqdm):
 
     def show(self, history: History) -> None:
         """One step more."""
-        loss, accuracy = history.loss[-20:], history.accuracy[-20:]
-        means = sum(loss) / len(loss), sum(accuracy) / len(accuracy)
-        self.set_postfix_str(f"loss {means[0]:.3f}, accuracy {means[1]:.1%}", refresh=False)
+        loss, accuracy = fmean(history.loss[-20:]), fmean(history.accuracy[-20:])
+        self.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
         self.update()

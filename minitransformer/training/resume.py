@@ -54,36 +54,40 @@ class RunFile:
         write_whole(self.path, pack(tensors, record, KEY))
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-        """Put model and optimizer where the run stood. If there is no file yet, a fresh run, whose start is written.
+        """Put model and optimizer where the run stood; a fresh run if there is no file yet. Then write the file.
 
         Raises:
             ValueError: not the file of a run, damaged, or of another run. Nothing has changed then.
             OSError: the file cannot be read, or no file can be written there.
         """
-        if self.path is None or not self.path.exists():
-            self.save(RunState(), model, optimizer)
-            return RunState()
+        run = RunState()
+        if self.path is not None and self.path.exists():
+            tensors, record = self._read()
+            parts = {"model": {}, "best": {}, "optimizer": {}}
+            for name, value in {**tensors, **record["values"]}.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = value
+            self._refuse_another(record["identity"], parts["model"], parts["best"])
+            state = {}
+            for name, value in parts["optimizer"].items():
+                index, _, entry = name.partition(".")
+                state.setdefault(int(index), {})[entry] = value
+            groups = optimizer.state_dict()["param_groups"]  # stay, since the schedule sets their rates
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            for name, tensor in moving(model).items():
+                tensor.detach().copy_(parts["model"][name])
+            run = RunState(History(**record["history"]), parts["best"])
+        self.save(run, model, optimizer)
+        return run
+
+    def _read(self) -> tuple[dict[str, Tensor], dict]:
         try:
             tensors, record, sound = unpack(self.path.read_bytes(), KEY)
         except ValueError:
-            tensors, record, sound = {}, {}, False
+            sound = False
         if not sound or record.get("format") != FORMAT:
             raise ValueError(f"{self.path} is damaged, of another version or no run at all; delete it to start anew")
-        model_state, best, state = {}, {}, {}
-        for name, value in {**tensors, **record["values"]}.items():
-            part, _, rest = name.partition(".")
-            if part == "optimizer":
-                index, _, entry = rest.partition(".")
-                state.setdefault(int(index), {})[entry] = value
-            else:
-                (best if part == "best" else model_state)[rest] = value
-        self._refuse_another(record["identity"], model_state, best)
-        groups = optimizer.state_dict()["param_groups"]  # stay, since the schedule sets their rates
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-        with torch.no_grad():
-            for name, tensor in moving(model).items():
-                tensor.copy_(model_state[name])
-        return RunState(History(**record["history"]), best)
+        return tensors, record
 
     def _refuse_another(self, found: dict[str, str], saved: dict[str, Tensor], best: dict[str, Tensor]) -> None:
         own = dict(self.identity)
