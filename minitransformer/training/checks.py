@@ -23,6 +23,8 @@ def check_options(given: Mapping) -> None:
     for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
         if not serves and not (isinstance(given[name], Dataset) and len(given[name])):
             raise ValueError(f"{name} is empty, or a {type(given[name]).__name__}; give a Dataset with rows")
+    if o.batch_size is not None and not callable(o.train) and o.batch_size > len(o.train):
+        raise ValueError(f"batch_size={o.batch_size} is more than the {len(o.train)} rows of train")
     if not callable(o.schedule) and o.schedule not in SCHEDULES:
         raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or a function")
     if o.warmup is not None and not 0 <= o.warmup < max(1, o.steps):

@@ -109,7 +109,9 @@ def run_file(path: str | Path | None, model: nn.Module, optimizer: torch.optim.O
     """
     if path is None:
         return RunFile(None, {})
-    found = {"processes": str(n_processes()), "devices": str(sorted({p.device.type for p in model.parameters()}))}
+    devices = sorted({p.device.type for p in model.parameters()})
+    found = {"processes": str(n_processes()), "devices": str(devices)}
+    found["autocast"] = str([torch.get_autocast_dtype(kind) for kind in devices if torch.is_autocast_enabled(kind)])
     for name, value in options.items():
         try:
             found[name] = mark(value)

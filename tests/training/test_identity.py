@@ -267,6 +267,23 @@ def test_a_global_that_an_objective_reads_belongs_to_the_run(tmp_path, monkeypat
         run(tmp_path / "run", objective=scaled)
 
 
+def test_autocast_belongs_to_the_run(tmp_path):
+    run(tmp_path / "run")
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="another autocast"):
+        run(tmp_path / "run")
+
+
+def test_the_weights_of_a_teacher_belong_to_the_objective():
+    def distilled(teacher):
+        return lambda model, batch: Score(teacher(batch.tokens).sum() * answer_loss(model, batch).loss, 0, 1)
+
+    teacher = Transformer(CONFIG, seed=1)
+    before = mark(distilled(teacher))
+    assert mark(distilled(Transformer(CONFIG, seed=1))) == before
+    frozen_moved(teacher)
+    assert mark(distilled(teacher)) != before
+
+
 def test_what_no_process_can_know_again_is_refused_by_name(tmp_path):
     rows = iter([data()] * 9)
     stream = (next(rows) for _ in range(9))

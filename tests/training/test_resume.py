@@ -274,6 +274,17 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_file(tmp_path, monkeypatch
     assert_same(bits(*train("lora", tmp_path / "run")), bits(*train("lora")))
 
 
+def test_a_link_stays_a_link_and_a_private_file_private(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "run", tmp_path / "run"
+    link.symlink_to(target)
+    train("lora", link, steps=8)
+    assert link.is_symlink() and os.listdir(tmp_path / "elsewhere") == ["run"]
+    target.chmod(0o600)
+    train("lora", link, steps=8)
+    assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("every", [0, -1])
 def test_a_bad_interval_is_refused(tmp_path, every):
     with pytest.raises(ValueError, match="at least 1"):

@@ -606,6 +606,7 @@ def test_an_optimizer_that_lacks_a_trainable_tensor_is_refused_with_its_name():
     "options, message",
     [
         ({"steps": 0}, "steps=0 must be a whole number, at least 1"),
+        ({"batch_size": 65}, "batch_size=65 is more than the 64 rows of train"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
         ({"validate_every": 0}, "validate_every=0 must be a whole number, at least 1"),
         ({"schedule": "step"}, "schedule='step' is unknown; choose one of cosine, linear, constant"),
