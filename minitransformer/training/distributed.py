@@ -41,20 +41,12 @@ def is_writer() -> bool:
 
 
 @contextmanager
-def launched_together(backend: str | None = None) -> Iterator[None]:
-    """Inside, the processes that `torchrun` started are connected; one that was started alone stays alone.
-
-    Args:
-        backend: of `torch.distributed`; by default "nccl" where there is CUDA, else "gloo".
-    """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone or dist.is_initialized():
+def launched_together() -> Iterator[None]:
+    """Inside, the processes that `torchrun` started are connected; one that was started alone stays alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if backend == "nccl":  # which wants a device of its own for each process
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend)
+    dist.init_process_group()  # gloo for tensors of the CPU, and nccl for those of CUDA devices
     try:
         yield
     finally:
@@ -73,7 +65,7 @@ def total(*values: float) -> list[float]:
     """The sums of these numbers over all processes; every process must call it."""
     if n_processes() == 1:
         return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # nccl sends no tensor of the CPU
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # nccl alone sends no tensor of the CPU
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()

@@ -62,7 +62,12 @@ class RunFile:
         """
         run = RunState()
         if self.path is not None and self.path.exists():
-            tensors, record = self._read()
+            try:
+                tensors, record, sound = unpack(self.path.read_bytes(), KEY)
+            except ValueError:
+                sound = False
+            if not sound or record.get("format") != FORMAT:
+                raise ValueError(f"{self.path} is damaged, of another version or no run; delete it to start anew")
             parts = {"model": {}, "best": {}, "optimizer": {}}
             for name, value in {**tensors, **record["values"]}.items():
                 part, _, rest = name.partition(".")
@@ -79,15 +84,6 @@ class RunFile:
             run = RunState(History(**record["history"]), parts["best"])
         self.save(run, model, optimizer)
         return run
-
-    def _read(self) -> tuple[dict[str, Tensor], dict]:
-        try:
-            tensors, record, sound = unpack(self.path.read_bytes(), KEY)
-        except ValueError:
-            sound = False
-        if not sound or record.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is damaged, of another version or no run at all; delete it to start anew")
-        return tensors, record
 
     def _refuse_another(self, found: dict[str, str], saved: dict[str, Tensor], best: dict[str, Tensor]) -> None:
         own = dict(self.identity)
