@@ -72,7 +72,7 @@ def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: In
     """Cross-entropy of words, from the hidden states that should say them."""
     hidden, targets = _asked(hidden, targets, model.config.vocab_size)
     if len(targets) == 0:
-        return Score(hidden.sum() * 0, 0, 0)
+        return Score(hidden.sum(), 0, 0)  # of no rows: 0
     loss, correct = model.word_loss(hidden, targets)
     return Score(loss, int(correct), len(targets))
 
@@ -83,7 +83,7 @@ def _score(scores: Float[Tensor, "*shape"], targets: Int[Tensor, "N"]) -> Score:
             f"scores [N, classes] are wanted, not {list(scores.shape)}: label_loss is for a SequenceClassifier"
         )
     scores, targets = _asked(scores, targets, scores.shape[1])
-    loss = F.cross_entropy(scores, targets) if len(targets) else scores.sum() * 0
+    loss = F.cross_entropy(scores, targets) if len(targets) else scores.sum()  # of no rows: 0
     return Score(loss, int((scores.argmax(dim=-1) == targets).sum()), len(targets))
 
 
