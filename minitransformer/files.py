@@ -7,30 +7,32 @@ everything.
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor
-
-UNREADABLE = (
-    SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError,
-)  # fmt: skip
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write beside the target, force it to the disk, and rename in one move; nothing half-written ever has the name.
 
+    A link stays one, and who may read an older file may read the new one.
+
     Raises:
         OSError: the file cannot be written; an older one of that name is as it was.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} is not there; make it first")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -73,5 +75,5 @@ def unpack(data: bytes, key: str) -> tuple[dict[str, Tensor], dict, bool]:
         record.pop("checksum", None)
         tensors = parse(data)
         return tensors, record, pack(tensors, record, key) == data
-    except UNREADABLE as error:
+    except Exception as error:
         raise ValueError(f"no tensors with a record {key!r} can be read from these bytes") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minitransformer.randomness import random_state_restored
 from peft.attach import attached, declared
 from peft.sites import all_wrappers, block_names, layer_of, named_sites, named_tensors
 
@@ -97,7 +98,7 @@ def gradient_audit(
 
 def _trial(model, parameters, loss_fn, steps, learning_rate) -> dict[str, float | None]:
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
-    with torch.random.fork_rng(devices=[]):
+    with random_state_restored(*{p.device for p in parameters.values()}):
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():

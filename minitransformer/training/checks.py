@@ -1,43 +1,73 @@
 """What training refuses, with messages that name the cure."""
 
 import math
+from collections.abc import Mapping
+from numbers import Integral
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minitransformer.training.plan import SCHEDULES
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training.objectives import Score
+
+SCHEDULES = ("cosine", "linear", "constant")
 
 
-def check_options(
-    steps, batch_size, warmup, clip, schedule, keep, validation, validate_every, checkpoint, every
-) -> None:
-    """Raise ValueError unless `fit` can run with these options."""
-    if every is not None and (checkpoint is None or every < 1):
-        raise ValueError(f"every={every} goes with a checkpoint file, and must be at least 1")
-    if warmup is not None and not 0 <= warmup < max(1, steps):
-        raise ValueError(f"warmup={warmup} must be at least 0 and shorter than the run of {steps} steps")
-    if clip is not None and clip <= 0:
-        raise ValueError(f"clip={clip} must be above 0; None never clips")
-    if steps < 1 or batch_size < 1 or (validate_every is not None and validate_every < 1):
-        raise ValueError(f"steps={steps}, batch_size={batch_size}, validate_every={validate_every} must be at least 1")
-    if not callable(schedule) and schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or give a function")
-    if keep not in ("last", "best"):
-        raise ValueError(f'keep={keep!r} is unknown; choose "last" or "best"')
-    if keep == "best" and validation is None:
-        raise ValueError('keep="best" needs a validation set to judge by')
-    if validation is not None and len(validation) == 0:
-        raise ValueError("the validation set is empty; leave it out, or give it rows")
+def check_options(given: Mapping) -> None:
+    """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
+    o = SimpleNamespace(**given)
+    for name in ("steps", "batch_size", "validate_every", "every"):
+        if given[name] is not None and (not isinstance(given[name], Integral) or given[name] < 1):
+            raise ValueError(f"{name}={given[name]!r} must be a whole number, at least 1")
+    for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
+        if not serves and not (isinstance(given[name], Dataset) and len(given[name])):
+            raise ValueError(f"{name} is empty, or a {type(given[name]).__name__}; give a Dataset with rows")
+    if o.batch_size is not None and not callable(o.train) and o.batch_size > len(o.train):
+        raise ValueError(f"batch_size={o.batch_size} is more than the {len(o.train)} rows of train")
+    if not callable(o.schedule) and o.schedule not in SCHEDULES:
+        raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or a function")
+    if o.warmup is not None and not 0 <= o.warmup < max(1, o.steps):
+        raise ValueError(f"warmup={o.warmup} must be at least 0 and shorter than the run of {o.steps} steps")
+    if o.clip is not None and not o.clip > 0:
+        raise ValueError(f"clip={o.clip} must be above 0; None never clips")
+    if o.keep not in ("last", "best"):
+        raise ValueError(f'keep={o.keep!r} is unknown; choose "last" or "best"')
+    if o.keep == "best" and (o.validation is None or o.validate_every is None):
+        raise ValueError('keep="best" needs a validation set to judge by, and validate_every')
+    adamw = (o.optimizer is None, "AdamW; an optimizer of your own says it in its groups")
+    serving = {
+        "learning_rate": adamw, "weight_decay": adamw, "betas": adamw,
+        "warmup": (not callable(o.schedule), "a named schedule; a function says it all"),
+        "batch_size": (not callable(o.train), "a data set; a function makes its own batches"),
+        "validate_every": (o.validation is not None, "a validation set"),
+        "every": (o.checkpoint is not None, "a checkpoint file"),
+    }  # fmt: skip
+    for name, (serves, place) in serving.items():
+        if given[name] is not None and not serves:
+            raise ValueError(f"{name}={given[name]!r} would be ignored, since it goes with {place}; leave it out")
 
 
 def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable tensors by name; raise ValueError where there are none."""
+    """The trainable tensors by name; raise ValueError where there are none, or some that training could not change."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
             "the model has nothing to train: no tensor requires a gradient. Attach a method first, or call "
             "model.requires_grad_(True) to fine-tune everything"
         )
+    for name, module in model.named_modules():
+        out = getattr(module, "merged", False) is True or getattr(module, "enabled", True) is False
+        if out and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"{name} is merged into the weights, or disabled: unmerge(model) first, or leave disabled(…)"
+            )
+    for name, p in trainable.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {p.dtype}, where small steps are lost and large ones overflow; model.float() trains it in "
+                f"32 bits, or attach a method, whose tensors are float32 on a frozen base of 16 bits"
+            )
     return trainable
 
 
@@ -54,7 +84,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_finite(name: str, value: float, step: int) -> None:
-    """Raise FloatingPointError if the loss or the gradient norm of a step is NaN or infinite."""
+    """Raise FloatingPointError if the loss, the gradient norm or the weights of a step are NaN or infinite."""
     if not math.isfinite(value):
         raise FloatingPointError(
             f"the {name} is {value} at step {step}; the weights are still those before it. Lower the learning rate, "
@@ -62,10 +92,14 @@ def check_finite(name: str, value: float, step: int) -> None:
         )
 
 
-def check_reached(loss: Tensor) -> None:
-    """Raise ValueError if no gradient can flow from the loss to a trainable tensor."""
-    if not loss.requires_grad:
+def check_score(score: Score, step: int) -> None:
+    """Raise unless the score is one, of answers that were asked for, is finite, and can be learned from."""
+    if not isinstance(score, Score) or score.loss.dim():
         raise ValueError(
-            "no trainable tensor has a part in the loss, so nothing can be learned: is the method disabled, or merged "
-            "into the weights? unmerge(model) first"
+            f"the objective gave {type(score).__name__}; give a Score(loss, correct, count), loss a scalar"
         )
+    if score.count == 0:
+        raise ValueError(f"the batch of step {step} asks nothing: every label is -100, or no row has a next word")
+    check_finite("loss", score.loss.item(), step)
+    if not score.loss.requires_grad:
+        raise ValueError("no trainable tensor has a part in the loss; does the objective detach it?")

@@ -41,17 +41,12 @@ def is_writer() -> bool:
 
 
 @contextmanager
-def launched_together(backend: str | None = None) -> Iterator[None]:
-    """Inside, the processes that `torchrun` started are connected; one that was started alone stays alone.
-
-    Args:
-        backend: of `torch.distributed`; by default "nccl" where there is CUDA, else "gloo".
-    """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone or dist.is_initialized():
+def launched_together() -> Iterator[None]:
+    """Inside, the processes that `torchrun` started are connected; one that was started alone stays alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    dist.init_process_group()  # gloo for tensors of the CPU, and nccl for those of CUDA devices
     try:
         yield
     finally:
@@ -61,21 +56,16 @@ def launched_together(backend: str | None = None) -> Iterator[None]:
 def share(batch: Dataset) -> Dataset:
     """The rows of a batch that are for this process: every n-th, so that the shares are of one length or nearly.
 
-    Raises:
-        ValueError: there are fewer rows than processes.
+    Of fewer rows than processes, the last processes get none.
     """
-    n = n_processes()
-    if n == 1:
-        return batch
-    if len(batch) < n:
-        raise ValueError(f"a batch of {len(batch)} rows cannot be shared by {n} processes; give it at least {n} rows")
-    return batch.rows(slice(rank(), None, n)).trimmed()
+    return batch.rows(slice(rank(), None, n_processes()))
 
 
-def total(*values: float, device: torch.device | None = None) -> list[float]:
+def total(*values: float) -> list[float]:
     """The sums of these numbers over all processes; every process must call it."""
     if n_processes() == 1:
         return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # nccl alone sends no tensor of the CPU
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
@@ -97,18 +87,21 @@ class Learner(nn.Module):
 def data_parallel(model: nn.Module, objective: Objective) -> Objective:
     """The objective for the share of each process, whose gradients are averaged over all; itself for a single one.
 
-    A share may ask for fewer words than another, so each mean counts by its number of answers: the loss has the *value*
-    of the mean over the whole batch, and the *gradient* of this process's part of it.
+    A share may ask for fewer words than another, or for nothing, so each mean counts by its number of answers: the loss
+    has the *value* of the mean over the whole batch, and the *gradient* of this process's part of it. A process without
+    rows takes the first one, which then counts for nothing, since all have to exchange their gradients.
     """
     if n_processes() == 1:
         return objective
     parallel = DistributedDataParallel(Learner(model, objective), find_unused_parameters=True)
 
     def of_the_share(_: nn.Module, batch: Dataset) -> Score:
-        loss, correct, count = parallel(share(batch))
-        summed, all_correct, all_count = total(loss.item() * count, correct, count, device=loss.device)
-        part = loss * (count * n_processes() / all_count)
-        value = torch.as_tensor(summed / all_count, dtype=loss.dtype, device=loss.device)
+        own = share(batch)
+        loss, *counts = parallel((own if len(own) else batch.rows(slice(0, 1))).trimmed())
+        correct, count = counts if len(own) else (0, 0)
+        summed, all_correct, all_count = total(loss.item() * count, correct, count)
+        part = loss * (count * n_processes() / max(1, all_count))
+        value = torch.as_tensor(summed / max(1, all_count), dtype=loss.dtype, device=loss.device)
         return Score(part + (value - part).detach(), int(all_correct), int(all_count))
 
     return of_the_share

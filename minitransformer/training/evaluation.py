@@ -23,6 +23,8 @@ def evaluate(
     Raises:
         ValueError: there is nothing to score.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     loss = correct = count = 0.0
     order = by_length(dataset)
     with evaluation_mode(model):
@@ -34,7 +36,7 @@ def evaluate(
                 count += score.count
     loss, correct, count = total(loss, correct, count)
     if count == 0:
-        raise ValueError("the data set asks nothing: it is empty, or no row is long enough to have a next word")
+        raise ValueError("the data set asks nothing: it is empty, every label is -100, or no row has a next word")
     return {"loss": loss / count, "accuracy": correct / count}
 
 

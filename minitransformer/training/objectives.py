@@ -4,7 +4,8 @@
     label_loss         one class for each row                classification with a head, multiple choice
     next_token_loss    every next word                       pretraining
 
-Each is the mean cross-entropy, -log p(right answer), in nats (Vaswani et al. 2017, section 5.4, without smoothing).
+Each is the mean cross-entropy, -log p(right answer), in nats (Vaswani et al. 2017, section 5.4, without smoothing). A
+target of -100 asks nothing: it counts neither in the mean nor in the accuracy.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from minitransformer.tasks.dataset import Dataset
 class Score:
     """What an objective says of one batch."""
 
-    loss: Tensor  # scalar, mean over the batch
+    loss: Tensor  # scalar, mean over the answers; where none is asked for, a 0 that gradients pass
     correct: int  # right answers
     count: int  # answers
 
@@ -32,6 +33,7 @@ Objective = Callable[[nn.Module, Dataset], Score]
 
 def answer_logits(model: nn.Module, batch: Dataset) -> Float[Tensor, "B V"]:
     """The scores of every word at the last real token of each row, the only one that the last block computes."""
+    _check_reads_words(model, batch)
     columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     last = (batch.padding_mask * columns).argmax(dim=1)  # [B]
     return model.lm_head(model.hidden(batch.tokens, batch.padding_mask, asked=last)[:, 0])
@@ -43,12 +45,24 @@ def answer_loss(model: nn.Module, batch: Dataset) -> Score:
 
 
 def label_loss(model: nn.Module, batch: Dataset) -> Score:
-    """Cross-entropy of a class, for a `SequenceClassifier`."""
+    """Cross-entropy of a class, for a `SequenceClassifier`.
+
+    Raises:
+        ValueError: the model does not give one score for each class, or a label is not one of them.
+    """
     return _score(model(batch.tokens, batch.padding_mask), batch.targets)
 
 
 def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
-    """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for."""
+    """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for.
+
+    Raises:
+        ValueError: the model is an encoder, which sees the word that it should say.
+    """
+    _check_reads_words(model, batch)
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    if not getattr(next(configs, None), "causal", True):
+        raise ValueError("an encoder sees the next word and would learn to copy it; take a model with causal=True")
     hidden = model.hidden(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, d_model]
     asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
     return word_score(model, hidden[asked], batch.tokens[:, 1:][asked])  # only these meet the LM head
@@ -56,10 +70,38 @@ def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
 
 def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]) -> Score:
     """Cross-entropy of words, from the hidden states that should say them."""
+    hidden, targets = _asked(hidden, targets, model.config.vocab_size)
+    if len(targets) == 0:
+        return Score(hidden.sum(), 0, 0)  # of no rows: 0
     loss, correct = model.word_loss(hidden, targets)
     return Score(loss, int(correct), len(targets))
 
 
-def _score(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> Score:
-    correct = int((logits.argmax(dim=-1) == targets).sum())
-    return Score(F.cross_entropy(logits, targets), correct, len(targets))
+def _score(scores: Float[Tensor, "*shape"], targets: Int[Tensor, "N"]) -> Score:
+    if scores.dim() != 2:
+        raise ValueError(
+            f"scores [N, classes] are wanted, not {list(scores.shape)}: label_loss is for a SequenceClassifier"
+        )
+    scores, targets = _asked(scores, targets, scores.shape[1])
+    loss = F.cross_entropy(scores, targets) if len(targets) else scores.sum()  # of no rows: 0
+    return Score(loss, int((scores.argmax(dim=-1) == targets).sum()), len(targets))
+
+
+def _asked(rows: Tensor, targets: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The rows that are asked something, and their targets; raise ValueError for a target that is none of n choices."""
+    if targets.is_floating_point() or targets.shape != rows.shape[:1]:
+        raise ValueError(f"targets must be whole numbers, [{len(rows)}], not {targets.dtype} {list(targets.shape)}")
+    asked = targets != -100  # as PyTorch has it
+    rows, targets = (rows, targets) if bool(asked.all()) else (rows[asked], targets[asked])
+    wrong = targets[(targets < 0) | (targets >= n)]
+    if len(wrong):
+        raise ValueError(f"the target {int(wrong[0])} is none of the {n} classes or words; only -100 asks nothing")
+    return rows, targets.long()
+
+
+def _check_reads_words(model: nn.Module, batch: Dataset) -> None:
+    if not hasattr(model, "hidden") or batch.tokens.dim() != 2:
+        raise ValueError(
+            f"a language model and one text a row are wanted, tokens [N, T], not a {type(model).__name__} and "
+            f"{list(batch.tokens.shape)}; label_loss is for classes and multiple choice"
+        )

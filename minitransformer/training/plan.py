@@ -1,41 +1,44 @@
-"""The plan of a run: which rows and which learning rate each step has.
+"""The plan of a run: which rows, which learning rate and which dropout each step has.
 
-Both are functions of the step and the seed alone, so a run that goes on after a stop has to keep neither.
+All are functions of the step and the seed alone, so a run that goes on after a stop has to keep none of them.
 
 Sources: warm-up, Vaswani et al. 2017, section 5.3; cosine decay, Loshchilov & Hutter 2017, equation 5 without restarts.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitransformer.modes import modes_restored
+from minitransformer.randomness import generator_of, random_state_restored
 from minitransformer.tasks.dataset import Dataset
-from minitransformer.training.distributed import rank
-
-SCHEDULES = ("cosine", "linear", "constant")
+from minitransformer.training.distributed import n_processes, rank
 
 
 def batches(
-    train: Dataset | Callable[[int], Dataset], steps: range, batch_size: int, seed: int
+    train: Dataset | Callable[[int], Dataset], steps: range, batch_size: int, seed: int, devices: Iterable[torch.device]
 ) -> Iterator[tuple[int, Dataset]]:
     """Each step with its batch. Of a data set, each epoch walks the rows in an order that (seed, epoch) decide.
 
+    What is drawn in a step, such as dropout, follows from (seed, step), elsewhere in each process.
+
     Raises:
-        ValueError: the data set is empty.
+        ValueError: the function gives no data set, or an empty one.
     """
-    if callable(train):
-        yield from ((step, train(step)) for step in steps)
-        return
-    if len(train) == 0:
-        raise ValueError("the training set is empty")
-    per_epoch = max(1, len(train) // batch_size)
     ordered = None  # the epoch whose order is at hand
     for step in steps:
-        epoch, position = divmod(step, per_epoch)
+        for device in devices:
+            generator_of(device).manual_seed((seed * 1_000_003 + step) * n_processes() + rank())
+        if callable(train):
+            batch = train(step)
+            if not isinstance(batch, Dataset) or len(batch) == 0:
+                raise ValueError(f"the batch of step {step} is empty, or a {type(batch).__name__}; give a Dataset")
+            yield step, batch
+            continue
+        epoch, position = divmod(step, max(1, len(train) // batch_size))
         if epoch != ordered:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order, ordered = torch.randperm(len(train), generator=generator), epoch
@@ -69,15 +72,26 @@ def is_due(every: int | None, done: int, steps: int) -> bool:
 
 
 @contextmanager
-def left_as_found(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> Iterator[None]:
-    """Inside, dropout follows from the seed, elsewhere in each process.
-
-    Afterwards the modules' modes, the optimizer's rates and the random state are as they were, also after an exception.
-    """
+def left_as_found(
+    model: nn.Module, optimizer: torch.optim.Optimizer, devices: Iterable[torch.device]
+) -> Iterator[None]:
+    """Afterwards modes, rates and random states are as they were, also after an exception."""
     peaks = [group["lr"] for group in optimizer.param_groups]
     try:
-        with modes_restored(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + rank())
+        with modes_restored(model), random_state_restored(*devices):
             yield
     finally:
         set_rates(optimizer, peaks, 1.0)
+
+
+@contextmanager
+def undone(tensors: list[Tensor]) -> Iterator[None]:
+    """After an exception inside, the tensors hold what they held before."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        raise

@@ -1,7 +1,9 @@
 """How far a run is: what it recorded, its best weights, and the bar that shows it."""
 
+import math
 import sys
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +32,12 @@ class History:
         """Mean wall-clock time of a training step."""
         return self.seconds / max(1, len(self.loss))
 
-
-@dataclass
-class Best:
-    """The best trained weights so far."""
-
-    merit: tuple[float, float]  # accuracy, then minus the loss: more is better
-    step: int  # steps done
-    weights: dict[str, Tensor]
+    @property
+    def best_validation(self) -> int:
+        """The number of the first validation with the highest accuracy, and of these with the lowest loss."""
+        losses = [loss if math.isfinite(loss) else math.inf for loss in self.validation_loss]
+        merits = [(accuracy, -loss) for accuracy, loss in zip(self.validation_accuracy, losses, strict=True)]
+        return merits.index(max(merits))
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RunState:
     """Where a run stands."""
 
     history: History = field(default_factory=History)
-    best: Best | None = None  # where the best weights are kept
+    best: dict[str, Tensor] = field(default_factory=dict)  # the best trained weights so far, where they are kept
 
     @property
     def step(self) -> int:
@@ -65,18 +65,17 @@ class RunState:
         self.history.validation_step.append(self.step)
         self.history.validation_loss.append(result["loss"])
         self.history.validation_accuracy.append(result["accuracy"])
-        merit = (result["accuracy"], -result["loss"])
-        if keep == "best" and (self.best is None or merit > self.best.merit):
-            self.best = Best(merit, self.step, {name: p.detach().clone() for name, p in trainable.items()})
+        if keep == "best" and self.history.best_validation == len(self.history.validation_step) - 1:
+            self.best = {name: p.detach().clone() for name, p in trainable.items()}
 
     @torch.no_grad()
     def finish(self, trainable: dict[str, nn.Parameter]) -> History:
         """Put the best weights back, if they were kept; the history then says which ones the model has."""
         self.history.kept_step = self.step
-        if self.best is not None:
-            self.history.kept_step = self.best.step
+        if self.best:
+            self.history.kept_step = self.history.validation_step[self.history.best_validation]
             for name, p in trainable.items():
-                p.copy_(self.best.weights[name])
+                p.copy_(self.best[name])
         return self.history
 
 
@@ -89,7 +88,6 @@ class ProgressBar(tqdm):
 
     def show(self, history: History) -> None:
         """One step more."""
-        loss, accuracy = history.loss[-20:], history.accuracy[-20:]
-        means = sum(loss) / len(loss), sum(accuracy) / len(accuracy)
-        self.set_postfix_str(f"loss {means[0]:.3f}, accuracy {means[1]:.1%}", refresh=False)
+        loss, accuracy = fmean(history.loss[-20:]), fmean(history.accuracy[-20:])
+        self.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
         self.update()

@@ -120,7 +120,7 @@ def check_repaired_dropout(update) -> str:
     generator = torch.Generator().manual_seed(0)
     x, A, B = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((5, 8), (3, 8), (6, 3)))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for p, training, when in ((0.5, False, "in evaluation"), (0.0, True, "with p = 0")):
             got = called(update, x, A, B, 2.0, p, training)
             hints = {"the scale is missing": x @ A.T @ B.T}

@@ -78,17 +78,18 @@ def train(
     entry, size = comparison.entries[name], min(comparison.batch_size, len(rows))
     if steps == 0:
         return model, History()
-    learner, data, optimizer = model, rows, None
+    learner, data, own = model, rows, {"learning_rate": learning_rate, "batch_size": size}
     if entry.frozen:
         learner = StoredFeatures(model, rows)
         data = learner.rows
     elif comparison.like_length:
-        data = batches_of_like_length(rows, size, seed)
+        data = batches_of_like_length(rows, own.pop("batch_size"), seed)
     if entry.ratio is not None:
-        optimizer = torch.optim.AdamW(lora_plus_groups(model, learning_rate, entry.ratio), weight_decay=0.0)
+        groups = lora_plus_groups(model, own.pop("learning_rate"), entry.ratio)
+        own["optimizer"] = torch.optim.AdamW(groups, weight_decay=0.0)
     history = fit(
-        learner, data, steps=steps, learning_rate=learning_rate, batch_size=size, objective=comparison.objective,
-        optimizer=optimizer, seed=seed, progress=progress, description=name,
+        learner, data, steps=steps, objective=comparison.objective, seed=seed, progress=progress, description=name,
+        **own,
     )  # fmt: skip
     return model, history
 

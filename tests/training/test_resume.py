@@ -122,7 +122,7 @@ def test_the_optimizer_of_the_caller_resumes_too(tmp_path):
 
             Killed.__name__ = "SGD"
             optimizer.__class__ = Killed
-        return train("lora", checkpoint, model, optimizer=optimizer)
+        return train("lora", checkpoint, model, optimizer=optimizer, learning_rate=None)
 
     expected = bits(*run(None))
     with pytest.raises(Interruption):
@@ -229,9 +229,9 @@ def test_another_base_other_data_and_another_method_are_named(run_file):
     options = {"steps": 60, "batch_size": 8, "learning_rate": 0.02, "validate_every": 7, "keep": "best", "seed": 3}
     options |= {"checkpoint": path, "progress": False}
     other_base = peft.attach(Transformer(CONFIG, seed=9), RECIPES["lora"], seed=6)
-    with pytest.raises(ValueError, match="another frozen base"):
+    with pytest.raises(ValueError, match="frozen base"):
         fit(other_base, TRAIN, VALIDATION, **options)
-    with pytest.raises(ValueError, match="another training data"):
+    with pytest.raises(ValueError, match="another train;"):
         fit(fresh("lora"), data(40, 8), VALIDATION, **options)
     with pytest.raises(ValueError, match="list of trained tensors"):
         fit(fresh("houlsby"), TRAIN, VALIDATION, **options)
@@ -274,11 +274,22 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_file(tmp_path, monkeypatch
     assert_same(bits(*train("lora", tmp_path / "run")), bits(*train("lora")))
 
 
+def test_a_link_stays_a_link_and_a_private_file_private(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "run", tmp_path / "run"
+    link.symlink_to(target)
+    train("lora", link, steps=8)
+    assert link.is_symlink() and os.listdir(tmp_path / "elsewhere") == ["run"]
+    target.chmod(0o600)
+    train("lora", link, steps=8)
+    assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("every", [0, -1])
 def test_a_bad_interval_is_refused(tmp_path, every):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         train("lora", tmp_path / "run", every=every)
-    with pytest.raises(ValueError, match="goes with a checkpoint file"):
+    with pytest.raises(ValueError, match="it goes with a checkpoint file"):
         train("lora", None, every=5)
 
 

@@ -7,10 +7,12 @@ from reference.numpy_transformer import NumpyAdamW, clip_by_global_norm
 from reference.random_weights import randomize
 from torch import nn
 
+import peft
 from minitransformer import SequenceClassifier, Transformer, TransformerConfig
 from minitransformer.tasks import Dataset
 from minitransformer.training import (
     History,
+    Score,
     answer_loss,
     check_optimizer,
     evaluate,
@@ -20,6 +22,7 @@ from minitransformer.training import (
     next_token_loss,
     predict,
 )
+from minitransformer.training.objectives import word_score
 
 CONFIG = {"vocab_size": 11, "max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32}
 
@@ -100,9 +103,94 @@ def test_evaluation_is_without_dropout_and_restores_every_mode():
     assert model.training and model.embedding.training and not model.blocks[0].attention.training
 
 
+def silent_at(rows, *numbers):
+    """The same rows, of which some ask nothing."""
+    targets = rows.targets.clone()
+    targets[list(numbers)] = -100
+    return Dataset(rows.tokens, rows.padding_mask, targets)
+
+
+@pytest.mark.parametrize("objective", [answer_loss, label_loss])
+def test_a_label_of_minus_100_counts_nowhere(objective):
+    model = randomize(transformer())
+    model = SequenceClassifier(model, n_classes=11) if objective is label_loss else model
+    rows = first_word_task(20)
+    asked = [number for number in range(20) if number not in (0, 7, 8, 19)]
+    expected = objective(model, rows.rows(torch.tensor(asked)))
+    partly = silent_at(rows, 0, 7, 8, 19)
+    score = objective(model, partly)
+    assert score.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert (score.correct, score.count) == (expected.correct, 16)
+    for batch_size in (1, 3, 20):
+        result = evaluate(model, partly, objective, batch_size)
+        assert result["loss"] == pytest.approx(expected.loss.item(), rel=1e-6)
+        assert result["accuracy"] == expected.correct / 16
+    nothing = objective(model, silent_at(rows, *range(20)))
+    assert (nothing.loss.item(), nothing.correct, nothing.count) == (0.0, 0, 0)
+    nothing.loss.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("vocab_size", [11, 3000])
+def test_a_word_of_minus_100_counts_nowhere(vocab_size):
+    """Also where the loss has a fast form."""
+    model = randomize(transformer(vocab_size=vocab_size))
+    hidden = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(400) % 11
+    logits = model.lm_head(hidden)
+    targets[::3] = -100
+    score = word_score(model, hidden, targets)
+    assert score.loss.item() == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert (score.count, score.correct) == (266, int((logits.argmax(dim=1) == targets).sum()))
+
+
+def test_an_encoder_does_not_learn_to_copy():
+    class Inside(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.hidden = model, model.hidden
+
+    for model in (transformer(causal=False), Inside(transformer(causal=False))):
+        with pytest.raises(ValueError, match=r"an encoder sees the next word .* take a model with causal=True"):
+            next_token_loss(model, DATA)
+
+
+@pytest.mark.parametrize(
+    "objective, rows, message",
+    [
+        (answer_loss, Dataset(DATA.tokens, DATA.padding_mask, DATA.targets + 5), "is none of the 11 classes or words"),
+        (answer_loss, Dataset(DATA.tokens, DATA.padding_mask, DATA.targets - 20), "is none of the 11"),
+        (label_loss, DATA, "is none of the 4 classes"),
+        (label_loss, lambda step: Dataset(DATA.tokens, DATA.padding_mask, DATA.targets.float()), "be whole numbers"),
+        (next_token_loss, Dataset(DATA.tokens[:, :1], DATA.padding_mask[:, :1], DATA.targets), "asks nothing: "),
+        (answer_loss, silent_at(DATA, *range(64)), "every label is -100"),
+        (answer_loss, Dataset(DATA.tokens[:, None], DATA.padding_mask[:, None], DATA.targets), r"tokens \[N, T\]"),
+        ("label_loss of a language model", DATA, "label_loss is for a SequenceClassifier"),
+        ("answer_loss of a classifier", DATA, "a language model .* not a SequenceClassifier"),
+        (lambda model, batch: answer_loss(model, batch).loss, DATA, r"give a Score\(loss, correct, count\)"),
+        (answer_loss, [DATA], "train is empty, or a list; give a Dataset with rows"),
+        (answer_loss, lambda step: DATA.tokens, "the batch of step 0 is empty, or a Tensor"),
+        (answer_loss, lambda step: DATA.rows(slice(0, 0)), "the batch of step 0 is empty, or a Dataset"),
+    ],
+)
+def test_data_of_another_form_are_refused_with_what_is_wanted(objective, rows, message, unchecked):
+    headed = objective in (label_loss, "answer_loss of a classifier")
+    model = SequenceClassifier(transformer(), n_classes=4) if headed else transformer()
+    if isinstance(objective, str):
+        objective = answer_loss if headed else label_loss
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=message):
+        fit(model, rows, steps=1, objective=objective, progress=False)
+    assert same_bits(before, weights_of(model))
+
+
 def test_an_empty_set_has_no_score():
     with pytest.raises(ValueError, match="the data set asks nothing: it is empty"):
         evaluate(transformer(), DATA.rows(slice(0, 0)))
+    with pytest.raises(ValueError, match="every label is -100"):
+        evaluate(transformer(), silent_at(DATA, *range(64)))
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        evaluate(transformer(), DATA, batch_size=0)
 
 
 def test_prediction_is_the_best_word_or_the_best_of_the_choices():
@@ -158,7 +246,7 @@ def test_the_history_records_every_step_and_every_validation():
 
 
 def test_without_validation_nothing_is_validated():
-    assert fit(transformer(), DATA, steps=2, validate_every=1, progress=False).validation_step == []
+    assert fit(transformer(), DATA, steps=2, progress=False).validation_step == []
 
 
 def test_each_epoch_walks_all_rows_in_a_new_order():
@@ -351,7 +439,7 @@ def test_keep_last_keeps_the_last():
     options = {"steps": 4, "validate_every": 1, "progress": False}
     history = fit(model, DATA, HELD_OUT, objective=validation_that_says([(9, 0.1)] + [(1, 1.0)] * 3), **options)
     other = transformer()
-    fit(other, DATA, **options)
+    fit(other, DATA, steps=4, progress=False)
     assert history.kept_step == 4 and same_bits(weights_of(model), weights_of(other))
 
 
@@ -368,8 +456,6 @@ class NaNAt(nn.Module):
         self.bad_step, self.where, self.step = bad_step, where, 0
 
     def score(self, batch):
-        from minitransformer.training import Score
-
         bad = self.step == self.bad_step
         self.step += 1
         if bad and self.where == "loss":
@@ -384,7 +470,7 @@ def test_a_nan_names_its_step_and_leaves_the_weights_as_before_it(where, message
     bad.drop.train()
     optimizer = torch.optim.SGD(bad.parameters(), lr=0.1)
     options = {"objective": lambda model, batch: model.score(batch), "schedule": "constant", "progress": False}
-    fit(good, DATA, steps=3, learning_rate=0.1, optimizer=torch.optim.SGD(good.parameters(), lr=0.1), **options)
+    fit(good, DATA, steps=3, warmup=0, optimizer=torch.optim.SGD(good.parameters(), lr=0.1), **options)
     with pytest.raises(FloatingPointError, match=f"{message} at step 3; the weights are still those before it. Lower"):
         fit(bad, DATA, steps=9, optimizer=optimizer, warmup=0, **options)
     assert torch.equal(bad.weight, good.weight) and bad.weight.isfinite().all()
@@ -397,6 +483,103 @@ def test_the_optimizers_rates_come_back_after_a_nan():
     with pytest.raises(FloatingPointError):
         fit(bad, DATA, steps=9, optimizer=optimizer, objective=lambda model, batch: model.score(batch), progress=False)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+class Breaking(torch.optim.SGD):
+    """An optimizer that fails in the middle of its third step, in one way or another."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        if self.steps == 3:
+            self.param_groups[0]["params"][0].data.view(-1)[0] = self.value
+            if self.value == 0.0:
+                raise OSError("the machine stops")
+
+
+@pytest.mark.parametrize(
+    "value, error", [(math.nan, FloatingPointError), (-math.inf, FloatingPointError), (0.0, OSError)]
+)
+def test_a_step_that_breaks_the_weights_is_undone(value, error):
+    model, twin = transformer(), transformer()
+    model.register_buffer("seen", torch.zeros(()))
+    optimizer = Breaking(model.parameters(), lr=0.1)
+    optimizer.value = value
+
+    def objective(model, batch):
+        if hasattr(model, "seen"):
+            model.seen += 1
+        return answer_loss(model, batch)
+
+    options = {"objective": objective, "schedule": "constant", "warmup": 0, "progress": False}
+    fit(twin, DATA, steps=2, optimizer=torch.optim.SGD(twin.parameters(), lr=0.1), **options)
+    with pytest.raises(error, match=r"norm of the new weights .* at step 2; the weights are still|the machine stops"):
+        fit(model, DATA, steps=9, optimizer=optimizer, **options)
+    assert same_bits(weights_of(twin), weights_of(model)) and model.seen == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_not_trained(dtype):
+    model = transformer().to(dtype)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"embedding.token.weight is torch.*float16.* model.float\(\) trains it in 32"):
+        fit(model, DATA, steps=2, progress=False)
+    assert same_bits(before, weights_of(model))
+    peft.attach(model, peft.LoRA(rank=2))
+    fit(model, DATA, steps=1, progress=False)
+
+
+def test_a_method_that_is_merged_or_off_is_not_left_out_beside_a_head():
+    def headed():
+        model = SequenceClassifier(transformer(), n_classes=11)
+        return peft.attach(model, peft.LoRA(rank=2), train_also=("head",))
+
+    options = {"steps": 1, "objective": label_loss, "progress": False}
+    model = peft.merge(headed())
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"merged into the weights, .* unmerge\(model\) first"):
+        fit(model, DATA, **options)
+    assert same_bits(before, weights_of(model))
+    fit(peft.unmerge(model), DATA, **options)
+    with peft.disabled(model), pytest.raises(ValueError, match="leave disabled"):
+        fit(model, DATA, **options)
+
+
+def test_no_option_is_ignored():
+    sgd = torch.optim.SGD(transformer().parameters(), lr=0.1)
+    for name, value, beside in (
+        ("learning_rate", 0.1, {"optimizer": sgd}),
+        ("weight_decay", 0.0, {"optimizer": sgd}),
+        ("betas", (0.9, 0.99), {"optimizer": sgd}),
+        ("warmup", 1, {"schedule": lambda step: 1.0}),
+        ("batch_size", 8, {"train": lambda step: DATA}),
+        ("validate_every", 1, {}),
+        ("every", 1, {}),
+    ):
+        options = {"train": DATA, "steps": 3, "progress": False, name: value} | beside
+        with pytest.raises(ValueError, match=f"{name}=.* would be ignored, since it goes with"):
+            fit(transformer(), **options)
+    with pytest.raises(ValueError, match=r'keep="best" needs .* validate_every'):
+        fit(transformer(), DATA, HELD_OUT, steps=3, keep="best", progress=False)
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_the_first_step(tmp_path):
+    def objective(model, batch):
+        raise AssertionError("a step was taken")
+
+    (tmp_path / "folder").mkdir()
+    for place, message in ((tmp_path / "missing" / "run", "make it first"), (tmp_path / "folder", "directory")):
+        with pytest.raises(OSError, match=message):
+            fit(transformer(), DATA, steps=3, checkpoint=place, objective=objective, progress=False)
+
+
+def test_nothing_seeds_the_other_devices(monkeypatch):
+    """`torch.manual_seed` moves the random state of every device, which the caller may be using."""
+    for module in (torch, torch.random):
+        monkeypatch.setattr(module, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
+    fit(transformer(dropout=0.5), DATA, steps=2, progress=False)
 
 
 @pytest.mark.parametrize("own_optimizer", [False, True])
@@ -422,15 +605,17 @@ def test_an_optimizer_that_lacks_a_trainable_tensor_is_refused_with_its_name():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"steps": 0}, "steps=0, .* must be at least 1"),
-        ({"batch_size": 0}, "batch_size=0, .* must be at least 1"),
-        ({"validate_every": 0}, "validate_every=0 must be at least 1"),
+        ({"steps": 0}, "steps=0 must be a whole number, at least 1"),
+        ({"batch_size": 65}, "batch_size=65 is more than the 64 rows of train"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
+        ({"validate_every": 0}, "validate_every=0 must be a whole number, at least 1"),
         ({"schedule": "step"}, "schedule='step' is unknown; choose one of cosine, linear, constant"),
         ({"keep": "all"}, "keep='all' is unknown; choose"),
         ({"keep": "best"}, 'keep="best" needs a validation set'),
-        ({"validation": DATA.rows(slice(0, 0))}, "the validation set is empty; leave it out"),
-        ({"train": DATA.rows(slice(0, 0))}, "the training set is empty"),
+        ({"validation": DATA.rows(slice(0, 0))}, "validation is empty, .* give a Dataset with rows"),
+        ({"train": DATA.rows(slice(0, 0))}, "train is empty, "),
         ({"clip": 0.0}, "clip=0.0 must be above 0; None never clips"),
+        ({"clip": math.nan}, "clip=nan must be above 0"),
         ({"warmup": 3}, "warmup=3 must be at least 0 and shorter than the run of 3 steps"),
         ({"warmup": -1}, "warmup=-1"),
     ],

@@ -52,9 +52,13 @@ def test_shares_are_every_second_row_and_sums_are_over_all(found):
     assert torch.equal(two["first"], one["first"][: len(two["first"])])
 
 
-def test_a_batch_smaller_than_the_processes_is_refused(found):
-    assert found[1]["too few"] == {}
-    assert "1 rows cannot be shared by 2 processes" in found[2]["too few"]["error"]
+@pytest.mark.parametrize("name", ["one row", "every second label"])
+def test_a_process_without_rows_or_without_labels_changes_nothing(found, name):
+    one, two = (found[n]["few"][name] for n in (1, 2))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    assert two["validation"] == pytest.approx(one["validation"], rel=1e-9)
+    for key, tensor in one["tensors"].items():
+        torch.testing.assert_close(two["tensors"][key], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_of_two_that_is_stopped_goes_on(found):

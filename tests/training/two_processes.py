@@ -19,7 +19,7 @@ from reference.method_cases import SETS  # noqa: E402
 import peft  # noqa: E402
 from minitransformer import Transformer, TransformerConfig  # noqa: E402
 from minitransformer.tasks.dataset import Dataset  # noqa: E402
-from minitransformer.training import answer_loss, evaluate, fit, next_token_loss  # noqa: E402
+from minitransformer.training import answer_loss, evaluate, fit, loop, next_token_loss  # noqa: E402
 from minitransformer.training.distributed import is_writer, launched_together, n_processes, rank, share, total  # noqa: E402
 
 CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
@@ -56,37 +56,39 @@ def shares() -> dict:
     return {"rows": rows, "first": own.tokens[0], "processes": n_processes(), "sum": total(rank() + 1, 2.5)}
 
 
-def too_few() -> dict:
-    """A batch that not every process gets a row of."""
-    try:
-        share(data(1, 0))
-    except ValueError as error:
-        return {"error": str(error)}
-    return {}
+def few_and_silent() -> dict:
+    """Losses and weights where a share has no row, and where one asks nothing."""
+    found = {}
+    rows = data(6, 0)
+    half = Dataset(rows.tokens, rows.padding_mask, torch.where(torch.arange(6) % 2 == 1, -100, rows.targets))
+    for name, batch in (("one row", rows.rows(slice(0, 1))), ("every second label", half)):
+        model = peft.attach(Transformer(CONFIG, seed=0).double(), peft.LoRA(rank=2), seed=1)
+        history = fit(model, batch, batch, steps=3, progress=False, validate_every=1)
+        tensors = {key: p.detach().clone() for key, p in peft.trainable_parameters(model).items()}
+        found[name] = {"loss": history.loss, "validation": history.validation_loss, "tensors": tensors}
+    return found
 
 
 def checkpointed(folder: Path) -> dict:
-    """A run that is stopped in the middle and goes on, beside one that was not."""
-    tensors = {}
+    """A run with dropout that is stopped in the middle and goes on, beside one that was not."""
+    tensors, step = {}, loop.training_step
     for name, stops in (("whole", [8]), ("in two", [5, 8])):
         for stop in stops:
-            model = peft.attach(Transformer(CONFIG, seed=0), peft.LoRA(rank=2), seed=1)
-            seen = []
+            model = peft.attach(Transformer(CONFIG, seed=0), peft.LoRA(rank=2, dropout=0.5), seed=1)
 
-            def objective(own, batch, seen=seen, stop=stop):
-                if len(seen) == stop:
+            def stopped(*arguments, stop=stop):
+                if arguments[-1] == stop:
                     raise KeyboardInterrupt
-                seen.append(1)
-                return answer_loss(own, batch)
+                return step(*arguments)
 
+            loop.training_step = stopped
             try:
-                fit(
-                    model, data(26, 0), steps=8, batch_size=6, objective=objective, progress=False,
-                    checkpoint=folder / f"{name}.run", every=1,
-                )  # fmt: skip
+                options = {"steps": 8, "batch_size": 6, "progress": False, "every": 1}
+                fit(model, data(26, 0), checkpoint=folder / f"{name}.run", **options)
             except KeyboardInterrupt:
                 torch.distributed.barrier()
         tensors[name] = {key: p.detach().clone() for key, p in peft.trainable_parameters(model).items()}
+    loop.training_step = step
     return {"tensors": tensors}
 
 
@@ -139,7 +141,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     with launched_together():
-        found = {"shares": shares(), "too few": too_few()}
+        found = {"shares": shares(), "few": few_and_silent()}
         for name, objective in (
             ("lora", "next word"),
             ("prefix kv", "answer"),
