@@ -241,13 +241,10 @@ def test_a_folded_prefix_trains_on_and_travels_in_a_file(decoder, tmp_path, leng
     assert torch.equal(outputs(peft.load(decoder(), tmp_path / "folded")), outputs(model))
 
 
-def test_folding_without_an_mlp_or_while_disabled_is_refused(decoder):
+def test_folding_without_an_mlp_is_refused(decoder):
     for model in (decoder(), peft.attach(decoder(), RECIPES["prefix kv"])):
         with pytest.raises(ValueError, match="nothing to fold"):
             peft.fold(model)
-    model = peft.attach(decoder(), RECIPES["prefix mlp"])
-    with pytest.raises(ValueError, match="disabled"), peft.disabled(model):
-        peft.fold(model)
 
 
 def test_zero_scores_give_the_prefix_its_share_by_count(decoder):
