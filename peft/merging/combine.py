@@ -106,6 +106,8 @@ def _loaded(lora: nn.Module | str | Path | Loaded) -> tuple[LoRA, dict[str, Tens
                 f"{name} is no factor of a LoRA of rank {recipes[0].rank}; modules trained whole (train_also) "
                 f"cannot be combined, but peft.soup averages them"
             )
+        if (other := name[:-1] + "BA"[name.endswith("B")]) not in tensors:
+            raise ValueError(f"{name} has no {other}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds a NaN or an infinity; take tensors from before the training went wrong")
     return recipes[0], {name: tensor.cpu() for name, tensor in tensors.items()}, base

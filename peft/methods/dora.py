@@ -65,7 +65,7 @@ class DoRALinear(LoRALinear):
         frozen = self.base.weight.to(self.A.dtype)
         return dora_weight(frozen, self.A, self.B, self.magnitude, self.norms(), self.scale)
 
-    @torch.no_grad()  # Liu et al. 2024, section 4.3: the lengths are taken as constants
     def norms(self) -> Float[Tensor, " d_out"]:
-        """The lengths of the rows of W0 + ΔW."""
-        return row_norms(self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale))
+        """The lengths of the rows of W0 + ΔW, taken as constants in both modes of differentiation (section 4.3)."""
+        with torch.no_grad():
+            return row_norms(self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)).detach()

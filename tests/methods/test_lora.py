@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from reference import numpy_peft
-from reference.method_cases import RECIPES, loss_of, outputs, train_a_little
+from reference.method_cases import RECIPES, batch, loss_of, outputs, train_a_little
 from torch import nn
 
 import peft
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training import fit
+from minitransformer.training.objectives import Score
 from peft import ALL_LINEARS, LoRA
 from peft.methods.lora import LoRALinear
 
@@ -252,7 +255,7 @@ def test_training_while_merged_is_refused_by_fit_audit_and_any_backward_pass(tra
     for training in (
         lambda: loss_of(trained).backward(),
         lambda: peft.gradient_audit(trained, loss_of),
-        lambda: fit(trained, data, steps=1, objective=lambda model, _: (loss_of(model), 1), progress=False),
+        lambda: fit(trained, data, steps=1, objective=lambda model, _: Score(loss_of(model), 1, 1), progress=False),
     ):
         with pytest.raises(ValueError, match=r"unmerge\(model\) first"):
             training()
