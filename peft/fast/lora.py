@@ -27,18 +27,6 @@ from minitransformer.fast.stand_in import may_stand_in
 from peft.method import Wrapper
 
 
-def fast_lora(
-    x: Float[Tensor, "*rows d_in"],
-    frozen_weight: Float[Tensor, "d_out d_in"],
-    bias: Float[Tensor, " d_out"] | None,
-    A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    scale: float | int,
-) -> Float[Tensor, "*rows d_out"]:
-    """W0 x + b + scale * B A x. Hu et al. 2022, equation 3; scale = alpha / r."""
-    return FastLoRA.apply(x, frozen_weight, bias, A, B, float(scale))
-
-
 def is_known(layer: Wrapper, x: Tensor) -> bool:
     """Whether the fast form may stand in for a LoRA layer's plain one here, so that nobody could tell.
 
@@ -56,7 +44,15 @@ class FastLoRA(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, frozen_weight, bias, A, B, scale):
+    def forward(
+        x: Float[Tensor, "*rows d_in"],
+        frozen_weight: Float[Tensor, "d_out d_in"],
+        bias: Float[Tensor, " d_out"] | None,
+        A: Float[Tensor, "r d_in"],
+        B: Float[Tensor, "d_out r"],
+        scale: float | int,
+    ) -> Float[Tensor, "*rows d_out"]:
+        """W0 x + b + scale * B A x. Hu et al. 2022, equation 3; scale = alpha / r."""
         return F.linear(x, torch.addmm(frozen_weight, B, A, alpha=scale), bias)
 
     @staticmethod
@@ -85,3 +81,6 @@ class FastLoRA(torch.autograd.Function):
         moves = x @ (weight_moves + ctx.scale * (B @ A_moves + B_moves @ A)).T
         moves = moves + x_moves @ torch.addmm(frozen_weight, B, A, alpha=ctx.scale).T
         return moves if bias_moves is None else moves + bias_moves
+
+
+fast_lora = FastLoRA.apply

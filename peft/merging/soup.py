@@ -34,31 +34,27 @@ def soup(models: Sequence[nn.Module], base: nn.Module) -> nn.Module:
         ValueError: no model, nothing attached to one, other modules in `train_also`, another base, or what `combine`
             refuses. The base is as it was then.
     """
-    if not models:
-        raise ValueError("a soup needs at least one model")
-    records = [attached(model) for model in models]
-    for own in records:
-        if len(own) != 1 or not isinstance(own[0].method, LoRA):
-            names = ", ".join(type(record.method).__name__ for record in own) or "nothing"
-            raise ValueError(f"a soup is made of models with a single LoRA attached; one of these has {names}")
+    if not models or attached(base):
+        raise ValueError("a soup needs at least one model, and a base to which nothing is attached; detach(base) first")
+    records, states = [attached(model) for model in models], [state_dict(model) for model in models]
+    if any(len(own) != 1 or not isinstance(own[0].method, LoRA) for own in records):
+        raise ValueError("a soup is made of models with a single LoRA attached; one of these has something else")
     beside = {own[0].train_also for own in records}
     if len(beside) > 1:
         raise ValueError(f"the models trained different modules beside their LoRA: {sorted(beside)}")
     factors = {f"{site}.{name}" for model in models for site in all_wrappers(model) for name in ("A", "B")}
-    states = [state_dict(model) for model in models]
     loras = [
-        (own[0].method, {n: t for n, t in state.items() if n in factors})
+        (own[0].method, {name: tensor for name, tensor in state.items() if name in factors})
         for own, state in zip(records, states, strict=True)
     ]
     recipe, tensors = combine(loras, [1 / len(models)] * len(models))
-    whole = states[0].keys() - factors
-    tensors |= {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in whole}
+    for name in states[0].keys() - factors:
+        mean = torch.stack([state[name].cpu() for state in states]).double().mean(dim=0)
+        tensors[name] = mean.to(states[0][name].dtype)  # a BatchNorm counts in whole numbers
     attach(base, recipe, train_also=beside.pop())
     try:
         if {base_hash(model) for model in models} != {base_hash(base)}:
-            raise ValueError(
-                "the models were trained on other base weights than these; give the base that they started from"
-            )
+            raise ValueError("the models were trained on other base weights; give the base that they started from")
         load_state_dict(base, tensors)
     except ValueError:
         detach(base)

@@ -57,8 +57,8 @@ class LinearMethod(LayerwiseMethod):
 class MergeableLinear(Wrapper):
     """Round a linear layer: what it computes another weight, `changed_weight()`, computes as well.
 
-    A subclass says both: `adapted(x)` and `changed_weight()`. One with an `adapted` or a `forward` of its own does not
-    inherit the weight, and cannot be merged unless it says which one.
+    A subclass has `changed_weight` and `adapted(x)`, what it computes of x by W0 and its own tensors. One that changes
+    `adapted` or `forward` alone does not inherit the weight, and cannot be merged.
     """
 
     order = 0
@@ -71,31 +71,21 @@ class MergeableLinear(Wrapper):
     def __init_subclass__(cls, **kwargs):
         own = set(vars(cls))
         super().__init_subclass__(**kwargs)
-        if own & {"forward", "adapted"} and "changed_weight" not in own:
+        if "changed_weight" not in own and own & {"adapted", "forward"}:
             cls.changed_weight = MergeableLinear.changed_weight
-        if "as_linear" not in own:
-            cls.as_linear = MergeableLinear.as_linear  # it asks for the weight
+        if "changed_weight" in own and "as_linear" not in own:
+            cls.as_linear = MergeableLinear.as_linear  # this weight is the answer
 
     @property
     def merged(self) -> bool:
-        """Whether W is computed, and used wherever nobody could tell."""
+        """Whether there is a W, which is used wherever nobody could tell."""
         return self.merged_weight is not None
 
-    def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """What the method computes of x, by W0 and its own tensors."""
-        raise NotImplementedError
-
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The weight that gives the same, in the precision of the method's tensors.
+        """The weight that gives the same, in the precision of the method's tensors; ValueError if there is none."""
+        raise ValueError(f"a {type(self).__name__} has no changed_weight that computes the same; use it unmerged")
 
-        Raises:
-            ValueError: the class does not say so.
-        """
-        raise ValueError(
-            f"a {type(self).__name__} computes something of its own, so it cannot be merged; give the class a "
-            f"changed_weight, or use it unmerged"
-        )
-
+    @torch.inference_mode(False)
     @torch.no_grad()
     def weight_to_merge(self) -> Float[Tensor, "d_out d_in"]:
         """`changed_weight()` in the precision of W0."""
@@ -114,7 +104,7 @@ class MergeableLinear(Wrapper):
         made_of = [*self.parameters()]
         own = all(isinstance(tensor, nn.Parameter) for tensor in made_of)  # not those of a `functional_call`
         y = F.linear(x, self.merged_weight, self.base.bias) if own and self.is_replaceable(x) else self.adapted(x)
-        learning = [t for t in made_of if own and t.requires_grad and torch.is_grad_enabled()]
+        learning = [tensor for tensor in made_of if own and tensor.requires_grad and torch.is_grad_enabled()]
         return _not_trained(y, learning) if learning else y
 
     def is_replaceable(self, x: Tensor) -> bool:
@@ -142,10 +132,7 @@ def _not_trained(y: Tensor, tensors: list[Tensor]) -> Tensor:
 
 
 def _refuse_training(gradient: Tensor) -> None:
-    raise ValueError(
-        "the updates are merged, and a merged weight does not follow what is trained; unmerge(model) first, or train "
-        "merged_copy(model)"
-    )
+    raise ValueError("what is merged cannot be trained; unmerge(model) first, or train merged_copy(model)")
 
 
 def _merge_what_was_loaded(layer: MergeableLinear, incompatible: object) -> None:

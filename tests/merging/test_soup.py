@@ -98,8 +98,8 @@ def broken(model):
 
 BAD = {
     "none": (list, "at least one model"),
-    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "one of these has nothing"),
-    "another method": (lambda: [classifier(BottleneckAdapter())], "one of these has BottleneckAdapter"),
+    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "no method is attached"),
+    "another method": (lambda: [classifier(BottleneckAdapter())], "one of these has something else"),
     "DoRA": (lambda: [classifier(peft.DoRA(rank=2))], "single plain LoRA"),
     "other modules beside": (
         lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), also=())],
@@ -108,6 +108,25 @@ BAD = {
     "another base": (lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), base=8)], "other base weights"),
     "a head that is a NaN": (lambda: [broken(classifier(LoRA(rank=2)))], "NaN"),
 }
+
+
+def test_a_base_that_carries_something_keeps_it():
+    base = classifier(BottleneckAdapter())
+    before = base(*batch())
+    with pytest.raises(ValueError, match=r"detach\(base\) first"):
+        peft.soup([classifier(LoRA(rank=2))], base)
+    assert torch.equal(base(*batch()), before)
+
+
+def test_running_statistics_of_a_trained_module_do_not_stop_it():
+    models = []
+    for seed in (1, 2):
+        model = classifier(seed=seed)
+        model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(16), model.head)
+        models.append(peft.attach(model, LoRA(rank=2), seed=seed, train_also=("head",)))
+    base = classifier()
+    base.head = torch.nn.Sequential(torch.nn.BatchNorm1d(16), base.head)
+    assert torch.isfinite(peft.soup(models, base)(*batch())).all()
 
 
 @pytest.mark.parametrize("case", BAD)
