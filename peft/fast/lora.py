@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from minitransformer.fast.stand_in import may_stand_in
 from peft.method import Wrapper
@@ -30,16 +31,22 @@ from peft.method import Wrapper
 def is_known(layer: Wrapper, x: Tensor) -> bool:
     """Whether the fast form may stand in for a LoRA layer's plain one here, so that nobody could tell.
 
-    It may round a plain linear layer of the factors' own precision that nobody watches, where no dropout falls on x.
+    It may round a plain linear layer of the factors' own precision that nobody watches, where no dropout falls on x,
+    and not in forward-mode differentiation.
     """
     base = layer.base
+    if forward_ad._current_level >= 0:
+        return False
     if type(base) is not nn.Linear or (layer.training and layer.recipe.dropout) or not may_stand_in(x, layer, base):
         return False
     return x.dtype == base.weight.dtype == layer.A.dtype
 
 
 class FastLoRA(torch.autograd.Function):
-    """y = x (W0 + s B A)ᵀ + b and its derivatives. Keeps x, A and B for the backward pass; W is made again."""
+    """y = x (W0 + s B A)ᵀ + b and its gradients. Keeps x, A and B for the backward pass; W is made again.
+
+    It has no forward mode: Dynamo cannot trace a function that has one.
+    """
 
     generate_vmap_rule = True
 
@@ -61,7 +68,6 @@ class FastLoRA(torch.autograd.Function):
         _, weight_learns, _, A_learns, B_learns, _ = ctx.needs_input_grad
         tokens = x if weight_learns or A_learns or B_learns else None  # else no token need be kept
         ctx.save_for_backward(tokens, frozen_weight, A, B)
-        ctx.save_for_forward(x, frozen_weight, A, B)
 
     @staticmethod
     def backward(ctx, g):
@@ -74,13 +80,6 @@ class FastLoRA(torch.autograd.Function):
         dA = (ctx.scale * (g @ B)).T @ x if needs_A else None
         dB = g.T @ (ctx.scale * (x @ A.T)) if needs_B else None
         return dx, dweight, dbias, dA, dB, None
-
-    @staticmethod
-    def jvp(ctx, x_moves, weight_moves, bias_moves, A_moves, B_moves, _):
-        x, frozen_weight, A, B = ctx.saved_tensors
-        moves = x @ (weight_moves + ctx.scale * (B @ A_moves + B_moves @ A)).T
-        moves = moves + x_moves @ torch.addmm(frozen_weight, B, A, alpha=ctx.scale).T
-        return moves if bias_moves is None else moves + bias_moves
 
 
 fast_lora = FastLoRA.apply
