@@ -21,8 +21,8 @@ from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap
 def merge(model: nn.Module) -> nn.Module:
     """Compute the weight that each update amounts to, and use it from now on, in place; returns the model.
 
-    Where something watches or changes a linear layer (a hook, pruning, a parametrisation, autocast), its sum is
-    computed as before, so that the outputs stay the same. While they are merged, the tensors must not change.
+    Where something watches or changes a linear layer (a hook, pruning, a parametrisation, autocast), or a tensor is not
+    as it was (loaded, copied), the sum is computed as before, so that the outputs are right.
 
     Raises:
         ValueError: nothing is attached that a weight can hold, a class that does not say which weight computes the
@@ -36,7 +36,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("the updates are merged already; unmerge(model) first")
     weights = {name: _checked_weight(name, wrapper) for name, wrapper in found.items()}
     for name, wrapper in found.items():
-        wrapper.merged_weight = weights[name]
+        wrapper.merge(weights[name])
     return model
 
 
@@ -93,9 +93,9 @@ def merged_copy(model: nn.Module) -> nn.Module:
                 f"hook is on the layer, or autocast is on; merge(model) needs no writing"
             )
     twin = copy.deepcopy(model)
-    if not is_merged(twin):
-        merge(twin)
-    for wrapper in merged_wrappers(twin).values():
+    if is_merged(twin):
+        unmerge(twin)
+    for wrapper in merged_wrappers(merge(twin)).values():
         wrapper.base.weight = nn.Parameter(wrapper.merged_weight)
     for site in sites_of(twin).values():
         if site.wrappers:

@@ -66,7 +66,7 @@ class MergeableLinear(Wrapper):
     def __init__(self, base: nn.Linear):
         super().__init__(base)
         self.register_buffer("merged_weight", None, persistent=False)  # W [d_out, d_in] while merged
-        self.register_load_state_dict_post_hook(_merge_what_was_loaded)
+        self.made_of: list[tuple[int, int]] = []  # what W was computed of
 
     def __init_subclass__(cls, **kwargs):
         own = set(vars(cls))
@@ -91,8 +91,16 @@ class MergeableLinear(Wrapper):
         """`changed_weight()` in the precision of W0."""
         return self.changed_weight().detach().to(self.base.weight.dtype)
 
+    def merge(self, weight: Float[Tensor, "d_out d_in"]) -> None:
+        """Let this weight stand for W0 and the update, as long as the tensors stay as they are."""
+        self.merged_weight, self.made_of = weight, self.versions()
+
+    def versions(self) -> list[tuple[int, int]]:
+        """Of every tensor that W is made of, which one it is and its version, which a change in place counts up."""
+        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in self.parameters()]
+
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """`base(x)` while the method is off, else W x + b or `adapted(x)`.
+        """`base(x)` while the method is off; W x + b if it is merged and nobody could tell; else `adapted(x)`.
 
         Raises:
             ValueError: in the backward pass, if a tensor is to be trained while it is merged: W would not follow it.
@@ -101,10 +109,10 @@ class MergeableLinear(Wrapper):
             return self.base(x)
         if not self.merged:
             return self.adapted(x)
-        made_of = [*self.parameters()]
-        own = all(isinstance(tensor, nn.Parameter) for tensor in made_of)  # not those of a `functional_call`
-        y = F.linear(x, self.merged_weight, self.base.bias) if own and self.is_replaceable(x) else self.adapted(x)
-        learning = [tensor for tensor in made_of if own and tensor.requires_grad and torch.is_grad_enabled()]
+        by_weight = self.is_replaceable(x) and self.versions() == self.made_of
+        y = F.linear(x, self.merged_weight, self.base.bias) if by_weight else self.adapted(x)
+        tensors = self.parameters() if torch.is_grad_enabled() else ()
+        learning = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
         return _not_trained(y, learning) if learning else y
 
     def is_replaceable(self, x: Tensor) -> bool:
@@ -118,7 +126,7 @@ class MergeableLinear(Wrapper):
             return base
         if type(self.base) is not nn.Linear or type(self).changed_weight is MergeableLinear.changed_weight:
             return None
-        if self.merged:
+        if self.merged and self.versions() == self.made_of:
             return self.merged_weight, base[1]
         return (self.changed_weight(), base[1]) if can_hold(base[0], *self.tensors().values()) else None
 
@@ -133,8 +141,3 @@ def _not_trained(y: Tensor, tensors: list[Tensor]) -> Tensor:
 
 def _refuse_training(gradient: Tensor) -> None:
     raise ValueError("what is merged cannot be trained; unmerge(model) first, or train merged_copy(model)")
-
-
-def _merge_what_was_loaded(layer: MergeableLinear, incompatible: object) -> None:
-    if layer.merged:
-        layer.merged_weight = layer.weight_to_merge()

@@ -186,7 +186,7 @@ def changed(change):
 
 X = torch.ones(9, D_IN)
 PLAIN = {
-    "merged": changed(lambda lora: setattr(lora, "merged_weight", lora.weight_to_merge())),
+    "merged": changed(lambda lora: lora.merge(lora.weight_to_merge())),
     "dropout in training": layer(LoRA(rank=2, dropout=0.5)).train(),
     "half precision below": layer(dtype=torch.bfloat16),
     "a hook on the map": changed(lambda lora: lora.base.register_forward_hook(lambda *_: None)),
