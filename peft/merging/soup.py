@@ -14,11 +14,11 @@ Differs from the paper: its runs differ in their settings as well, and its greed
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from peft.attach import attach, attached, detach, load_state_dict, state_dict
+from peft.attach import Attached, attach, attached, detach, load_state_dict, state_dict
 from peft.contents import base_hash
-from peft.merging.combine import combine
+from peft.merging.combine import Loaded, combine
 from peft.methods.lora import LoRA
 from peft.sites import all_wrappers
 
@@ -36,22 +36,14 @@ def soup(models: Sequence[nn.Module], base: nn.Module) -> nn.Module:
     """
     if not models or attached(base):
         raise ValueError("a soup needs at least one model, and a base to which nothing is attached; detach(base) first")
-    records, states = [attached(model) for model in models], [state_dict(model) for model in models]
-    if any(len(own) != 1 or not isinstance(own[0].method, LoRA) for own in records):
-        raise ValueError("a soup is made of models with a single LoRA attached; one of these has something else")
-    beside = {own[0].train_also for own in records}
-    if len(beside) > 1:
-        raise ValueError(f"the models trained different modules beside their LoRA: {sorted(beside)}")
-    factors = {f"{site}.{name}" for model in models for site in all_wrappers(model) for name in ("A", "B")}
-    loras = [
-        (own[0].method, {name: tensor for name, tensor in state.items() if name in factors})
-        for own, state in zip(records, states, strict=True)
-    ]
+    records, loras, beside = zip(*map(_parts_of, models), strict=True)
+    shapes = [{name: tensor.shape for name, tensor in own.items()} for own in beside]
+    if any(own != shapes[0] for own in shapes):
+        raise ValueError("the models trained different modules beside their LoRA (train_also); choose those that agree")
     recipe, tensors = combine(loras, [1 / len(models)] * len(models))
-    for name in states[0].keys() - factors:
-        mean = torch.stack([state[name].cpu() for state in states]).double().mean(dim=0)
-        tensors[name] = mean.to(states[0][name].dtype)  # a BatchNorm counts in whole numbers
-    attach(base, recipe, train_also=beside.pop())
+    for name, first in beside[0].items():  # in float64, and a BatchNorm counts in whole numbers
+        tensors[name] = torch.stack([own[name] for own in beside]).double().mean(dim=0).to(first.dtype)
+    attach(base, recipe, train_also=records[0].train_also)
     try:
         if {base_hash(model) for model in models} != {base_hash(base)}:
             raise ValueError("the models were trained on other base weights; give the base that they started from")
@@ -60,3 +52,14 @@ def soup(models: Sequence[nn.Module], base: nn.Module) -> nn.Module:
         detach(base)
         raise
     return base
+
+
+def _parts_of(model: nn.Module) -> tuple[Attached, Loaded, dict[str, Tensor]]:
+    """What is attached, the LoRA as a recipe and factors, and the tensors that were trained whole beside it."""
+    records = attached(model)
+    if len(records) != 1 or not isinstance(records[0].method, LoRA):
+        raise ValueError("a soup is made of models with a single LoRA attached; one of these has something else")
+    names = {f"{site}.{factor}" for site in all_wrappers(model) for factor in ("A", "B")}
+    state = {name: tensor.cpu() for name, tensor in state_dict(model).items()}
+    factors = {name: tensor for name, tensor in state.items() if name in names}
+    return records[0], (records[0].method, factors), {n: tensor for n, tensor in state.items() if n not in names}

@@ -12,9 +12,9 @@ from peft import BottleneckAdapter, LoRA
 CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
 
 
-def classifier(recipe=None, seed=0, also=("head",), base=7):
+def classifier(recipe=None, seed=0, also=("head",), base=7, n_classes=3):
     """A model whose LoRA and head are anything but at their start."""
-    model = SequenceClassifier(Transformer(CONFIG, seed=base), n_classes=3, seed=seed).eval()
+    model = SequenceClassifier(Transformer(CONFIG, seed=base), n_classes=n_classes, seed=seed).eval()
     if recipe is None:
         return model
     peft.attach(model, recipe, seed=seed, train_also=also)
@@ -98,13 +98,14 @@ def broken(model):
 
 BAD = {
     "none": (list, "at least one model"),
-    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "no method is attached"),
+    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "one of these has something else"),
     "another method": (lambda: [classifier(BottleneckAdapter())], "one of these has something else"),
     "DoRA": (lambda: [classifier(peft.DoRA(rank=2))], "single plain LoRA"),
     "other modules beside": (
         lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), also=())],
         "different modules",
     ),
+    "another head": (lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), n_classes=2)], "different modules"),
     "another base": (lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), base=8)], "other base weights"),
     "a head that is a NaN": (lambda: [broken(classifier(LoRA(rank=2)))], "NaN"),
 }
