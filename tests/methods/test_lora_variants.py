@@ -286,6 +286,7 @@ def test_combining_gives_the_weighted_sum_of_the_updates(tiny, weights):
 def test_one_weight_of_one_gives_back_the_same_model(tiny):
     first, _ = two_loras(tiny)
     recipe, tensors = combine([first], [1.0])
+    assert all(torch.equal(tensors[name], A) for name, A in peft.state_dict(first).items() if name.endswith(".A"))
     again = peft.attach(tiny(), recipe)
     peft.load_state_dict(again, tensors)
     torch.testing.assert_close(outputs(again), outputs(first), rtol=1e-5, atol=1e-5)
@@ -331,6 +332,9 @@ def test_loras_of_models_of_different_shapes_are_refused(tiny):
     wider = peft.attach(tiny(d_model=32), LoRA(rank=2))
     with pytest.raises(ValueError, match="belong to different models"):
         combine([first, wider], [1.0, 1.0])
+    of_unknown_base = [(peft.attached(model)[0].method, peft.state_dict(model)) for model in (first, wider)]
+    with pytest.raises(ValueError, match=r"has the shapes \[\(16, 16\), \(32, 32\)\]: these LoRAs belong to different"):
+        combine(of_unknown_base, [1.0, 1.0])
 
 
 def attached_sum(build, combined):
