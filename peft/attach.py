@@ -94,8 +94,6 @@ def detach(model: nn.Module) -> nn.Module:
     _require_attached(model)
     for site in sites_of(model).values():
         if site.wrappers:
-            for wrapper in site.wrappers:
-                wrapper.release()
             unwrap(site)
     restore_trainability(model, model.trainable_before)
     del model.attached, model.trainable_before
@@ -152,7 +150,7 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """
     _require_attached(model)
     if merged_wrappers(model):
-        raise ValueError("the weights hold a merged update, which would go stale; unmerge(model) first")
+        raise ValueError("the updates are merged, and the merged update would go stale; unmerge(model) first")
     own = declared(model)
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:

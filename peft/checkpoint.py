@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minitransformer.files import fingerprint, pack, write_whole
-from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, state_dict
-from peft.contents import FORMAT, KEY, entries_of, read
+from minitransformer.files import pack, write_whole
+from peft.attach import Attached, attach, attached, detach, load_state_dict, state_dict
+from peft.contents import FORMAT, KEY, base_hash, entries_of, read
 from peft.merging.merge import is_merged, merge
-from peft.sites import merged_wrappers, named_tensors
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -73,14 +72,6 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             detach(model)
         raise
     return model
-
-
-def base_hash(model: nn.Module) -> str:
-    """SHA-256 of every tensor that no method declares: names, types, shapes and bytes. Merging does not change it."""
-    belonging = {id(tensor) for tensor in declared(model).values()}
-    base = {name: p for name, p in named_tensors(model).items() if id(p) not in belonging}
-    base |= {f"{site}.weight": wrapper.frozen_weight for site, wrapper in merged_wrappers(model).items()}
-    return fingerprint(base)
 
 
 def _record(entry: Attached) -> dict:

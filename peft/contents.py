@@ -1,14 +1,14 @@
-"""What a file of `peft.save` holds, without a model: read, checked, and described."""
+"""What a file of `peft.save` holds, without a model: read, checked, and described; and the hash of a base."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from minitransformer.files import unpack
-from peft.attach import Attached
+from minitransformer.files import fingerprint, unpack
+from peft.attach import Attached, declared
 from peft.method import Method
-from peft.sites import in_order
+from peft.sites import in_order, named_tensors
 
 FORMAT = "peft-from-scratch 1"
 KEY = "peft"  # of the record in the file's header
@@ -88,3 +88,9 @@ def entries_of(path: str | Path, record: dict) -> list[Attached]:
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has a record that is not complete; save it again with this version") from error
+
+
+def base_hash(model: nn.Module) -> str:
+    """SHA-256 of every tensor that no method declares: names, types, shapes and bytes."""
+    belonging = {id(tensor) for tensor in declared(model).values()}
+    return fingerprint({name: p for name, p in named_tensors(model).items() if id(p) not in belonging})

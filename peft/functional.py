@@ -21,6 +21,7 @@ Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix lengt
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,18 @@ def lora_update(
 def lora_weight(
     A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float | int
 ) -> Float[Tensor, "d_out d_in"]:
-    """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
-    return scale * (B @ A)
+    """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1.
+
+    Autocast would round it to 16 bits, and every token by it.
+    """
+    with without_autocast(A):
+        return scale * (B @ A)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """Inside, products are computed in the precision of their factors, on the device of `like`."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def row_norms(weight: Weight) -> RowLengths:

@@ -37,7 +37,7 @@ class Wrapper(nn.Module):
     """
 
     order: ClassVar[int] = 1
-    merged: bool = False  # whether its update is written into the frozen weight at present
+    merged: bool = False  # whether a weight with its update stands in for the frozen one at present
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -64,9 +64,6 @@ class Wrapper(nn.Module):
     def frozen_tensors(self) -> set[str]:
         """The names of those tensors that the recipe keeps fixed on purpose."""
         return set()
-
-    def release(self) -> None:
-        """Undo whatever the wrapper did to `base` itself; called before it is taken out."""
 
     def as_linear(self) -> LinearMap | None:
         """The weight and bias by which it acts at present, if it is a linear map with these and nothing more."""

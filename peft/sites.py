@@ -60,7 +60,7 @@ def all_wrappers(model: nn.Module) -> dict[str, list[Wrapper]]:
 
 
 def merged_wrappers(model: nn.Module) -> dict[str, Wrapper]:
-    """The wrappers whose update is written into a weight at present, by the name of what they wrap."""
+    """The wrappers whose update is merged at present, by the name of what they wrap."""
     found = all_wrappers(model).items()
     return {name: wrapper for name, wrappers in found for wrapper in wrappers if wrapper.merged}
 

@@ -18,6 +18,7 @@ OURS = ("minitransformer", "peft")
 SEAMS = [  # the only files outside of a `fast` folder that hand over to a fast form
     "minitransformer/generation.py",
     "minitransformer/transformer.py",
+    "peft/methods/linear.py",
     "peft/methods/lora.py",
 ]
 OPTIONAL = {"tokenizers"}  # packages that may be absent, and so are imported where they are needed

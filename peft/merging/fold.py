@@ -9,40 +9,39 @@ import torch
 from torch import nn
 
 from peft.attach import attached
+from peft.functional import without_autocast
 from peft.methods.prefix import PrefixAttention
-from peft.sites import exchange, sites_of
+from peft.sites import all_wrappers
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Replace each prefix that comes from an MLP by the P_k and P_v that the MLP makes; the outputs stay the same.
+    """Replace the MLP of each prefix by the P_k and P_v that it makes, in place; the outputs stay the same.
 
     Raises:
-        ValueError: the model has no reparameterised prefix, or it is disabled at present.
+        ValueError: the model has no reparameterised prefix.
     """
-    records = attached(model)
-    old = [record for record in records if getattr(record.method, "reparameterize", None)]
-    if not old:
+    wrappers = [wrapper for at_site in all_wrappers(model).values() for wrapper in at_site]
+    prefixes = [w for w in wrappers if isinstance(w, PrefixAttention) and w.recipe.reparameterize is not None]
+    if not prefixes:
         raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
-    sites = sites_of(model).values()
-    if not all(wrapper.enabled for site in sites for wrapper in site.wrappers):
-        raise ValueError("the methods are disabled at present; fold after leaving disabled(model)")
-    for site in sites:
-        for wrapper in list(site.wrappers):
-            if isinstance(wrapper, PrefixAttention) and wrapper.recipe.reparameterize is not None:
-                exchange(site, wrapper, folded(wrapper))
+    for wrapper in prefixes:
+        _fold_one(wrapper)
     model.attached = [
-        replace(record, method=replace(record.method, reparameterize=None)) if record in old else record
-        for record in records
+        replace(record, method=replace(record.method, reparameterize=None))
+        if getattr(record.method, "reparameterize", None)
+        else record
+        for record in attached(model)
     ]
     return model
 
 
 @torch.no_grad()
-def folded(wrapper: PrefixAttention) -> PrefixAttention:
-    """The plain `PrefixAttention` with the P_k and P_v that the network makes now."""
-    key, value = wrapper.prefix()
-    kept = {"gate": wrapper.gate} if wrapper.recipe.gated else {}
-    recipe = replace(wrapper.recipe, reparameterize=None)
-    plain = PrefixAttention(wrapper.base, recipe, {"key": key, "value": value, **kept})
-    plain.training = wrapper.training
-    return plain
+def _fold_one(wrapper: PrefixAttention) -> None:
+    tensors = {name: tensor for name, tensor in wrapper.tensors().items() if name != "gate"}
+    with without_autocast(wrapper.source):
+        made = wrapper.prefix()
+    for name in tensors:
+        delattr(wrapper, name)
+    learns = any(tensor.requires_grad for tensor in tensors.values())
+    wrapper.key, wrapper.value = (nn.Parameter(part, requires_grad=learns) for part in made)
+    wrapper.recipe = replace(wrapper.recipe, reparameterize=None)

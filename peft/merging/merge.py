@@ -1,17 +1,16 @@
-"""Merging: an update that a weight can hold (LoRA's, DoRA's, VeRA's) is written into it, and costs nothing more.
+"""Merging: an update that a weight can hold (LoRA's, DoRA's, VeRA's) becomes one weight, and costs nothing more.
 
 Source: Hu et al. 2022, section 4.1, "No Additional Inference Latency".
 
     W = W0 + (alpha / r) B A                         [d_out, d_in]
 
-`unmerge` puts back a copy of W0 that was kept: subtracting the update again would leave rounding errors, which add up
-over many rounds.
+W stands beside W0, which is never written to, and `unmerge` forgets it: adding the update and subtracting it again
+would leave rounding errors, which add up over many rounds.
 """
 
 import copy
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft.attach import restore_trainability
@@ -20,46 +19,54 @@ from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Write every update that a weight can hold into the weight it belongs to, in place; returns the model.
+    """Compute the weight that each update amounts to, and use it from now on, in place; returns the model.
+
+    Where something watches or changes a linear layer (a hook, pruning, a parametrisation, autocast), or a tensor is not
+    as it was (loaded, copied), the sum is computed as before, so that the outputs are right.
 
     Raises:
-        ValueError: nothing is attached that a weight can hold, it is merged already, or a tensor holds a NaN or an
-            infinity. No weight has changed then.
+        ValueError: nothing is attached that a weight can hold, a class that does not say which weight computes the
+            same, it is merged already, a frozen weight that is no plain tensor, or a tensor holds a NaN or an infinity.
+            Nothing has changed then.
     """
-    loras = _loras(model)
-    if any(lora.merged for lora in loras.values()):
+    found = {name: w for name, ws in all_wrappers(model).items() for w in ws if isinstance(w, MergeableLinear)}
+    if not found:
+        raise ValueError("no LoRA, nor any other update that a weight can hold, is attached: there is nothing to merge")
+    if merged_wrappers(model):
         raise ValueError("the updates are merged already; unmerge(model) first")
-    weights = {name: _merged_weight(name, lora) for name, lora in loras.items()}
-    for name, lora in loras.items():
-        lora.write(weights[name])
+    weights = {name: _checked_weight(name, wrapper) for name, wrapper in found.items()}
+    for name, wrapper in found.items():
+        wrapper.merge(weights[name])
     return model
 
 
-@torch.no_grad()
-def _merged_weight(name: str, lora: MergeableLinear) -> Float[Tensor, "d_out d_in"]:
-    weight = lora.changed_weight().to(lora.base.weight.dtype)
-    for tensor in (*lora.tensors().values(), weight):  # a NaN in A is lost where B is 0, but not what it says
+def _checked_weight(name: str, wrapper: MergeableLinear) -> Tensor:
+    frozen = wrapper.base.weight
+    if type(frozen) not in (Tensor, nn.Parameter):
+        raise ValueError(f"the weight of {name} is a {type(frozen).__name__}, not a plain tensor; use it unmerged")
+    weight = wrapper.weight_to_merge()
+    for tensor in (*wrapper.tensors().values(), weight):  # a NaN in A is lost where B is 0, but not what it says
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"the update of {name} holds a NaN or an infinity, so nothing was merged")
     return weight
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put every frozen weight back, bit for bit, in place; returns the model.
+    """Forget the merged weights, in place; returns the model.
 
     Raises:
         ValueError: nothing is merged.
     """
-    loras = _loras(model)
-    if not any(lora.merged for lora in loras.values()):
+    merged = merged_wrappers(model)
+    if not merged:
         raise ValueError("nothing is merged; merge(model) first")
-    for lora in loras.values():
-        lora.release()
+    for wrapper in merged.values():
+        wrapper.merged_weight = None
     return model
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Whether an update is written into a weight at present."""
+    """Whether updates are merged at present."""
     return bool(merged_wrappers(model))
 
 
@@ -69,34 +76,30 @@ def merged_copy(model: nn.Module) -> nn.Module:
     The model itself stays as it is. Modules named in `train_also` come along as they are.
 
     Raises:
-        ValueError: nothing is attached that a weight can hold, or something that none can; or a tensor holds a NaN or
-            an infinity.
+        ValueError: what `merge` refuses; something else is attached; or a weight that is not the layer's alone: tied,
+            pruned, parametrised, or of a layer with hooks, which see W0 x.
     """
-    _loras(model)
-    others = [w for at_site in all_wrappers(model).values() for w in at_site if not isinstance(w, MergeableLinear)]
-    if others:
-        raise ValueError(
-            f"a {type(others[0]).__name__} is attached as well, which is no change of a weight; detach(model), then "
-            f"attach or load alone what can be merged"
-        )
+    holders = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    for name, wrappers in all_wrappers(model).items():
+        if not all(isinstance(wrapper, MergeableLinear) for wrapper in wrappers):
+            raise ValueError(
+                f"a {type(wrappers[0]).__name__} is attached as well, which is no change of a weight; detach(model), "
+                f"then attach or load alone what can be merged"
+            )
+        base = wrappers[-1].base
+        if not wrappers[-1].is_replaceable(base.weight) or holders.count(id(base.weight)) > 1:
+            raise ValueError(
+                f"the weight of {name} cannot be written to: it is tied to another module, pruned or parametrised, a "
+                f"hook is on the layer, or autocast is on; merge(model) needs no writing"
+            )
     twin = copy.deepcopy(model)
-    if not is_merged(twin):
-        merge(twin)
+    if is_merged(twin):
+        unmerge(twin)
+    for wrapper in merged_wrappers(merge(twin)).values():
+        wrapper.base.weight = nn.Parameter(wrapper.merged_weight)
     for site in sites_of(twin).values():
         if site.wrappers:
             unwrap(site)
     restore_trainability(twin, twin.trainable_before)
     del twin.attached, twin.trainable_before
     return twin
-
-
-def _loras(model: nn.Module) -> dict[str, MergeableLinear]:
-    loras = {
-        name: wrapper
-        for name, wrappers in all_wrappers(model).items()
-        for wrapper in wrappers
-        if isinstance(wrapper, MergeableLinear)
-    }
-    if not loras:
-        raise ValueError("no LoRA, nor any other update that a weight can hold, is attached: there is nothing to merge")
-    return loras

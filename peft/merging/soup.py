@@ -5,8 +5,8 @@ go not too far from it end in one valley of the loss: the mean of their weights 
 
     W0 + 1/K (ΔW_1 + … + ΔW_K)                     one model, where an ensemble would run K of them
 
-Of LoRAs the *updates* are averaged, not the factors, whose product has cross terms (`combine.py`): the sum is a
-LoRA of rank K r, exactly, and merged it costs nothing more than any other weight.
+Of LoRAs the *updates* are averaged, not the factors, whose product has cross terms (`combine.py`): the sum is a LoRA of
+rank K r or of the width of the model, exactly, and merged it costs nothing more than any other weight.
 
 Differs from the paper: its runs differ in their settings as well, and its greedy soup leaves bad runs out.
 """
@@ -16,9 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peft.attach import attach, attached, load_state_dict, state_dict
-from peft.merging.combine import combine
+from peft.attach import Attached, attach, attached, detach, load_state_dict, state_dict
+from peft.contents import base_hash
+from peft.merging.combine import Loaded, combine
 from peft.methods.lora import LoRA
+from peft.sites import all_wrappers
 
 
 def soup(models: Sequence[nn.Module], base: nn.Module) -> nn.Module:
@@ -29,26 +31,35 @@ def soup(models: Sequence[nn.Module], base: nn.Module) -> nn.Module:
         base: the frozen model that all of them started from, nothing attached; it is changed in place, and returned.
 
     Raises:
-        ValueError: no model, nothing attached to one, other modules in `train_also`, or what `combine` refuses.
+        ValueError: no model, nothing attached to one, other modules in `train_also`, another base, or what `combine`
+            refuses. The base is as it was then.
     """
-    if not models:
-        raise ValueError("a soup needs at least one model")
-    records = [attached(model) for model in models]
-    for own in records:
-        if len(own) != 1 or not isinstance(own[0].method, LoRA):
-            names = ", ".join(type(record.method).__name__ for record in own) or "nothing"
-            raise ValueError(f"a soup is made of models with a single LoRA attached; one of these has {names}")
-    beside = {tuple(own[0].train_also) for own in records}
-    if len(beside) > 1:
-        raise ValueError(f"the models trained different modules beside their LoRA: {sorted(beside)}")
-    states = [state_dict(model) for model in models]
-    loras = [(own[0].method, _factors(state)) for own, state in zip(records, states, strict=True)]
+    if not models or attached(base):
+        raise ValueError("a soup needs at least one model, and a base to which nothing is attached; detach(base) first")
+    records, loras, beside = zip(*map(_parts_of, models), strict=True)
+    shapes = [{name: tensor.shape for name, tensor in own.items()} for own in beside]
+    if any(own != shapes[0] for own in shapes):
+        raise ValueError("the models trained different modules beside their LoRA (train_also); choose those that agree")
     recipe, tensors = combine(loras, [1 / len(models)] * len(models))
-    whole = states[0].keys() - _factors(states[0]).keys()
-    tensors |= {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in whole}
-    load_state_dict(attach(base, recipe, train_also=beside.pop()), tensors)
+    for name, first in beside[0].items():  # in float64, and a BatchNorm counts in whole numbers
+        tensors[name] = torch.stack([own[name] for own in beside]).double().mean(dim=0).to(first.dtype)
+    attach(base, recipe, train_also=records[0].train_also)
+    try:
+        if {base_hash(model) for model in models} != {base_hash(base)}:
+            raise ValueError("the models were trained on other base weights; give the base that they started from")
+        load_state_dict(base, tensors)
+    except ValueError:
+        detach(base)
+        raise
     return base
 
 
-def _factors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if name.endswith((".A", ".B"))}
+def _parts_of(model: nn.Module) -> tuple[Attached, Loaded, dict[str, Tensor]]:
+    """What is attached, the LoRA as a recipe and factors, and the tensors that were trained whole beside it."""
+    records = attached(model)
+    if len(records) != 1 or not isinstance(records[0].method, LoRA):
+        raise ValueError("a soup is made of models with a single LoRA attached; one of these has something else")
+    names = {f"{site}.{factor}" for site in all_wrappers(model) for factor in ("A", "B")}
+    state = {name: tensor.cpu() for name, tensor in state_dict(model).items()}
+    factors = {name: tensor for name, tensor in state.items() if name in names}
+    return records[0], (records[0].method, factors), {n: tensor for n, tensor in state.items() if n not in names}

@@ -52,10 +52,8 @@ class DoRALinear(LoRALinear):
         super().__init__(base, recipe, generator)
         self.magnitude = parameter_like(row_norms(base.weight.detach().to(self.A.dtype)), base)
 
-    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+    def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """m / ||W0 + ΔW|| (W0 + ΔW) x + b. Liu et al. 2024, equation 5."""
-        if self.merged or not self.enabled:
-            return self.unchanged(x)
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         update = lora_update(dropped, self.A, self.B, self.scale)  # ΔW x
@@ -66,10 +64,10 @@ class DoRALinear(LoRALinear):
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """m (W0 + ΔW) / ||W0 + ΔW||."""
-        frozen = self.unmerged_weight().to(self.A.dtype)
+        frozen = self.base.weight.to(self.A.dtype)
         return dora_weight(frozen, self.A, self.B, self.magnitude, self.norms(), self.scale)
 
-    @torch.no_grad()  # Liu et al. 2024, section 4.3: the lengths are taken as constants
     def norms(self) -> Float[Tensor, " d_out"]:
-        """The lengths of the rows of W0 + ΔW."""
-        return row_norms(self.unmerged_weight().to(self.A.dtype) + lora_weight(self.A, self.B, self.scale))
+        """The lengths of the rows of W0 + ΔW, taken as constants in both modes of differentiation (section 4.3)."""
+        with torch.no_grad():
+            return row_norms(self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)).detach()

@@ -1,12 +1,11 @@
-"""What the methods on linear maps share: which maps they enter, and updates that a weight can hold.
+"""What the methods on linear layers share: which layers they enter, and updates that a weight can hold.
 
-    not merged    y = what the method computes of x           W0 in base.weight
-    merged        y = W x + b                                 W in base.weight, W0 kept aside
+    not merged    y = what the method computes of x
+    merged        y = W x + b                                 W = changed_weight(), computed once by `peft.merge`
 
-`peft.merge` switches between the two; here is only what one linear map must know for it.
+`base.weight` is W0 at all times: W stands beside it, in a buffer of the wrapper, and `peft.unmerge` forgets it.
 """
 
-from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -15,16 +14,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.fast.stand_in import may_stand_in
 from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map
 from peft.sites import find, in_layers, linear_shapes
 
 
 @dataclass(frozen=True)
 class LinearMethod(LayerwiseMethod):
-    """A method that enters linear maps.
+    """A method that enters linear layers.
 
     Args:
-        targets: names of linear maps, by whole parts: "query", "feedforward.up", "blocks.0.attention.query".
+        targets: names of linear layers, by whole parts: "query", "feedforward.up", "blocks.0.attention.query".
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
@@ -40,12 +40,12 @@ class LinearMethod(LayerwiseMethod):
         object.__setattr__(self, "targets", tuple(self.targets))  # a list would not equal what a file gives back
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
-        """The linear maps that the targets name."""
+        """The linear layers that the targets name."""
         linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         return find(self.targets, in_layers(linears, modules, self.layers), "linear map")
 
     def targeted_shapes(self, config: TransformerConfig) -> list[tuple[int, int]]:
-        """(d_in, d_out) of each linear map that the targets name; ValueError as in `attach`."""
+        """(d_in, d_out) of each linear layer that the targets name; ValueError as in `attach`."""
         self.n_blocks(config)
         shapes = linear_shapes(config)
         if self.layers is not None:
@@ -55,56 +55,89 @@ class LinearMethod(LayerwiseMethod):
 
 
 class MergeableLinear(Wrapper):
-    """Round a linear map: what it computes another weight, `changed_weight()`, computes as well.
+    """Round a linear layer: what it computes another weight, `changed_weight()`, computes as well.
 
-    A subclass has a `forward` that gives `unchanged(x)` while the method is merged or off.
+    A subclass has `changed_weight` and `adapted(x)`, what it computes of x by W0 and its own tensors. One that changes
+    `adapted` or `forward` alone does not inherit the weight, and cannot be merged.
     """
 
     order = 0
 
     def __init__(self, base: nn.Linear):
         super().__init__(base)
-        self.merged = False
-        self.frozen_weight: Tensor | None = None  # W0, kept aside while base.weight holds the changed weight
+        self.register_buffer("merged_weight", None, persistent=False)  # W [d_out, d_in] while merged
+        self.made_of: list[tuple[int, int]] = []  # what W was computed of
 
     def __init_subclass__(cls, **kwargs):
-        answers_itself = "as_linear" in vars(cls)
+        own = set(vars(cls))
         super().__init_subclass__(**kwargs)
-        if "changed_weight" in vars(cls) and not answers_itself:
+        if "changed_weight" not in own and own & {"adapted", "forward"}:
+            cls.changed_weight = MergeableLinear.changed_weight
+        if "changed_weight" in own and "as_linear" not in own:
             cls.as_linear = MergeableLinear.as_linear  # this weight is the answer
 
-    @abstractmethod
+    @property
+    def merged(self) -> bool:
+        """Whether there is a W, which is used wherever nobody could tell."""
+        return self.merged_weight is not None
+
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The weight that gives the same, in the precision of the method's tensors."""
+        """The weight that gives the same, in the precision of the method's tensors; ValueError if there is none."""
+        raise ValueError(f"a {type(self).__name__} has no changed_weight that computes the same; use it unmerged")
 
-    def unchanged(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """What `base` computes by the weight that it holds if the method is on, by W0 if it is off."""
-        if self.merged and not self.enabled:
-            return F.linear(x, self.frozen_weight, self.base.bias)
-        return self.base(x)
-
-    def unmerged_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W0, wherever it is."""
-        return self.frozen_weight if self.merged else self.base.weight
-
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def write(self, weight: Float[Tensor, "d_out d_in"]) -> None:
-        """Put the changed weight into base.weight and keep W0."""
-        self.frozen_weight, self.merged = self.base.weight.clone(), True
-        self.base.weight.copy_(weight)
+    def weight_to_merge(self) -> Float[Tensor, "d_out d_in"]:
+        """`changed_weight()` in the precision of W0."""
+        return self.changed_weight().detach().to(self.base.weight.dtype)
 
-    @torch.no_grad()
-    def release(self) -> None:
-        """Put W0 back, bit for bit."""
-        if self.merged:
-            self.base.weight.copy_(self.frozen_weight)
-            self.frozen_weight, self.merged = None, False
+    def merge(self, weight: Float[Tensor, "d_out d_in"]) -> None:
+        """Let this weight stand for W0 and the update, as long as the tensors stay as they are."""
+        self.merged_weight, self.made_of = weight, self.versions()
+
+    def versions(self) -> list[tuple[int, int]]:
+        """Of every tensor that W is made of, which one it is and its version, which a change in place counts up."""
+        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in self.parameters()]
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """`base(x)` while the method is off; W x + b if it is merged and nobody could tell; else `adapted(x)`.
+
+        Raises:
+            ValueError: in the backward pass, if a tensor is to be trained while it is merged: W would not follow it.
+        """
+        if not self.enabled:
+            return self.base(x)
+        if not self.merged:
+            return self.adapted(x)
+        by_weight = self.is_replaceable(x) and self.versions() == self.made_of
+        y = F.linear(x, self.merged_weight, self.base.bias) if by_weight else self.adapted(x)
+        tensors = self.parameters() if torch.is_grad_enabled() else ()
+        learning = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+        return _not_trained(y, learning) if learning else y
+
+    def is_replaceable(self, x: Tensor) -> bool:
+        """Whether another weight may stand in for that of `base`, on the way from x, so that nobody could tell."""
+        return type(self.base) is nn.Linear and may_stand_in(x, self.base)
 
     def as_linear(self) -> LinearMap | None:
-        """Weight and bias by which the map acts in evaluation; None if a weight could not hold the change."""
+        """Weight and bias by which the layer acts in evaluation; None if a weight could not hold the change."""
         base = linear_map(self.base)
-        if base is None or self.enabled == self.merged:  # it acts as `base` does: merged and on, or neither
+        if base is None or not self.enabled:
             return base
-        if type(self.base) is not nn.Linear or not can_hold(base[0], *self.tensors().values()):
+        if type(self.base) is not nn.Linear or type(self).changed_weight is MergeableLinear.changed_weight:
             return None
-        return self.changed_weight() if self.enabled else self.frozen_weight, base[1]
+        if self.merged and self.versions() == self.made_of:
+            return self.merged_weight, base[1]
+        return (self.changed_weight(), base[1]) if can_hold(base[0], *self.tensors().values()) else None
+
+
+def _not_trained(y: Tensor, tensors: list[Tensor]) -> Tensor:
+    """y, such that a gradient of the tensors is refused."""
+    nothing = sum(tensor.flatten()[:0].sum() for tensor in tensors)  # 0, whatever they hold
+    if nothing.requires_grad:
+        nothing.register_hook(_refuse_training)
+    return y + nothing
+
+
+def _refuse_training(gradient: Tensor) -> None:
+    raise ValueError("what is merged cannot be trained; unmerge(model) first, or train merged_copy(model)")

@@ -122,10 +122,8 @@ class LoRALinear(MergeableLinear):
         """The factor that `train` does not name, if any."""
         return {"A", "B"} - set(self.recipe.train)
 
-    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+    def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """W0 x + b + (alpha / r) B A dropout(x). Hu et al. 2022, equation 3."""
-        if self.merged or not self.enabled:
-            return self.unchanged(x)
         if type(self) is LoRALinear and x.numel() >= self.many and is_known(self, x):
             return fast_lora(x, self.base.weight, self.base.bias, self.A, self.B, self.scale)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
@@ -134,4 +132,4 @@ class LoRALinear(MergeableLinear):
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W0 + ΔW, in the precision of the factors."""
-        return self.unmerged_weight().to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)
+        return self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from peft.functional import without_autocast
 from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
 
@@ -44,7 +45,8 @@ def vera_weight(
     A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], d: Float[Tensor, " r"], b: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "d_out d_in"]:
     """ΔW = diag(b) B diag(d) A: the same update as a change of the weight."""
-    return b[:, None] * ((B * d) @ A)
+    with without_autocast(A):
+        return b[:, None] * ((B * d) @ A)
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,11 @@ class VeRALinear(MergeableLinear):
         """A [r, d_in], B [d_out, r], d and b of this map."""
         return self.A[:, : self.base.in_features], self.B[: self.base.out_features], self.d, self.b
 
-    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+    def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """W0 x + b0 + b ⊙ B (d ⊙ A x). Kopiczko et al. 2024, equation 2."""
-        if self.merged or not self.enabled:
-            return self.unchanged(x)
         y = self.base(x)
         return y + vera_update(x.to(self.A.dtype), *self.factors()).to(y.dtype)
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W0 + ΔW, in the precision of the vectors."""
-        return self.unmerged_weight().to(self.A.dtype) + vera_weight(*self.factors())
+        return self.base.weight.to(self.A.dtype) + vera_weight(*self.factors())

@@ -19,7 +19,7 @@ D_IN, D_OUT, R, SCALE = 5, 7, 3, 1.5
 
 
 def tensors(*rows, dtype=torch.float64):
-    """x, W0, b, A, B; only W0 and b are frozen."""
+    """x, W0, b, A, B; only W0 and b are frozen, as they mostly are."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((*rows, D_IN), (D_OUT, D_IN), (D_OUT,), (R, D_IN), (D_OUT, R))
     drawn = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
@@ -55,14 +55,63 @@ def test_it_equals_the_numpy_twin_in_value_and_gradient():
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_first_and_second_derivatives_by_finite_differences():
-    x, weight, bias, A, B = tensors(2, 2)
-    function = lambda x, A, B: fast_lora(x, weight, bias, A, B, SCALE)  # noqa: E731
-    assert torch.autograd.gradcheck(function, (x, A, B))
-    assert torch.autograd.gradgradcheck(function, (x, A, B))
+@pytest.mark.parametrize("biased", [True, False])
+def test_first_and_second_derivatives_by_finite_differences(biased):
+    """Also for many directions at once; and W0 and b may learn as well."""
+    given = [t.detach().requires_grad_() for t in tensors(2, 2)]
+    if not biased:
+        del given[2]
+
+    def function(x, weight, *rest):
+        return fast_lora(x, weight, rest[0] if biased else None, *rest[-2:], SCALE)
+
+    assert torch.autograd.gradcheck(function, given, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, given)
 
 
-@pytest.mark.parametrize("learning", [(0,), (3,), (4,), (0, 3), (3, 4)])
+def layer_form():
+    """The arithmetic as a LoRA layer does it, at a number of rows at which it takes the fast form if it may."""
+    lora = layer(LoRA(rank=R, alpha=SCALE * R), dtype=torch.float64)
+    assert takes_the_fast_form(lora, torch.ones(4, D_IN, dtype=torch.float64))
+
+    def form(x, weight, bias, A, B):
+        return torch.func.functional_call(lora, {"base.weight": weight, "base.bias": bias, "A": A, "B": B}, (x,))
+
+    return form
+
+
+FUNC = {
+    "grad": lambda f: torch.func.grad(lambda *t: f(*t).square().sum(), argnums=(0, 1, 2, 3, 4)),
+    "jvp": lambda f: lambda *t: torch.func.jvp(f, t, tuple(map(torch.cos, t))),
+    "jvp of A alone": lambda f: lambda x, W, b, A, B: torch.func.jvp(lambda A: f(x, W, b, A, B), (A,), (A.cos(),)),
+    "jacfwd": lambda f: torch.func.jacfwd(f, argnums=3),
+    "jacrev": lambda f: torch.func.jacrev(f, argnums=4),
+    "hessian": lambda f: torch.func.hessian(lambda *t: f(*t).square().sum(), argnums=3),
+    "gradient of a gradient, for W0": lambda f: torch.func.grad(
+        lambda *t: torch.func.grad(lambda *s: f(*s).square().sum(), argnums=3)(*t).sum(), argnums=1
+    ),
+    "gradient of each row": lambda f: torch.func.vmap(
+        torch.func.grad(lambda x, *t: f(x[None], *t).square().sum(), argnums=(3, 4)), (0, None, None, None, None)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", FUNC)
+def test_the_transforms_of_torch_func_give_the_same_by_a_layer(transform):
+    given = [t.detach() for t in tensors(4)]
+    found = [FUNC[transform](form)(*given) for form in (plain, layer_form())]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_forward_mode_without_torch_func_takes_the_plain_form():
+    (x, weight, bias, A, B), form = (t.detach() for t in tensors(4)), layer_form()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.cos())
+        moved = torch.autograd.forward_ad.unpack_dual(form(dual, weight, bias, A, B)).tangent
+    torch.testing.assert_close(moved, plain(x.cos(), weight, None, A, B), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("learning", [(0,), (3,), (4,), (0, 3), (3, 4), (1,), (2,), (1, 2, 3)])
 def test_only_what_asks_for_a_gradient_gets_one(learning):
     given = [t.detach().requires_grad_(i in learning) for i, t in enumerate(tensors(4))]
     fast_lora(*given, SCALE).square().sum().backward()
@@ -137,10 +186,8 @@ def changed(change):
 
 X = torch.ones(9, D_IN)
 PLAIN = {
-    "merged": changed(lambda lora: lora.write(lora.changed_weight())),
+    "merged": changed(lambda lora: lora.merge(lora.weight_to_merge())),
     "dropout in training": layer(LoRA(rank=2, dropout=0.5)).train(),
-    "the weight is trained": changed(lambda lora: lora.base.weight.requires_grad_(True)),
-    "the bias is trained": changed(lambda lora: lora.base.bias.requires_grad_(True)),
     "half precision below": layer(dtype=torch.bfloat16),
     "a hook on the map": changed(lambda lora: lora.base.register_forward_hook(lambda *_: None)),
     "a subclass": changed(lambda lora: setattr(lora, "__class__", type("Other", (LoRALinear,), {}))),

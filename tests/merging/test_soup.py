@@ -12,9 +12,9 @@ from peft import BottleneckAdapter, LoRA
 CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
 
 
-def classifier(recipe=None, seed=0, also=("head",)):
+def classifier(recipe=None, seed=0, also=("head",), base=7, n_classes=3):
     """A model whose LoRA and head are anything but at their start."""
-    model = SequenceClassifier(Transformer(CONFIG, seed=7), n_classes=3, seed=seed).eval()
+    model = SequenceClassifier(Transformer(CONFIG, seed=base), n_classes=n_classes, seed=seed).eval()
     if recipe is None:
         return model
     peft.attach(model, recipe, seed=seed, train_also=also)
@@ -68,17 +68,66 @@ def test_the_models_it_is_made_of_stay_as_they_were(decoder):
     assert all(torch.equal(outputs(model), old) for model, old in zip(models, before, strict=True))
 
 
+@pytest.mark.parametrize("n, rank", [(2, 16), (5, 16)])
+def test_a_soup_of_high_ranks_is_exact_within_the_width(n, rank):
+    """2 * 8 fills the width of 16; 5 * 8 = 40 is more than any matrix there has, and the sum is kept all the same."""
+    models = [classifier(LoRA(rank=8, targets=("query", "up")), seed) for seed in range(1, n + 1)]
+    mixed = peft.soup(models, classifier())
+    assert peft.attached(mixed)[0].method.rank == rank
+    for site in ("blocks.0.attention.query", "blocks.1.feedforward.up"):
+        mean = sum(model.transformer.get_submodule(site).changed_weight() for model in models) / n
+        torch.testing.assert_close(mixed.transformer.get_submodule(site).changed_weight(), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_module_may_have_tensors_of_the_names_of_factors():
+    models = []
+    for seed in (1, 2):
+        model = classifier(seed=seed)
+        model.head.A = torch.nn.Parameter(torch.full((2,), float(seed)))
+        models.append(peft.attach(model, LoRA(rank=2), seed=seed, train_also=("head",)))
+    base = classifier()
+    base.head.A = torch.nn.Parameter(torch.zeros(2))
+    assert peft.soup(models, base).head.A.tolist() == [1.5, 1.5]
+
+
+def broken(model):
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    return model
+
+
 BAD = {
     "none": (list, "at least one model"),
-    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "one of these has nothing"),
-    "another method": (lambda: [classifier(BottleneckAdapter())], "one of these has BottleneckAdapter"),
+    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "one of these has something else"),
+    "another method": (lambda: [classifier(BottleneckAdapter())], "one of these has something else"),
     "DoRA": (lambda: [classifier(peft.DoRA(rank=2))], "single plain LoRA"),
     "other modules beside": (
         lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), also=())],
         "different modules",
     ),
-    "too many for the width": (lambda: [classifier(LoRA(rank=8), seed) for seed in range(3)], "rank 24 exceeds"),
+    "another head": (lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), n_classes=2)], "different modules"),
+    "another base": (lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), base=8)], "other base weights"),
+    "a head that is a NaN": (lambda: [broken(classifier(LoRA(rank=2)))], "NaN"),
 }
+
+
+def test_a_base_that_carries_something_keeps_it():
+    base = classifier(BottleneckAdapter())
+    before = base(*batch())
+    with pytest.raises(ValueError, match=r"detach\(base\) first"):
+        peft.soup([classifier(LoRA(rank=2))], base)
+    assert torch.equal(base(*batch()), before)
+
+
+def test_running_statistics_of_a_trained_module_do_not_stop_it():
+    models = []
+    for seed in (1, 2):
+        model = classifier(seed=seed)
+        model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(16), model.head)
+        models.append(peft.attach(model, LoRA(rank=2), seed=seed, train_also=("head",)))
+    base = classifier()
+    base.head = torch.nn.Sequential(torch.nn.BatchNorm1d(16), base.head)
+    assert torch.isfinite(peft.soup(models, base)(*batch())).all()
 
 
 @pytest.mark.parametrize("case", BAD)

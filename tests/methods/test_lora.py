@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from reference import numpy_peft
-from reference.method_cases import RECIPES, loss_of, outputs, train_a_little
+from reference.method_cases import RECIPES, batch, loss_of, outputs, train_a_little
 from torch import nn
 
 import peft
+from minitransformer.tasks.dataset import Dataset
+from minitransformer.training import fit
+from minitransformer.training.objectives import Score
 from peft import ALL_LINEARS, LoRA
 from peft.methods.lora import LoRALinear
 
@@ -158,15 +161,15 @@ def test_merged_equals_unmerged_with_nonzero_B_and_unmerging_is_bit_exact(traine
     assert all(torch.equal(p, weights[name]) for name, p in trained.named_parameters())
 
 
-def test_merging_writes_w0_plus_scale_b_a(decoder):
+def test_the_merged_weight_is_w0_plus_scale_b_a_and_w0_stays_where_it_is(decoder):
     model = train_a_little(peft.attach(decoder().double(), LoRA(rank=2, alpha=3.0)))
-    layer = model.blocks[0].attention.query
-    expected = layer.base.weight.detach().numpy() + numpy_peft.lora_weight(
-        layer.A.detach().numpy(), layer.B.detach().numpy(), 1.5
-    )
+    layer, x = model.blocks[0].attention.query, torch.eye(16, dtype=torch.float64)
+    frozen = layer.base.weight.detach().clone()
+    expected = frozen.numpy() + numpy_peft.lora_weight(layer.A.detach().numpy(), layer.B.detach().numpy(), 1.5)
     peft.merge(model)
-    np.testing.assert_allclose(layer.base.weight.detach().numpy(), expected, rtol=1e-13)
-    assert "merged" in repr(layer)
+    np.testing.assert_allclose(layer.merged_weight.numpy(), expected, rtol=1e-13)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.merged_weight, layer.base.bias))
+    assert torch.equal(layer.base.weight, frozen) and "merged" in repr(layer)
 
 
 def test_disabled_while_merged_gives_the_base_and_then_the_merged_again(tiny):
@@ -230,8 +233,8 @@ def test_merging_twice_unmerging_twice_and_merging_without_lora_are_refused(trai
     with pytest.raises(ValueError, match="nothing is merged"):
         peft.unmerge(trained)
     for model in (decoder(), peft.attach(decoder(), RECIPES["houlsby"])):
-        for operation in (peft.merge, peft.unmerge):
-            with pytest.raises(ValueError, match="no LoRA"):
+        for operation, message in ((peft.merge, "no LoRA"), (peft.unmerge, "nothing is merged")):
+            with pytest.raises(ValueError, match=message):
                 operation(model)
 
 
@@ -244,6 +247,16 @@ def test_merging_beside_other_methods_keeps_the_outputs(tiny):
     assert torch.equal(outputs(peft.unmerge(model)), before)
 
 
-def test_the_audit_notices_training_while_merged(trained):
-    with pytest.raises(peft.AuditError, match=r"\.A should learn"):
-        peft.gradient_audit(peft.merge(train_a_little(peft.attach(trained, RECIPES["prefix kv"]))), loss_of)
+def test_training_while_merged_is_refused_by_fit_audit_and_any_backward_pass(trained):
+    """Also where something else learns beside it: the merged weight would not follow A and B."""
+    peft.merge(peft.attach(trained, RECIPES["prefix kv"]))
+    before = peft.state_dict(trained)
+    data = Dataset(*batch(), torch.zeros(3, dtype=torch.int64))
+    for training in (
+        lambda: loss_of(trained).backward(),
+        lambda: peft.gradient_audit(trained, loss_of),
+        lambda: fit(trained, data, steps=1, objective=lambda model, _: Score(loss_of(model), 1, 1), progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"unmerge\(model\) first"):
+            training()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in peft.state_dict(trained).items())

@@ -177,6 +177,11 @@ def test_a_merged_copy_is_a_plain_model(tiny, recipe, first):
     peft.attach(twin, LoRA(rank=1))
 
 
+def test_a_merged_copy_of_a_model_without_methods_is_refused(decoder):
+    with pytest.raises(ValueError, match="no LoRA"):
+        merged_copy(decoder())
+
+
 def test_a_merged_copy_takes_a_trained_head_along(tiny):
     model = SequenceClassifier(tiny(lm_head="none"), n_classes=3)
     train_a_little(peft.attach(model, LoRA(rank=2), train_also=("head",)))
@@ -189,7 +194,7 @@ def test_a_merged_copy_takes_a_trained_head_along(tiny):
 @pytest.mark.parametrize("name", ["prefix kv", "houlsby", "prompt", "bitfit", "ia3"])
 def test_what_is_no_change_of_a_weight_cannot_be_in_a_merged_copy(tiny, name):
     model = tiny()
-    with pytest.raises(ValueError, match="no LoRA"):
+    with pytest.raises(ValueError, match="is attached as well, which is no change of a weight"):
         merged_copy(peft.attach(copy.deepcopy(model), RECIPES[name]))
     both = peft.attach(peft.attach(model, RECIPES["lora"]), RECIPES[name])
     with pytest.raises(ValueError, match="is attached as well, which is no change of a weight"):
@@ -281,6 +286,7 @@ def test_combining_gives_the_weighted_sum_of_the_updates(tiny, weights):
 def test_one_weight_of_one_gives_back_the_same_model(tiny):
     first, _ = two_loras(tiny)
     recipe, tensors = combine([first], [1.0])
+    assert all(torch.equal(tensors[name], A) for name, A in peft.state_dict(first).items() if name.endswith(".A"))
     again = peft.attach(tiny(), recipe)
     peft.load_state_dict(again, tensors)
     torch.testing.assert_close(outputs(again), outputs(first), rtol=1e-5, atol=1e-5)
@@ -326,6 +332,98 @@ def test_loras_of_models_of_different_shapes_are_refused(tiny):
     wider = peft.attach(tiny(d_model=32), LoRA(rank=2))
     with pytest.raises(ValueError, match="belong to different models"):
         combine([first, wider], [1.0, 1.0])
+    of_unknown_base = [(peft.attached(model)[0].method, peft.state_dict(model)) for model in (first, wider)]
+    with pytest.raises(ValueError, match=r"has the shapes \[\(16, 16\), \(32, 32\)\]: these LoRAs belong to different"):
+        combine(of_unknown_base, [1.0, 1.0])
+
+
+def attached_sum(build, combined):
+    recipe, tensors = combined
+    both = peft.attach(build(), recipe)
+    peft.load_state_dict(both, tensors)
+    return both
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_lower_rank_gives_the_nearest_update_and_says_how_near(tiny, rank):
+    """Eckart-Young: what is missing has the singular values from the k-th on, as NumPy finds them in the sum itself."""
+    loras, weights = two_loras(tiny), (0.5, -2.0)
+    whole = attached_sum(tiny, combine(loras, weights))
+    cut = combine(loras, weights, rank=rank)
+    assert (cut[0].rank, cut[0].scale) == (rank, 1.0)
+    near = attached_sum(tiny, cut)
+    for site, error in cut.error.items():
+        U, S, Vh = np.linalg.svd(delta(whole, site))
+        np.testing.assert_allclose(delta(near, site), (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=1e-4, atol=1e-5)
+        missing = np.linalg.norm(delta(near, site) - delta(whole, site)) / np.linalg.norm(delta(whole, site))
+        assert error == pytest.approx(missing, abs=1e-6)
+    assert set(combine(loras, weights).error.values()) == {0.0}
+    assert len(cut.error) == 6 and max(cut.error.values()) > 0.01
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, -3.0, 0.5)])
+def test_ranks_above_the_width_are_compressed_without_loss(decoder, weights):
+    recipes = [LoRA(rank=9, alpha=4.0), LoRA(rank=12, alpha=1.0, rank_stabilized=True), LoRA(rank=4, targets=("up",))]
+    loras = [train_a_little(peft.attach(decoder(), recipe), seed=i) for i, recipe in enumerate(recipes)]
+    combined = combine(loras, weights)
+    assert combined[0].rank == 16 and max(combined.error.values()) < 1e-12
+    both = attached_sum(decoder, combined)
+    for site in combined.error:
+        expected = sum(weight * delta(lora, site) for weight, lora in zip(weights, loras, strict=True))
+        np.testing.assert_allclose(delta(both, site), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_of_nothing_has_no_error(decoder):
+    combined = combine([peft.attach(decoder(), LoRA(rank=4))] * 2, [1.0, 1.0], rank=3)
+    assert set(combined.error.values()) == {0.0} and not any(combined[1][f"{s}.B"].any() for s in combined.error)
+
+
+@pytest.mark.parametrize("rank, message", [(0, "between 1 and 5"), (6, "between 1 and 5")])
+def test_a_rank_that_the_sum_does_not_have_is_refused(tiny, rank, message):
+    with pytest.raises(ValueError, match=message):
+        combine(two_loras(tiny), [1.0, 1.0], rank=rank)
+
+
+def narrow_and_wide(seed):
+    model = torch.nn.ModuleDict({"wide": torch.nn.Linear(8, 8), "narrow": torch.nn.Linear(8, 3)})
+    model.load_state_dict({name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()})
+    return train_a_little(peft.attach(model, LoRA(rank=3, targets=("wide", "narrow")), seed=seed), seed=seed)
+
+
+def test_a_layer_without_room_for_the_rank_of_another_is_refused_with_the_rank_that_fits():
+    loras = [narrow_and_wide(seed) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="has rank 6 in one layer, and another has room for 3 only; rank=3"):
+        combine(loras, [1.0, 1.0])
+    error = combine(loras, [1.0, 1.0], rank=3).error
+    assert error["narrow"] < 1e-6 < error["wide"]
+
+
+@pytest.mark.parametrize("known", ["model", "file"])
+def test_loras_of_other_base_weights_are_refused_where_they_are_known(decoder, tmp_path, known):
+    first, other = (peft.attach(decoder(seed=seed), LoRA(rank=2)) for seed in (0, 1))
+    peft.save(other, tmp_path / "other")
+    given = {"model": other, "file": tmp_path / "other"}[known]
+    with pytest.raises(ValueError, match="belong to different models: they were trained on base weights that differ"):
+        combine([first, given], [1.0, 1.0])
+    combine([first, (peft.attached(other)[0].method, peft.state_dict(other))], [1.0, 1.0])  # nobody can know
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda recipe, t: (LoRA(rank=3), t), "no factor of rank 3"),
+        (
+            lambda recipe, t: (recipe, {**t, "x.A": torch.full((2, 4), math.nan), "x.B": torch.ones(4, 2)}),
+            "x.A is missing, not finite",
+        ),
+        (lambda recipe, t: (recipe, {**t, "x.A": torch.ones(2, 4)}), "x.B is missing"),
+        (lambda recipe, t: (recipe, {**t, "x.bias": torch.ones(2, 4)}), "x.A is missing"),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_recipe_are_refused(decoder, change, message):
+    model = peft.attach(decoder(), LoRA(rank=2))
+    with pytest.raises(ValueError, match=message):
+        combine([change(peft.attached(model)[0].method, peft.state_dict(model))], [1.0])
 
 
 # Layers

@@ -1,6 +1,7 @@
 """A prefix is concatenated K and V: equal to two other forms of it, and blind to padding, batches and caches."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -241,13 +242,38 @@ def test_a_folded_prefix_trains_on_and_travels_in_a_file(decoder, tmp_path, leng
     assert torch.equal(outputs(peft.load(decoder(), tmp_path / "folded")), outputs(model))
 
 
-def test_folding_without_an_mlp_or_while_disabled_is_refused(decoder):
+def test_folding_without_an_mlp_is_refused(decoder):
     for model in (decoder(), peft.attach(decoder(), RECIPES["prefix kv"])):
         with pytest.raises(ValueError, match="nothing to fold"):
             peft.fold(model)
-    model = peft.attach(decoder(), RECIPES["prefix mlp"])
-    with pytest.raises(ValueError, match="disabled"), peft.disabled(model):
+
+
+def test_two_mlps_on_different_layers_are_folded_each_by_its_own(decoder, tmp_path):
+    recipes = [
+        PrefixTuning(length=3, reparameterize=5, layers=(0,)),
+        PrefixTuning(length=2, reparameterize=7, layers=(1,), gated=True),
+    ]
+    model = decoder()
+    for seed, recipe in enumerate(recipes):
+        peft.attach(model, recipe, seed=seed)
+    before = outputs(train_a_little(model))
+    peft.save(peft.fold(model), tmp_path / "folded")
+    assert torch.equal(outputs(model), before)
+    assert [record.method for record in peft.attached(model)] == [replace(r, reparameterize=None) for r in recipes]
+    assert torch.equal(outputs(peft.load(decoder(), tmp_path / "folded")), before)
+
+
+def test_folding_keeps_what_stands_round_the_prefix(decoder):
+    """A hook, what is frozen, the mode, autocast and `disabled` outside: none of it is the MLP's."""
+    model = train_a_little(peft.attach(decoder(), PrefixTuning(length=3, reparameterize=5, gated=True)))
+    first, second = (block.attention for block in model.blocks)
+    first.register_forward_hook(lambda module, inputs, y: 2 * y)
+    second.requires_grad_(False)
+    expected, base = outputs(model), outputs(decoder())
+    with torch.autocast("cpu", dtype=torch.bfloat16), peft.disabled(model):
         peft.fold(model)
+    assert torch.equal(outputs(model), expected) and not torch.equal(expected, base)
+    assert model.blocks[0].attention is first and first.key.requires_grad and not second.key.requires_grad
 
 
 def test_zero_scores_give_the_prefix_its_share_by_count(decoder):

@@ -70,7 +70,9 @@ def test_merging_gives_the_same_outputs_and_comes_off_bit_for_bit(decoder):
     train_a_little(peft.attach(model, VeRA(rank=6, targets=ALL_LINEARS)))
     before = outputs(model)
     torch.testing.assert_close(outputs(peft.merge(model)), before, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model.blocks[0].attention.output.base.weight, weights["blocks.0.attention.output.weight"])
+    layer = model.blocks[0].attention.output
+    assert torch.equal(layer.base.weight, weights["blocks.0.attention.output.weight"])
+    assert not torch.equal(layer.merged_weight, layer.base.weight)
     plain = peft.detach(peft.unmerge(model))
     assert all(torch.equal(p, weights[name]) for name, p in plain.named_parameters())
 

@@ -7,7 +7,7 @@ first round; where several take turns, or rounding always goes one way, it grows
 
 Found in: loralib's `Linear.train`; Hugging Face peft's `unmerge`
 
-The lesson: a state that changes the weights has a name and a verb of its own. Keep W0 and put it back.
+The lesson: a state that changes what the weights are has a name and a verb of its own, and never writes to W0.
 """
 
 import torch
