@@ -8,9 +8,10 @@ from torch import Tensor
 from minitransformer.files import unpack
 from peft.attach import Attached
 from peft.method import Method
+from peft.plain import plain
 from peft.sites import in_order
 
-FORMAT = "peft-from-scratch 1"
+FORMAT = "peft-from-scratch 2"
 KEY = "peft"  # of the record in the file's header
 
 
@@ -26,7 +27,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except ValueError as error:
         raise ValueError(f"{path} is not a file that peft.save wrote, or it is cut off or damaged") from error
     if record.get("format") != FORMAT:
-        raise ValueError(f"{path} has another format than {FORMAT!r}; save it again with this version")
+        raise ValueError(
+            f"{path} has another format than {FORMAT!r}: {record.get('format')!r}, which does not say what its base "
+            f"computes; where you know the base, attach the recipe to it, give load_state_dict the file's tensors "
+            f"(safetensors.torch.load_file), and save again"
+        )
     if not sound:
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; take another copy")
     return {name: tensors[name] for name in in_order(tensors)}, record
@@ -40,7 +45,7 @@ class FileDescription:
     seeds: tuple[int, ...]
     train_also: tuple[str, ...]
     merged: bool  # whether the updates were merged into the weights when it was saved
-    base: str  # hash of the base weights it was trained on
+    base: str  # hash of the base it was trained on
     tensors: dict[str, tuple[int, ...]]  # name -> shape
     numbers: int
     bytes: int
@@ -78,13 +83,17 @@ def describe(path: str | Path) -> FileDescription:
 
 
 def entries_of(path: str | Path, record: dict) -> list[Attached]:
-    """The attached methods that a record lists, once it is known to be complete."""
+    """The attached methods that a record lists, once it is known to be complete and of the right types."""
     try:
-        if not isinstance(record["base"], str) or not isinstance(record["merged"], bool):
-            raise TypeError("base is a text, merged is true or false")
-        return [
-            Attached(Method.from_dict(dict(values["recipe"])), values["seed"], tuple(values["train_also"]))
-            for values in record["methods"]
-        ]
-    except (KeyError, TypeError) as error:
+        types = {name: type(value) for name, value in record.items()}
+        if types != {"format": str, "methods": list, "base": str, "merged": bool} or not record["methods"]:
+            raise TypeError(f"the record holds {types}")
+        return [_entry(**values) for values in record["methods"]]
+    except TypeError as error:
         raise ValueError(f"{path} has a record that is not complete; save it again with this version") from error
+
+
+def _entry(recipe: dict, seed: int, train_also: list[str]) -> Attached:
+    if type(seed) is not int or type(train_also) is not list or not all(type(name) is str for name in train_also):
+        raise TypeError("a seed is a whole number, train_also a list of names")
+    return Attached(plain(Method.from_dict(dict(recipe))), seed, tuple(train_also))

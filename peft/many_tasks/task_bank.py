@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.transformer import Transformer
-from peft.attach import attach, attached, detach, load_state_dict, restore_trainability, trainability
+from peft.attach import attach, attached, detach, freeze, load_state_dict, thaw
 from peft.checkpoint import load
 from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, MixedWrapper, Rows
 from peft.method import Method
@@ -63,8 +63,7 @@ class TaskBank(nn.Module):
             raise ValueError('no task is given; give some by name, such as {"mood": "mood.safetensors"}')
         collected = {name: _wrappers_of(model, name, source) for name, source in sources.items()}
         self.model, self.names, self.rows = model, tuple(sources), Rows()
-        self.trainable_before = trainability(model)
-        model.requires_grad_(False)
+        freeze(model)
         sites = sites_of(model)
         for name, mixed in self._mixed(collected, {name: site.module for name, site in sites.items()}):
             for tensor in mixed.tensors().values():
@@ -140,7 +139,7 @@ class TaskBank(nn.Module):
         for site in sites_of(self.model).values():
             if site.wrappers:
                 unwrap(site)
-        restore_trainability(self.model, self.trainable_before)
+        thaw(self.model)
         return self.model
 
     @staticmethod

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from peft.attach import attached
+from peft.attach import attached, record_of, set_record
 from peft.methods.prefix import PrefixAttention
 from peft.sites import exchange, sites_of
 
@@ -19,9 +19,12 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no reparameterised prefix, or it is disabled at present.
     """
-    records = attached(model)
-    old = [record for record in records if getattr(record.method, "reparameterize", None)]
-    if not old:
+    plain = {
+        id(record): replace(record, method=replace(record.method, reparameterize=None))
+        for record in attached(model)
+        if getattr(record.method, "reparameterize", None)
+    }
+    if not plain:
         raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
     sites = sites_of(model).values()
     if not all(wrapper.enabled for site in sites for wrapper in site.wrappers):
@@ -29,11 +32,9 @@ def fold(model: nn.Module) -> nn.Module:
     for site in sites:
         for wrapper in list(site.wrappers):
             if isinstance(wrapper, PrefixAttention) and wrapper.recipe.reparameterize is not None:
-                exchange(site, wrapper, folded(wrapper))
-    model.attached = [
-        replace(record, method=replace(record.method, reparameterize=None)) if record in old else record
-        for record in records
-    ]
+                new = folded(wrapper)
+                set_record(new, plain[id(record_of(wrapper))])
+                exchange(site, wrapper, new)
     return model
 
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft.attach import restore_trainability
+from peft.attach import without_wrappers
 from peft.methods.linear import MergeableLinear
-from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap
+from peft.sites import all_wrappers, merged_wrappers
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -82,12 +82,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     if not is_merged(twin):
         merge(twin)
-    for site in sites_of(twin).values():
-        if site.wrappers:
-            unwrap(site)
-    restore_trainability(twin, twin.trainable_before)
-    del twin.attached, twin.trainable_before
-    return twin
+    return without_wrappers(twin)
 
 
 def _loras(model: nn.Module) -> dict[str, MergeableLinear]:
