@@ -219,7 +219,7 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _generator(seed: int) -> torch.Generator:
     try:
         return torch.Generator().manual_seed(operator.index(seed))
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"seed={seed!r} is no seed; give a whole number below 2**63") from error
 
 

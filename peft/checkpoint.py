@@ -44,14 +44,14 @@ def save(model: nn.Module, path: str | Path) -> None:
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ValueError(f"{broken[0]} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
-    undeclared = trainable_parameters(model).keys() - tensors.keys()
-    if undeclared:
-        raise ValueError(
-            f"{', '.join(sorted(undeclared))} would be left out: trained, but declared by no method; name the module "
-            f"in attach(..., train_also=...), or freeze it again where it did not change"
-        )
     for entry in attached(model):
         _require_found_again(model, entry)
+    undeclared = [name for name in trainable_parameters(model) if name not in tensors]
+    if undeclared:
+        raise ValueError(
+            f"{', '.join(undeclared[:3])} ({len(undeclared)} tensors) would be left out: trained, but declared by no "
+            f"method; name the module in attach(..., train_also=...), or freeze it again if it did not change"
+        )
     record = {
         "format": FORMAT,
         "methods": [_record(entry) for entry in attached(model)],
@@ -82,10 +82,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     before = state_dict(model) if present else {}
     try:
         if not present:
-            sizes = {size for t in (*tensors.values(), *named_tensors(model).values()) for size in t.shape}
-            with _NoLarger(max(sizes)):
-                for entry in entries:
-                    attach(model, entry.method, entry.seed, entry.train_also)
+            _attach_all(model, entries, [*tensors.values(), *named_tensors(model).values()])
             before = state_dict(model)
         if base_hash(model) != record["base"]:
             raise ValueError(
@@ -101,10 +98,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         if not present and attached(model):
             detach(model)
         raise
-    for old, entry in zip(present, entries):
-        for _, part in parts_of(model):
-            if record_of(part) is old:
-                set_record(part, replace(old, seed=entry.seed))
+    again = {id(old): replace(old, seed=entry.seed) for old, entry in zip(present, entries, strict=False)}
+    for _, part in parts_of(model):
+        set_record(part, again.get(id(record_of(part)), record_of(part)))
     return model
 
 
@@ -164,6 +160,16 @@ def _require_found_again(model: nn.Module, entry: Attached) -> None:
         )
 
 
+def _attach_all(model: nn.Module, entries: list[Attached], like: list[Tensor]) -> None:
+    """Attach what a file asks for, with no tensor that is longer than the longest of those."""
+    try:
+        with _NoLarger(max(size for tensor in like for size in tensor.shape)):
+            for entry in entries:
+                attach(model, entry.method, entry.seed, entry.train_also)
+    except (TypeError, RuntimeError) as error:  # such as of numbers beyond 64 bits
+        raise ValueError(f"the recipe asks for what cannot be made: {str(error).splitlines()[0]}") from error
+
+
 class _NoLarger(TorchFunctionMode):
     """Inside, no tensor is made that is longer on any axis than `longest`: a recipe can ask for more than it holds."""
 
@@ -175,6 +181,6 @@ class _NoLarger(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in MAKERS:
             on_meta = {name: value for name, value in kwargs.items() if name != "generator"} | {"device": "meta"}
-            if any(size > self.longest for size in function(*args, **on_meta).shape):
+            if max(function(*args, **on_meta).shape, default=0) > self.longest:
                 raise ValueError("the recipe asks for larger tensors than the file and the model hold")
         return function(*args, **kwargs)
