@@ -7,6 +7,7 @@ everything.
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -24,22 +25,22 @@ UNREADABLE = (
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write beside the target, force it to the disk, and rename in one move; nothing half-written ever has the name.
 
-    A link stays one, to the new file; who may read an older file may read the new one.
+    A link stays one, and who may read an older file may read the new one.
 
     Raises:
-        OSError: the file cannot be written, or the target is no file; an older one of that name is as it was.
+        OSError: the file cannot be written; an older one of that name is as it was.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is there and is no file; choose another name")
+    path = Path(path).resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} is not there; make it first")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            temporary.chmod(path.stat().st_mode & 0o7777)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

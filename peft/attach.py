@@ -9,7 +9,7 @@ was rearranged know what is attached to them.
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minitransformer.modes import modes_restored
 from peft.method import Method, Wrapper, switched_off
-from peft.plain import plain
-from peft.sites import Site, all_wrappers, arrange, find, inside, merged_wrappers, named_tensors, own_tensors, sites_of, wrap
+from peft.sites import Site, arrange, find, inside, merged_wrappers, named_tensors, own_tensors, sites_of, wrap
 
 RECORD, TRAINABLE = "_peft_record", "_peft_trainable"  # attributes of modules
 READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they use a child's weight and do not call it
@@ -36,28 +35,25 @@ class Attached:
     order: int = field(default=0, compare=False, repr=False)  # of attaching
 
 
-def record_of(module: nn.Module) -> Attached | None:
-    """The record of the method that a wrapper, or a module that is trained whole, belongs to."""
-    return vars(module).get(RECORD)
-
-
-def set_record(module: nn.Module, record: Attached | None) -> None:
-    """Say which method a wrapper, or a module that is trained whole, belongs to."""
-    vars(module)[RECORD] = record
-
-
-def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every wrapper, and every module that is trained whole, with the name of its site."""
+def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Attached | None]]:
+    """Every wrapper, and every module that is trained whole, by the name of its site, with the record of its method."""
     for name, site in sites_of(model).items():
         for part in (*site.wrappers, site.module):
-            if record_of(part) or isinstance(part, Wrapper):
-                yield name, part
+            if isinstance(part, Wrapper) or RECORD in vars(part):
+                yield name, part, vars(part).get(RECORD)
 
 
 def attached(model: nn.Module) -> list[Attached]:
     """What is attached to the model, in the order it was attached."""
-    records = {id(record): record for _, part in parts_of(model) if (record := record_of(part))}
+    records = {id(record): record for _, _, record in parts_of(model) if record}
     return sorted(records.values(), key=lambda record: record.order)
+
+
+def record_anew(model: nn.Module, change: Callable[[Attached], Attached]) -> None:
+    """Replace the record of each method that is attached by what `change` makes of it."""
+    changed = {id(record): change(record) for record in attached(model)}
+    for _, part, record in parts_of(model):
+        vars(part)[RECORD] = changed.get(id(record))
 
 
 def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[str, ...] = ()) -> nn.Module:
@@ -76,14 +72,13 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
 
     Raises:
         ValueError: a target matches nothing, a method of this kind is at that place already, the recipe does not fit
-            the model or holds what no file could, or a module to wrap is never called. Nothing has changed then.
+            the model, or something would be without effect. Nothing has changed then.
     """
     if not isinstance(method, Method):
         raise ValueError(f"{method!r} is not a recipe; give one such as LoRA(rank=4) or PrefixTuning(length=8)")
-    method, root, sites = plain(method), inside(model), sites_of(model)
+    root, sites = inside(model), sites_of(model)
     modules = {name: site.module for name, site in sites.items() if name}
-    also = find(train_also, modules, "module") if train_also else []
-    whole = {module: name for name in also for module in _below(name, modules)}
+    whole = find(train_also, modules, "module") if train_also else []
     with modes_restored(root):
         names = method.sites(modules)
         wrappers = method.wrappers({name: modules[name] for name in names}, root, _generator(seed))
@@ -91,12 +86,12 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     order = 1 + max([record.order for record in attached(model)], default=-1)
     record = Attached(method, operator.index(seed), tuple(map(str, train_also)), order)
     freeze(root)
-    for module in whole:
-        set_record(module, record)
+    for module in _in(whole, modules):
+        vars(module)[RECORD] = record
         for tensor in own_tensors(module).values():
             tensor.requires_grad_(True)
     for name, wrapper in wrappers.items():
-        set_record(wrapper, record)
+        vars(wrapper)[RECORD] = record
         for part in {*wrapper.modules()} - {*wrapper.base.modules()}:
             part.training = modules[name].training
         wrap(sites[name], wrapper)
@@ -121,7 +116,7 @@ def thaw(model: nn.Module) -> None:
         for name in remembered.keys() & tensors.keys():  # a tensor of two modules may have been frozen by the first
             before[tensors[name]] = before.get(tensors[name], False) or remembered[name]
     for tensor, trainable in before.items():
-        tensor.requires_grad_(trainable and (tensor.is_floating_point() or tensor.is_complex()))
+        tensor.requires_grad_(trainable and _can_be_trained(tensor))
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -134,7 +129,7 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: nothing is attached.
     """
     _require_attached(model)
-    for _, part in parts_of(model):
+    for _, part, _ in parts_of(model):
         if isinstance(part, Wrapper):
             part.release()
     return without_wrappers(model)
@@ -143,7 +138,7 @@ def detach(model: nn.Module) -> nn.Module:
 def without_wrappers(model: nn.Module) -> nn.Module:
     """The model with every method taken out, and whatever weights it has at present."""
     for site in sites_of(model).values():
-        arrange(site, [wrapper for wrapper in site.wrappers if record_of(wrapper) is None])
+        arrange(site, [wrapper for wrapper in site.wrappers if RECORD not in vars(wrapper)])
         vars(site.module).pop(RECORD, None)
     thaw(model)
     return model
@@ -160,15 +155,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ValueError: nothing is attached.
     """
     _require_attached(model)
-    wrappers = [wrapper for at_site in all_wrappers(model).values() for wrapper in at_site]
-    with switched_off(*wrappers):
+    with switched_off(*[part for _, part, _ in parts_of(model) if isinstance(part, Wrapper)]):
         yield model
 
 
 def declared(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the attached methods, once, by name: the parameters and buffers of wrappers, and of modules named
-    in `train_also`."""
-    own = {id(tensor) for _, part in parts_of(model) for tensor in own_tensors(part, buffers=True).values()}
+    """Every parameter and buffer of the attached methods, once, by name: of wrappers, and of what is trained whole."""
+    own = {id(tensor) for _, part, _ in parts_of(model) for tensor in own_tensors(part, buffers=True).values()}
     return {name: tensor for name, tensor in named_tensors(model, buffers=True).items() if id(tensor) in own}
 
 
@@ -191,12 +184,12 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors, as `state_dict` gave them, into the attached methods.
 
     Raises:
-        ValueError: a missing or unexpected name, a wrong shape or kind of number, a NaN or an infinity, or the update
-            is merged. The model is as it was then.
+        ValueError: a missing or unexpected name, a wrong shape or type, a NaN or an infinity, or the update is merged.
+            The model is as it was then.
     """
     _require_attached(model)
     if merged_wrappers(model):
-        raise ValueError("the weights hold a merged update, which would go stale; unmerge(model) first")
+        raise ValueError("the updates are merged, and the merged update would go stale; unmerge(model) first")
     own = declared(model)
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
@@ -223,9 +216,13 @@ def _generator(seed: int) -> torch.Generator:
         raise ValueError(f"seed={seed!r} is no seed; give a whole number below 2**63") from error
 
 
-def _below(name: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """The module of that name and all modules in it."""
-    return [module for below, module in modules.items() if f"{below}.".startswith(f"{name}.")]
+def _in(names: list[str], modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """The modules of these names, and all modules in them."""
+    return [m for below, m in modules.items() if any([f"{below}.".startswith(f"{name}.") for name in names])]
+
+
+def _can_be_trained(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _require_attached(model: nn.Module) -> None:
@@ -233,46 +230,49 @@ def _require_attached(model: nn.Module) -> None:
         raise ValueError("no method is attached to this model; attach(model, LoRA(...)) or load(model, path) first")
 
 
-def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper], whole: dict) -> None:
-    """Raise ValueError, with the cure, for what cannot be attached, or not so that it would count."""
+def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper], whole: list[str]) -> None:
+    """Raise ValueError, with the cure, for what cannot be attached, or would be without effect."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError("DistributedDataParallel knows the tensors of when it was made only; attach the method first")
-    unknown = [name for name, part in parts_of(model) if record_of(part) is None]
-    if unknown:
-        raise ValueError(f"{unknown[0]} carries a wrapper that attach did not put there; take it out first (detach)")
-    for name in dict.fromkeys(whole.values()):
-        tensors = [t for module in whole if whole[module] == name for t in own_tensors(module).values()]
-        if not tensors or not all(t.is_floating_point() or t.is_complex() for t in tensors):
+        raise ValueError("DistributedDataParallel knows the tensors that were there first; attach the method before it")
+    for name, part, record in parts_of(model):
+        if record is None:
+            raise ValueError(f"{name} carries a {type(part).__name__} that attach did not put there; take it out first")
+    for name in whole:
+        tensors = [t for m in _in([name], {n: s.module for n, s in sites.items()}) for t in own_tensors(m).values()]
+        if not tensors or not all(map(_can_be_trained, tensors)):
             raise ValueError(f"train_also names {name}, which holds no parameters that can be trained; leave it out")
     for name, wrapper in wrappers.items():
-        _check_site(name, sites[name], wrapper)
+        _check_place(name, sites[name], wrapper)
+        for present in sites[name].wrappers:
+            _check_pair(name, present, wrapper)
 
 
-def _check_site(name: str, site: Site, new: Wrapper) -> None:
+def _check_place(name: str, site: Site, new: Wrapper) -> None:
     kind, tensors = type(new).__name__, new.tensors()
-    for parent, attribute in site.places:
-        if isinstance(parent, READ_BY_PARENT):
-            raise ValueError(
-                f"torch's {type(parent).__name__} reads the weight of {name} and does not call it, so a {kind} there "
-                f"would be passed by; choose other targets, or write the layer with linear layers that are called"
-            )
-        if parent._modules[attribute] is not (site.wrappers or [site.module])[0]:
-            raise ValueError(f"{name} is compiled by itself, which would pass a {kind} by; compile it after attaching")
-    inner = {id(t) for t in (*site.module.parameters(), *tensors.values())}
-    if any(id(t) not in inner for t in new.parameters()):
+    parents = [type(parent).__name__ for parent, _ in site.places if isinstance(parent, READ_BY_PARENT)]
+    if parents:
+        raise ValueError(
+            f"torch's {parents[0]} reads the weight of {name} and does not call it, so a {kind} would be passed by; "
+            f"choose other targets, or write the layer with linear layers that are called"
+        )
+    if any(parent._modules[attribute] is not [*site.wrappers, site.module][0] for parent, attribute in site.places):
+        raise ValueError(f"{name} is compiled by itself, which would pass a {kind} by; compile it after attaching")
+    if {*new.parameters()} - {*site.module.parameters(), *tensors.values()}:
         raise ValueError(f"{kind} holds parameters in a module of its own; give the wrapper itself every nn.Parameter")
-    if set(tensors) & set(own_tensors(site.module, buffers=True)):
+    if tensors.keys() & own_tensors(site.module, buffers=True).keys():
         raise ValueError(f"{name} has tensors called {', '.join(tensors)} of its own; rename them, or those of {kind}")
-    for wrapper in site.wrappers:
-        present = type(wrapper).__name__
-        same_kind = isinstance(wrapper, type(new)) or isinstance(new, type(wrapper))
-        if same_kind or set(wrapper.tensors()) & set(tensors):
-            raise ValueError(
-                f"{name} carries a {present} already, and another {kind} cannot stand beside it; detach(model) first, "
-                f"or choose other targets"
-            )
-        if wrapper.order == new.order:
-            raise ValueError(
-                f"{name} carries a {present}, and what it computes with a {kind} would depend on which came first: "
-                f"both have order {new.order}; give one of the classes another `order`, or choose other targets"
-            )
+
+
+def _check_pair(name: str, present: Wrapper, new: Wrapper) -> None:
+    kind, other = type(present).__name__, type(new).__name__
+    same_kind = isinstance(present, type(new)) or isinstance(new, type(present))
+    if same_kind or present.tensors().keys() & new.tensors().keys():
+        raise ValueError(
+            f"{name} carries a {kind} already, and another {other} cannot stand beside it; detach(model) first, "
+            f"or choose other targets"
+        )
+    if present.order == new.order:
+        raise ValueError(
+            f"{name} carries a {kind}, and what it computes with a {other} would depend on which came first: both "
+            f"have order {new.order}; give one of the classes another `order`, or choose other targets"
+        )

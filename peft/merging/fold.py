@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from peft.attach import attached, record_of, set_record
+from peft.attach import RECORD, Attached, attached, record_anew
 from peft.methods.prefix import PrefixAttention
 from peft.sites import exchange, sites_of
 
@@ -19,12 +19,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no reparameterised prefix, or it is disabled at present.
     """
-    plain = {
-        id(record): replace(record, method=replace(record.method, reparameterize=None))
-        for record in attached(model)
-        if getattr(record.method, "reparameterize", None)
-    }
-    if not plain:
+    if not any(getattr(record.method, "reparameterize", None) for record in attached(model)):
         raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
     sites = sites_of(model).values()
     if not all(wrapper.enabled for site in sites for wrapper in site.wrappers):
@@ -33,9 +28,16 @@ def fold(model: nn.Module) -> nn.Module:
         for wrapper in list(site.wrappers):
             if isinstance(wrapper, PrefixAttention) and wrapper.recipe.reparameterize is not None:
                 new = folded(wrapper)
-                set_record(new, plain[id(record_of(wrapper))])
+                vars(new)[RECORD] = vars(wrapper)[RECORD]
                 exchange(site, wrapper, new)
+    record_anew(model, _folded_record)
     return model
+
+
+def _folded_record(record: Attached) -> Attached:
+    if getattr(record.method, "reparameterize", None) is None:
+        return record
+    return replace(record, method=replace(record.method, reparameterize=None))
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def test_a_wrapper_that_keeps_parameters_in_a_module_of_its_own_is_refused(decod
 
     model = decoder()
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="give the wrapper itself every nn.Parameter"):
+    with pytest.raises(ValueError, match="give the wrapper itself every"):
         peft.attach(model, careless(Hidden))
     assert_same(before, fingerprint(model))
 
@@ -444,7 +444,7 @@ def test_a_model_in_data_parallelism_is_the_model_in_it(decoder, tmp_path, proce
 def test_layers_of_torch_that_do_not_call_a_map_are_refused(recipe, target):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="reads the weight of .* and does not call it"):
+    with pytest.raises(ValueError, match=r"reads the weight of .* and does not call it"):
         peft.attach(model, recipe(rank=2, targets=(target,)))
     assert_same(before, fingerprint(model))
 
