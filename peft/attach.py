@@ -79,7 +79,7 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     root, sites = inside(model), sites_of(model)
     modules = {name: site.module for name, site in sites.items() if name}
     whole = find(train_also, modules, "module") if train_also else []
-    with modes_restored(root):
+    with modes_restored(root), torch.inference_mode(False):
         names = method.sites(modules)
         wrappers = method.wrappers({name: modules[name] for name in names}, root, _generator(seed))
     _check(model, sites, wrappers, whole)
@@ -222,7 +222,7 @@ def _in(names: list[str], modules: dict[str, nn.Module]) -> list[nn.Module]:
 
 
 def _can_be_trained(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+    return (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_inference()
 
 
 def _require_attached(model: nn.Module) -> None:
@@ -234,6 +234,8 @@ def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper
     """Raise ValueError, with the cure, for what cannot be attached, or would be without effect."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("DistributedDataParallel knows the tensors that were there first; attach the method before it")
+    if any(nn.parameter.is_lazy(tensor) for tensor in model.parameters()):
+        raise ValueError("the model has parameters without a shape so far; run it once before attaching")
     for name, part, record in parts_of(model):
         if record is None:
             raise ValueError(f"{name} carries a {type(part).__name__} that attach did not put there; take it out first")
@@ -249,11 +251,10 @@ def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper
 
 def _check_place(name: str, site: Site, new: Wrapper) -> None:
     kind, tensors = type(new).__name__, new.tensors()
-    parents = [type(parent).__name__ for parent, _ in site.places if isinstance(parent, READ_BY_PARENT)]
-    if parents:
+    if any(isinstance(parent, READ_BY_PARENT) for parent, _ in site.places):
         raise ValueError(
-            f"torch's {parents[0]} reads the weight of {name} and does not call it, so a {kind} would be passed by; "
-            f"choose other targets, or write the layer with linear layers that are called"
+            f"torch's attention and encoder layers read the weight of {name} and do not call it, so a {kind} would be "
+            f"passed by; choose other targets, or write the layer with linear layers that are called"
         )
     if any(parent._modules[attribute] is not [*site.wrappers, site.module][0] for parent, attribute in site.places):
         raise ValueError(f"{name} is compiled by itself, which would pass a {kind} by; compile it after attaching")

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minitransformer.files import pack, write_whole
-from peft.attach import (
-    Attached, attach, attached, detach, load_state_dict, parts_of, record_anew, state_dict, trainable_parameters,
-)  # fmt: skip
+from peft.attach import Attached, attach, attached, detach, load_state_dict, parts_of, record_anew, state_dict
 from peft.contents import FORMAT, KEY, base_hash, entries_of, read
 from peft.merging.merge import is_merged, merge
 from peft.method import Wrapper
@@ -39,7 +37,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{broken[0]} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
     for entry in entries:
         _require_found_again(model, entry)
-    undeclared = [name for name in trainable_parameters(model) if name not in tensors]
+    undeclared = [name for name, p in named_tensors(model).items() if p.requires_grad and name not in tensors]
     if undeclared:
         raise ValueError(
             f"{', '.join(undeclared[:3])} ({len(undeclared)} tensors) would be left out: trained, but declared by no "

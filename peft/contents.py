@@ -73,16 +73,11 @@ def describe(path: str | Path) -> FileDescription:
     """
     tensors, record = read(path)
     entries = entries_of(path, record)
-    return FileDescription(
-        recipes=tuple(str(entry.method) for entry in entries),
-        seeds=tuple(entry.seed for entry in entries),
-        train_also=tuple(dict.fromkeys(name for entry in entries for name in entry.train_also)),
-        merged=record["merged"],
-        base=record["base"],
-        tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        numbers=sum(tensor.numel() for tensor in tensors.values()),
-        bytes=Path(path).stat().st_size,
-    )
+    beside = tuple(dict.fromkeys(name for entry in entries for name in entry.train_also))
+    recipes, seeds = tuple(str(entry.method) for entry in entries), tuple(entry.seed for entry in entries)
+    shapes, numbers = {name: tuple(t.shape) for name, t in tensors.items()}, sum(t.numel() for t in tensors.values())
+    size = Path(path).stat().st_size
+    return FileDescription(recipes, seeds, beside, record["merged"], record["base"], shapes, numbers, size)
 
 
 def entries_of(path: str | Path, record: dict) -> list[Attached]:

@@ -1,8 +1,8 @@
 """Sites: where in a model a method can enter, and how wrappers are put in and taken out.
 
 A module keeps its name whatever is wrapped round it: `blocks.0.attention.query` is the query of the first block, also
-when it lies in `blocks.0.attention.base.query.base`, or behind a handle of `torch.compile` or of data parallelism. These
-names are the keys of `peft.state_dict`. A module that stands at several places is one site, under its first name.
+when it lies in `blocks.0.attention.base.query.base`, or behind a handle of `torch.compile`. These names are the keys of
+`peft.state_dict`. A module that stands at several places is one site, under its first name.
 """
 
 from collections.abc import Iterable
@@ -105,20 +105,15 @@ def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list
         raise ValueError(f'targets are a tuple of names, such as ("{targets}",), not the string {targets!r}')
     candidates = list(candidates)
     found = {t: {t} & {*candidates} or {name for name in candidates if name.endswith(f".{t}")} for t in targets}
-    if not all(found.values()) or not found:
-        _refuse(found, candidates, what)
-    return [name for name in candidates if any([name in names for names in found.values()])]
-
-
-def _refuse(found: dict[str, set[str]], candidates: list[str], what: str) -> None:
     ends = ", ".join(sorted({name.split(".")[-1] for name in candidates}))
     if not found:
         raise ValueError(f"no target is given, so nothing would be trained; {what} here: {ends}")
-    target = next(target for target, names in found.items() if not names)
-    raise ValueError(
-        f"target {target!r} matches no {what}; there are {ends} "
-        f"(a target is compared by whole name parts: 'query', 'attention.query' or 'blocks.0.attention.query')"
-    )
+    for target in [target for target in targets if not found[target]]:
+        raise ValueError(
+            f"target {target!r} matches no {what}; there are {ends} "
+            f"(a target is compared by whole name parts: 'query', 'attention.query' or 'blocks.0.attention.query')"
+        )
+    return [name for name in candidates if any([name in names for names in found.values()])]
 
 
 def block_names(modules: dict[str, nn.Module]) -> list[str]:
@@ -129,10 +124,8 @@ def block_names(modules: dict[str, nn.Module]) -> list[str]:
 def layer_of(name: str, blocks: list[str]) -> int | None:
     """The number, in its own stack, of the block in which a module or tensor lies; None outside of blocks."""
     own = next((block for block in blocks if name.startswith(f"{block}.")), None)
-    if own is None:
-        return None
-    stack = own.rpartition(".")[0]
-    return [block for block in blocks if block.rpartition(".")[0] == stack].index(own)
+    stack = [block for block in blocks if own and block.rpartition(".")[0] == own.rpartition(".")[0]]
+    return stack.index(own) if stack else None
 
 
 def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int, ...] | None) -> list[str]:
@@ -145,10 +138,9 @@ def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int
         return names
     blocks = block_names(modules)
     present = {layer_of(f"{block}.", blocks) for block in blocks}
-    for layer in layers:
-        if layer not in present:
-            there = ", ".join(map(str, sorted(present))) or "none"
-            raise ValueError(f"layers={layers} names block {layer}; there are {there}")
+    for layer in [layer for layer in layers if layer not in present]:
+        there = ", ".join(map(str, sorted(present))) or "none"
+        raise ValueError(f"layers={layers} names block {layer}; there are {there}")
     return [name for name in names if layer_of(name, blocks) in layers]
 
 
@@ -170,11 +162,6 @@ def wrap(site: Site, wrapper: Wrapper) -> None:
     """Put `wrapper` in: inside of those that belong farther out than it, round all others."""
     n = sum(present.order >= wrapper.order for present in site.wrappers)
     arrange(site, [*site.wrappers[:n], wrapper, *site.wrappers[n:]])
-
-
-def exchange(site: Site, old: Wrapper, new: Wrapper) -> None:
-    """Put `new` in the place of `old`."""
-    arrange(site, [new if present is old else present for present in site.wrappers])
 
 
 def unwrap(site: Site) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.attach import RECORD, Attached, attached, record_anew
 from peft.methods.prefix import PrefixAttention
-from peft.sites import exchange, sites_of
+from peft.sites import arrange, sites_of
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -29,7 +29,7 @@ def fold(model: nn.Module) -> nn.Module:
             if isinstance(wrapper, PrefixAttention) and wrapper.recipe.reparameterize is not None:
                 new = folded(wrapper)
                 vars(new)[RECORD] = vars(wrapper)[RECORD]
-                exchange(site, wrapper, new)
+                arrange(site, [new if present is wrapper else present for present in site.wrappers])
     record_anew(model, _folded_record)
     return model
 

@@ -1,5 +1,6 @@
 """A file fits the base it was trained on, holds all that was trained, and asks for nothing that it does not hold."""
 
+import contextlib
 import os
 import resource
 import stat
@@ -69,7 +70,7 @@ def test_the_same_weights_computed_with_in_another_way_are_another_base(decoder,
     peft.save(model, tmp_path / "file")
     other = change(decoder(), decoder)
     before = fingerprint(other)
-    with pytest.raises(ValueError, match="another base model .*n_heads"):
+    with pytest.raises(ValueError, match=r"another base model .*n_heads"):
         peft.load(other, tmp_path / "file")
     assert_same(before, fingerprint(other))
 
@@ -121,7 +122,7 @@ def test_a_file_of_the_first_format_names_the_cure(decoder, tmp_path):
     model = train_a_little(peft.attach(decoder(), QUERY))
     record = {"format": "peft-from-scratch 1", "methods": [], "base": "", "merged": False}
     (tmp_path / "old").write_bytes(pack(peft.state_dict(model), record, contents.KEY))
-    with pytest.raises(ValueError, match=r"'peft-from-scratch 1'.*load_state_dict"):
+    with pytest.raises(ValueError, match=r"another format than .*load_state_dict"):
         peft.load(decoder(), tmp_path / "old")
 
 
@@ -136,7 +137,7 @@ def test_a_tensor_that_is_trained_and_declared_by_no_method_is_named(decoder, tm
     assert not (tmp_path / "file").exists()
     model.norm.requires_grad_(False)
     model.mine = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="mine .* would be left out"):
+    with pytest.raises(ValueError, match=r"mine .* would be left out"):
         peft.save(model, tmp_path / "file")
 
 
@@ -197,9 +198,10 @@ def test_another_seed_is_no_other_recipe(decoder, tmp_path, recipe):
 NUMBERS = [
     (lambda: LoRA(np.int64(2), np.float64(3), dropout=np.float32(0.5)), lambda: LoRA(2, 3.0, dropout=0.5)),
     (lambda: LoRA(rank=torch.tensor(2), alpha=torch.tensor(3.0)), lambda: LoRA(2, 3.0)),
-    (lambda: LoRA(2, layers=np.array([0, 1]), rank_stabilized=np.True_), lambda: LoRA(2, layers=(0, 1), rank_stabilized=True)),
+    (lambda: LoRA(2, train=["B"], rank_stabilized=np.True_), lambda: LoRA(2, train=("B",), rank_stabilized=True)),
+    (lambda: LoRA(2, layers=np.array([0, 1])), lambda: LoRA(2, layers=(0, 1))),
     (lambda: peft.PromptTuning(2, init_tokens=torch.tensor([3, 4])), lambda: peft.PromptTuning(2, init_tokens=(3, 4))),
-    (lambda: peft.PrefixTuning(np.int32(2), reparameterize=np.uint8(3)), lambda: peft.PrefixTuning(2, reparameterize=3)),
+    (lambda: peft.PrefixTuning(np.int32(2), init_std=np.int8(3)), lambda: peft.PrefixTuning(2, init_std=3)),
 ]  # fmt: skip
 
 
@@ -280,10 +282,8 @@ def test_any_entry_of_a_record_is_read_or_refused(decoder, tmp_path, field):
     for value in VALUES:
         methods = [record["methods"][0] | {field: value}]
         path.write_bytes(pack(tensors, record | {"methods": methods}, contents.KEY))
-        try:
+        with contextlib.suppress(ValueError):
             peft.detach(peft.load(model, path))
-        except ValueError:
-            pass
         assert_same(before, fingerprint(model))
 
 

@@ -1,11 +1,11 @@
-"""What a reader may do to a model before, between and after `attach` and `detach`, and names that are not ours alone."""
+"""What a reader may do to a model around `attach` and `detach`, and names that are not ours alone."""
 
 import copy
 import io
 
 import pytest
 import torch
-from reference.method_cases import RECIPES, assert_same, batch, each_of, fingerprint, outputs, train_a_little
+from reference.method_cases import RECIPES, assert_same, batch, each_of, fingerprint, loss_of, outputs, train_a_little
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,6 +90,23 @@ def test_a_wrapper_that_keeps_parameters_in_a_module_of_its_own_is_refused(decod
     with pytest.raises(ValueError, match="give the wrapper itself every"):
         peft.attach(model, careless(Hidden))
     assert_same(before, fingerprint(model))
+
+
+def test_a_model_whose_shapes_are_not_known_is_refused():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    before = set(vars(model[1]))
+    with pytest.raises(ValueError, match="run it once before"):
+        peft.attach(model, LoRA(rank=1, targets=("1",)))
+    assert set(vars(model[1])) == before and model[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode])
+@each_of("recipe", RECIPES)
+def test_what_is_attached_where_no_gradient_is_kept_can_be_trained(decoder, recipe, within):
+    model = decoder()
+    with within():
+        peft.attach(model, recipe)
+    peft.gradient_audit(model, loss_of)
 
 
 # Between attach and detach
@@ -250,10 +267,10 @@ def test_what_no_file_could_give_back_is_not_saved(decoder, tmp_path, change):
 def test_a_method_of_one_part_is_not_saved_as_one_of_all(decoder, tmp_path):
     two = nn.ModuleDict({"left": decoder(), "right": decoder()})
     peft.attach(two["left"], QUERY)
-    with pytest.raises(ValueError, match="save the part it was attached to"):
+    with pytest.raises(ValueError, match="save the part that it was attached to"):
         peft.save(two, tmp_path / "file")
     two["right"].requires_grad_(False)
-    with pytest.raises(ValueError, match="save the part it was attached to"):
+    with pytest.raises(ValueError, match="save the part that it was attached to"):
         peft.save(two, tmp_path / "file")
     peft.save(two["left"], tmp_path / "file")
 
@@ -428,10 +445,10 @@ def test_a_model_in_data_parallelism_is_the_model_in_it(decoder, tmp_path, proce
     assert (tmp_path / "held").read_bytes() == (tmp_path / "plain").read_bytes()
     peft.load(held, tmp_path / "plain")
     for late in (held, compiled(held), nn.ModuleDict({"in": held})):
-        with pytest.raises(ValueError, match="attach the method first"):
+        with pytest.raises(ValueError, match="attach the method before it"):
             peft.attach(late, RECIPES["houlsby"])
     peft.detach(held)
-    with pytest.raises(ValueError, match="attach the method first"):
+    with pytest.raises(ValueError, match="attach the method before it"):
         peft.load(held, tmp_path / "plain")
     assert not peft.attached(held)
 
@@ -444,7 +461,7 @@ def test_a_model_in_data_parallelism_is_the_model_in_it(decoder, tmp_path, proce
 def test_layers_of_torch_that_do_not_call_a_map_are_refused(recipe, target):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"reads the weight of .* and does not call it"):
+    with pytest.raises(ValueError, match=r"read the weight of .* and do not call it"):
         peft.attach(model, recipe(rank=2, targets=(target,)))
     assert_same(before, fingerprint(model))
 
