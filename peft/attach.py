@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -76,17 +77,18 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     """
     if not isinstance(method, Method):
         raise ValueError(f"{method!r} is not a recipe; give one such as LoRA(rank=4) or PrefixTuning(length=8)")
-    root, sites = inside(model), sites_of(model)
+    root, sites, seed = inside(model), sites_of(model), operator.index(seed)
     modules = {name: site.module for name, site in sites.items() if name}
-    whole = find(train_also, modules, "module") if train_also else []
+    also = find(train_also, modules, "module") if train_also else []
+    whole = {name: [m for below, m in modules.items() if f"{below}.".startswith(f"{name}.")] for name in also}
+    generator = torch.Generator().manual_seed(seed)
     with modes_restored(root), torch.inference_mode(False):
-        names = method.sites(modules)
-        wrappers = method.wrappers({name: modules[name] for name in names}, root, _generator(seed))
+        wrappers = method.wrappers({name: modules[name] for name in method.sites(modules)}, root, generator)
     _check(model, sites, wrappers, whole)
     order = 1 + max([record.order for record in attached(model)], default=-1)
-    record = Attached(method, operator.index(seed), tuple(map(str, train_also)), order)
+    record = Attached(method, seed, tuple(map(str, train_also)), order)
     freeze(root)
-    for module in _in(whole, modules):
+    for module in chain(*whole.values()):
         vars(module)[RECORD] = record
         for tensor in own_tensors(module).values():
             tensor.requires_grad_(True)
@@ -209,18 +211,6 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def _generator(seed: int) -> torch.Generator:
-    try:
-        return torch.Generator().manual_seed(operator.index(seed))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"seed={seed!r} is no seed; give a whole number below 2**63") from error
-
-
-def _in(names: list[str], modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """The modules of these names, and all modules in them."""
-    return [m for below, m in modules.items() if any([f"{below}.".startswith(f"{name}.") for name in names])]
-
-
 def _can_be_trained(tensor: Tensor) -> bool:
     return (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_inference()
 
@@ -230,7 +220,7 @@ def _require_attached(model: nn.Module) -> None:
         raise ValueError("no method is attached to this model; attach(model, LoRA(...)) or load(model, path) first")
 
 
-def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper], whole: list[str]) -> None:
+def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper], whole: dict) -> None:
     """Raise ValueError, with the cure, for what cannot be attached, or would be without effect."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("DistributedDataParallel knows the tensors that were there first; attach the method before it")
@@ -239,8 +229,8 @@ def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper
     for name, part, record in parts_of(model):
         if record is None:
             raise ValueError(f"{name} carries a {type(part).__name__} that attach did not put there; take it out first")
-    for name in whole:
-        tensors = [t for m in _in([name], {n: s.module for n, s in sites.items()}) for t in own_tensors(m).values()]
+    for name, modules in whole.items():
+        tensors = [tensor for module in modules for tensor in own_tensors(module).values()]
         if not tensors or not all(map(_can_be_trained, tensors)):
             raise ValueError(f"train_also names {name}, which holds no parameters that can be trained; leave it out")
     for name, wrapper in wrappers.items():

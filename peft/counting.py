@@ -45,7 +45,7 @@ class ParameterTable:
     @property
     def share(self) -> float:
         """Trained parameters in proportion to those of the base model."""
-        return self.trained / self.base
+        return self.trained / self.base if self.base else float("inf")
 
     def shown(self) -> list[Row]:
         """The rows worth a line: trained or declared, and all others in one."""

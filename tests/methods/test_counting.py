@@ -123,3 +123,8 @@ def test_a_model_of_trained_tensors_only_has_no_line_for_the_others(decoder):
     shown = peft.parameter_table(model).shown()
     assert [row.name for row in shown] == [name for name, _ in model.named_parameters()]
     assert all(row.trained and not row.declared for row in shown)
+
+
+def test_a_model_that_is_trained_whole_has_no_base(decoder):
+    table = peft.parameter_table(peft.attach(decoder(), LoRA(rank=2), train_also=("embedding", "blocks", "norm")))
+    assert table.base == 0 and "of 0 in the base model = inf%" in str(table)
