@@ -226,9 +226,10 @@ def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper
         raise ValueError("DistributedDataParallel knows the tensors that were there first; attach the method before it")
     if any(nn.parameter.is_lazy(tensor) for tensor in model.parameters()):
         raise ValueError("the model has parameters without a shape so far; run it once before attaching")
-    for name, part, record in parts_of(model):
+    for _, part, record in parts_of(model):
         if record is None:
-            raise ValueError(f"{name} carries a {type(part).__name__} that attach did not put there; take it out first")
+            kind = type(part).__name__
+            raise ValueError(f"the model carries wrappers that attach did not put there ({kind}); bank.detach() first")
     for name, modules in whole.items():
         tensors = [tensor for module in modules for tensor in own_tensors(module).values()]
         if not tensors or not all(map(_can_be_trained, tensors)):

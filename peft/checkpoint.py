@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minitransformer.files import pack, write_whole
-from peft.attach import Attached, attach, attached, detach, load_state_dict, parts_of, record_anew, state_dict
+from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, parts_of, record_anew, state_dict
 from peft.contents import FORMAT, KEY, base_hash, entries_of, read
 from peft.merging.merge import is_merged, merge
 from peft.method import Wrapper
@@ -69,7 +69,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         if not present:
             _attach_all(model, entries, [*tensors.values(), *named_tensors(model).values()])
-        before = state_dict(model)
+        before = {tensor: tensor.detach().clone() for tensor in declared(model).values()}
         if base_hash(model) != record["base"]:
             raise ValueError(
                 f"{path} was trained on another base model (other weights, shape, precision, or settings such as "
@@ -79,8 +79,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         if record["merged"]:
             merge(model)
     except BaseException:
-        if before:
-            load_state_dict(model, before)
+        with torch.no_grad():
+            for tensor, values in before.items():
+                tensor.copy_(values)
         if not present and attached(model):
             detach(model)
         raise

@@ -182,6 +182,16 @@ def test_a_load_that_fails_late_puts_back_what_a_module_trained_whole_held(decod
     assert_same(before, fingerprint(fresh))
 
 
+def test_a_load_that_is_refused_says_why_though_the_present_tensors_are_broken(decoder, tmp_path):
+    peft.save(peft.attach(decoder(seed=1), QUERY), tmp_path / "other base")
+    model = peft.attach(decoder(), QUERY)
+    with torch.no_grad():
+        model.blocks[0].attention.query.B[0] = float("nan")
+    with pytest.raises(ValueError, match="another base"):
+        peft.load(model, tmp_path / "other base")
+    assert peft.state_dict(model)["blocks.0.attention.query.B"][0].isnan().all()
+
+
 @each_of("recipe", RECIPES)
 def test_another_seed_is_no_other_recipe(decoder, tmp_path, recipe):
     model = train_a_little(peft.attach(decoder(), recipe, seed=1))
