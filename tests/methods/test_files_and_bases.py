@@ -1,10 +1,12 @@
 """A file fits the base it was trained on, holds all that was trained, and asks for nothing that it does not hold."""
 
 import contextlib
+import copy
 import os
 import resource
 import stat
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +120,30 @@ def test_the_settings_of_other_models_belong_to_their_base(decoder):
     assert checkpoint.base_hash(shifted) != first[0]
 
 
+class Told(nn.Module):
+    def __init__(self, options=None, dropout=0.1, inplace=False, device="cpu"):
+        super().__init__()
+        self.drop, self.relu, self.device = nn.Dropout(dropout), nn.ReLU(inplace), torch.device(device)
+        self.options, self._note = options, dropout
+
+
+def test_settings_of_any_kind_are_told_apart_and_those_of_training_and_place_are_not():
+    base = checkpoint.base_hash(Told())
+    kinds = [
+        {"a", "b"},
+        {"a", "c"},
+        SimpleNamespace(a=1),
+        SimpleNamespace(a=2),
+        {"a": [1, {2}]},
+        {"a": [1, {3}]},
+        nn.ReLU,
+    ]
+    hashes = [checkpoint.base_hash(Told(kind)) for kind in kinds]
+    assert len({base, *hashes}) == 1 + len(kinds)
+    assert hashes == [checkpoint.base_hash(Told(copy.deepcopy(kind))) for kind in kinds]
+    assert base == checkpoint.base_hash(Told(dropout=0.5, inplace=True, device="meta").train())
+
+
 def test_a_file_of_the_first_format_names_the_cure(decoder, tmp_path):
     model = train_a_little(peft.attach(decoder(), QUERY))
     record = {"format": "peft-from-scratch 1", "methods": [], "base": "", "merged": False}
@@ -211,7 +237,7 @@ NUMBERS = [
     (lambda: LoRA(2, train=["B"], rank_stabilized=np.True_), lambda: LoRA(2, train=("B",), rank_stabilized=True)),
     (lambda: LoRA(2, layers=np.array([0, 1])), lambda: LoRA(2, layers=(0, 1))),
     (lambda: peft.PromptTuning(2, init_tokens=torch.tensor([3, 4])), lambda: peft.PromptTuning(2, init_tokens=(3, 4))),
-    (lambda: peft.PrefixTuning(np.int32(2), init_std=np.int8(3)), lambda: peft.PrefixTuning(2, init_std=3)),
+    (lambda: peft.PrefixTuning(np.int32(2), gated=np.True_), lambda: peft.PrefixTuning(2, gated=True)),
 ]  # fmt: skip
 
 

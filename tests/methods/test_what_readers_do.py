@@ -175,6 +175,28 @@ def test_whatever_was_done_in_between_a_model_can_be_detached(decoder, change):
     peft.attach(model, RECIPES["lora B"])
 
 
+@pytest.mark.parametrize("part_first", [True, False])
+def test_a_tensor_of_two_modules_is_trainable_again_wherever_it_is_met_first(decoder, part_first):
+    model = nn.ModuleDict({"b": nn.Linear(16, 23), "a": decoder()})
+    model["b"].weight = model["a"].embedding.token.weight
+    model["b"].bias.requires_grad_(False)
+    if part_first:
+        peft.attach(model["a"], QUERY)
+    peft.attach(model, RECIPES["houlsby"])
+    assert not model["b"].weight.requires_grad
+    peft.detach(model)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["b.bias"]
+
+
+def test_a_model_of_inference_tensors_can_be_detached(decoder):
+    with torch.inference_mode():
+        model = decoder()
+    query = model.blocks[0].attention.query
+    assert peft.detach(peft.attach(model, QUERY)).blocks[0].attention.query is query
+    with pytest.raises(ValueError, match="train_also names norm"):
+        peft.attach(model, QUERY, train_also=("norm",))
+
+
 def test_a_copy_of_a_part_and_a_part_whose_whole_is_gone_know_what_is_attached(decoder):
     whole = peft.attach(classifier(decoder), QUERY)
     for part in (copy.deepcopy(whole.transformer), whole.transformer):
@@ -444,6 +466,7 @@ def test_a_model_in_data_parallelism_is_the_model_in_it(decoder, tmp_path, proce
     peft.save(held, tmp_path / "held")
     assert (tmp_path / "held").read_bytes() == (tmp_path / "plain").read_bytes()
     peft.load(held, tmp_path / "plain")
+    assert peft.state_dict(nn.DataParallel(model)).keys() == peft.state_dict(model).keys()
     for late in (held, compiled(held), nn.ModuleDict({"in": held})):
         with pytest.raises(ValueError, match="attach the method before it"):
             peft.attach(late, RECIPES["houlsby"])
