@@ -176,8 +176,10 @@ def test_whatever_was_done_in_between_a_model_can_be_detached(decoder, change):
 
 
 @pytest.mark.parametrize("part_first", [True, False])
-def test_a_tensor_of_two_modules_is_trainable_again_wherever_it_is_met_first(decoder, part_first):
-    model = nn.ModuleDict({"b": nn.Linear(16, 23), "a": decoder()})
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_tensor_of_two_modules_is_trainable_again_wherever_it_is_met_first(decoder, names, part_first):
+    parts = {"a": decoder(), "b": nn.Linear(16, 23)}
+    model = nn.ModuleDict({name: parts[name] for name in names})
     model["b"].weight = model["a"].embedding.token.weight
     model["b"].bias.requires_grad_(False)
     if part_first:
