@@ -125,6 +125,7 @@ class Told(nn.Module):
         super().__init__()
         self.drop, self.relu, self.device = nn.Dropout(dropout), nn.ReLU(inplace), torch.device(device)
         self.options, self._note = options, dropout
+        self.register_buffer("kept_in_no_file", torch.full((1,), dropout), persistent=False)
 
 
 def test_settings_of_any_kind_are_told_apart_and_those_of_training_and_place_are_not():
