@@ -327,10 +327,11 @@ def test_any_entry_of_a_record_is_read_or_refused(decoder, tmp_path, field):
         assert_same(before, fingerprint(model))
 
 
-def test_a_record_with_more_than_is_known_is_refused(decoder, tmp_path):
+def test_a_record_with_more_or_less_than_is_known_is_refused(decoder, tmp_path):
     path = tmp_path / "file"
     peft.save(peft.attach(decoder(), QUERY), path)
-    for change in (lambda r: r.update(more=1), lambda r: r["methods"][0].update(more=1)):
+    more = [lambda r: r.update(more=1), lambda r: r["methods"][0].update(more=1), lambda r: r.update(methods=[])]
+    for change in more:
         tensors, record = contents.read(path)
         change(record)
         (tmp_path / "bad").write_bytes(pack(tensors, record, contents.KEY))
