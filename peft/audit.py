@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minitransformer.modes import modes_restored
 from minitransformer.randomness import random_state_restored
 from peft.attach import attached, declared
 from peft.sites import all_wrappers, block_names, layer_of, named_sites, named_tensors
@@ -67,18 +68,23 @@ def gradient_audit(
     Raises:
         AuditError: a declared tensor got no gradient or one that is not finite, a frozen one got one or moved, an
             undeclared one is trained, or something is computed once and kept from step to step.
-        ValueError: fewer than three steps, or nothing to train.
+        ValueError: fewer than three steps, a rate of 0 or less, or nothing to train.
     """
     if steps < 3:
         raise ValueError(f"steps={steps}: three are needed, since the gradient of A is exactly 0 while B is 0")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate={learning_rate}: nothing would move; choose a rate above 0")
     parameters = named_tensors(model)
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError("the model has nothing to train: no tensor requires a gradient. Attach a method first")
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    before = {name: (p.detach().clone(), p.grad) for name, p in parameters.items()}
+    buffers = [
+        (m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    ]
     try:
-        norms = _trial(model, parameters, loss_fn, steps, learning_rate)
-        moved = {name: (p - before[name]).abs().max().item() for name, p in parameters.items()}
+        with modes_restored(model):
+            norms = _trial(model, parameters, loss_fn, steps, learning_rate)
+        moved = {name: (p - before[name][0]).abs().max().item() for name, p in parameters.items()}
         blocks = block_names(named_sites(model))
         rows = tuple(
             AuditRow(name, layer_of(name, blocks), p.requires_grad, norms[name], moved[name])
@@ -87,10 +93,10 @@ def gradient_audit(
     finally:
         with torch.no_grad():
             for name, p in parameters.items():
-                p.copy_(before[name])
-                p.grad = None
-            for name, b in model.named_buffers():
-                b.copy_(buffers[name])
+                p.copy_(before[name][0])
+                p.grad = before[name][1]
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer.copy_(values)
     table = AuditTable(rows)
     _judge(table, model)
     return table
@@ -100,38 +106,29 @@ def _trial(model, parameters, loss_fn, steps, learning_rate) -> dict[str, float 
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
     with random_state_restored(*{p.device for p in parameters.values()}):
         for _ in range(steps):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # in the first step, gradients of the caller's
             with torch.no_grad():
                 loss_fn(model)  # what is computed once and kept in an evaluation pass gets no gradient afterwards
             with torch.enable_grad():
                 loss = loss_fn(model)
-            _backward(loss)
+            try:
+                if loss.requires_grad:  # else no tensor has a part in the loss: the table will say so of each
+                    loss.backward()
+            except RuntimeError as error:
+                if "backward through the graph a second time" not in str(error):
+                    raise
+                raise AuditError(
+                    "something is computed once and kept from one step to the next, so its gradient is lost; compute "
+                    "it afresh in every forward pass"
+                ) from error
             optimizer.step()
     return {name: None if p.grad is None else p.grad.norm().item() for name, p in parameters.items()}
 
 
-def _backward(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        return  # no tensor has a part in the loss: the table will say so of each
-    try:
-        loss.backward()
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise AuditError(
-            "something is computed once and kept from one step to the next, so its gradient is lost; compute it "
-            "afresh in every forward pass"
-        ) from error
-
-
 def _judge(table: AuditTable, model: nn.Module) -> None:
+    wrappers = [(name, w) for name, part in all_wrappers(model).items() for w in part]
+    on_purpose = {f"{site}.{name}" for site, wrapper in wrappers for name in wrapper.frozen_tensors()}
     belonging = declared(model).keys()
-    on_purpose = {
-        f"{site}.{name}"
-        for site, wrappers in all_wrappers(model).items()
-        for wrapper in wrappers
-        for name in wrapper.frozen_tensors()
-    }
     problems = []
     for row in table.rows:
         if row.requires_grad and not row.gradient_norm:

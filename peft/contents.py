@@ -1,17 +1,22 @@
-"""What a file of `peft.save` holds, without a model: read, checked, and described; and the hash of a base."""
+"""What a file of `peft.save` holds, without a model: read, checked, and described; and the identity of a base."""
 
-from dataclasses import dataclass
+import inspect
+import json
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from torch import Tensor, nn
 
 from minitransformer.files import fingerprint, unpack
 from peft.attach import Attached, declared
 from peft.method import Method
-from peft.sites import in_order, named_tensors
+from peft.sites import in_order, named_tensors, sites_of
 
-FORMAT = "peft-from-scratch 1"
+FORMAT = "peft-from-scratch 2"
 KEY = "peft"  # of the record in the file's header
+# Settings without a part in what a model computes in evaluation; the first four are those of a TransformerConfig.
+NO_PART = {"attention", "gradient_checkpointing", "init", "dropout", "implementation", "inplace", "device"}
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -26,7 +31,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except ValueError as error:
         raise ValueError(f"{path} is not a file that peft.save wrote, or it is cut off or damaged") from error
     if record.get("format") != FORMAT:
-        raise ValueError(f"{path} has another format than {FORMAT!r}; save it again with this version")
+        raise ValueError(
+            f"{path} has another format than {FORMAT!r}, which says what the base computes as well; if you know the "
+            f"base, attach the recipe to it, give its tensors to load_state_dict, and save it again"
+        )
     if not sound:
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; take another copy")
     return {name: tensors[name] for name in in_order(tensors)}, record
@@ -39,8 +47,8 @@ class FileDescription:
     recipes: tuple[str, ...]
     seeds: tuple[int, ...]
     train_also: tuple[str, ...]
-    merged: bool  # whether the updates were merged into the weights when it was saved
-    base: str  # hash of the base weights it was trained on
+    merged: bool  # whether the updates were merged when it was saved
+    base: str  # hash of the base it was trained on
     tensors: dict[str, tuple[int, ...]]  # name -> shape
     numbers: int
     bytes: int
@@ -65,32 +73,56 @@ def describe(path: str | Path) -> FileDescription:
     """
     tensors, record = read(path)
     entries = entries_of(path, record)
-    return FileDescription(
-        recipes=tuple(str(entry.method) for entry in entries),
-        seeds=tuple(entry.seed for entry in entries),
-        train_also=tuple(dict.fromkeys(name for entry in entries for name in entry.train_also)),
-        merged=record["merged"],
-        base=record["base"],
-        tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        numbers=sum(tensor.numel() for tensor in tensors.values()),
-        bytes=Path(path).stat().st_size,
-    )
+    beside = tuple(dict.fromkeys(name for entry in entries for name in entry.train_also))
+    recipes, seeds = tuple(str(entry.method) for entry in entries), tuple(entry.seed for entry in entries)
+    shapes, numbers = {name: tuple(t.shape) for name, t in tensors.items()}, sum(t.numel() for t in tensors.values())
+    size = Path(path).stat().st_size
+    return FileDescription(recipes, seeds, beside, record["merged"], record["base"], shapes, numbers, size)
 
 
 def entries_of(path: str | Path, record: dict) -> list[Attached]:
-    """The attached methods that a record lists, once it is known to be complete."""
+    """The attached methods that a record lists, once it is known to be complete, and to hold nothing else."""
     try:
-        if not isinstance(record["base"], str) or not isinstance(record["merged"], bool):
-            raise TypeError("base is a text, merged is true or false")
-        return [
-            Attached(Method.from_dict(dict(values["recipe"])), values["seed"], tuple(values["train_also"]))
-            for values in record["methods"]
-        ]
-    except (KeyError, TypeError) as error:
+        types = {name: type(value) for name, value in record.items()}
+        if types != {"format": str, "methods": list, "base": str, "merged": bool} or not record["methods"]:
+            raise TypeError(f"the record holds {types}")
+        return [_entry(**values) for values in record["methods"]]
+    except TypeError as error:
         raise ValueError(f"{path} has a record that is not complete; save it again with this version") from error
 
 
+def _entry(recipe: dict, seed: int, train_also: list[str]) -> Attached:
+    if type(seed) is not int or not all(type(name) is str for name in train_also):
+        raise TypeError("a seed is a whole number, train_also a list of names")
+    return Attached(Method.from_dict({**recipe}), seed, tuple(train_also))
+
+
 def base_hash(model: nn.Module) -> str:
-    """SHA-256 of every tensor that no method declares: names, types, shapes and bytes."""
+    """SHA-256 of what computes beside the methods: of every tensor and buffer that none declares the name, type, shape
+    and bytes; of every module its class, and the settings that its class gives it. Merging does not change it."""
     belonging = {id(tensor) for tensor in declared(model).values()}
-    return fingerprint({name: p for name, p in named_tensors(model).items() if id(p) not in belonging})
+    base = {name: t for name, t in named_tensors(model, buffers=True).items() if id(t) not in belonging}
+    made = [(name, type(site.module).__name__, _settings(site.module)) for name, site in sites_of(model).items()]
+    return fingerprint(base, heading=json.dumps(made, default=_written, skipkeys=True))
+
+
+def _settings(module: nn.Module) -> dict:
+    """The attributes that a class names in its `__init__`: none that a reader gave to a module later."""
+    makers = [inspect.unwrap(vars(kind)["__init__"]) for kind in type(module).__mro__ if "__init__" in vars(kind)]
+    names = {name for maker in makers if hasattr(maker, "__code__") for name in maker.__code__.co_names}
+    return {} if isinstance(module, nn.modules.dropout._DropoutNd) else _with_a_part(vars(module), names)
+
+
+def _with_a_part(values: dict, names: set[str]) -> dict:
+    return {name: values[name] for name in sorted(names & values.keys() - NO_PART) if not name.startswith("_")}
+
+
+def _written(value: object) -> object:
+    """Of a setting that JSON does not know, what can be written down of it."""
+    if isinstance(value, Tensor):
+        return fingerprint({"": value})
+    if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+        return _with_a_part(vars(value), {*vars(value)})
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    return value.item() if hasattr(value, "item") else getattr(value, "__qualname__", type(value).__qualname__)

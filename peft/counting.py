@@ -1,4 +1,4 @@
-"""Counting: how many numbers a method trains, measured on a model and predicted in closed form.
+"""Counting: how many parameters a method trains, measured on a model and predicted in closed form.
 
 The two must agree; a test says so for every method. The closed form needs a shape only, so it also works for models
 that fit into no computer of ours.
@@ -30,72 +30,54 @@ class ParameterTable:
     """Every tensor of a model; prints as a table of those that a method brought or that are trained."""
 
     rows: tuple[Row, ...]
-    merged: tuple[str, ...] = ()  # names of the weights that hold an update at present
+    merged: tuple[str, ...] = ()  # names of the weights that are merged with an update at present
 
     @property
     def trained(self) -> int:
-        """Numbers that require a gradient."""
+        """Parameters that require a gradient."""
         return sum(row.numbers for row in self.rows if row.trained)
 
     @property
     def base(self) -> int:
-        """Numbers of the model itself, without the methods'."""
+        """Parameters of the model itself, without the methods'."""
         return sum(row.numbers for row in self.rows if not row.declared)
 
     @property
     def share(self) -> float:
-        """Trained numbers in proportion to those of the base model."""
-        return self.trained / self.base
+        """Trained parameters in proportion to those of the base model."""
+        return self.trained / self.base if self.base else float("inf")
 
     def shown(self) -> list[Row]:
         """The rows worth a line: trained or declared, and all others in one."""
         rows = [row for row in self.rows if row.trained or row.declared]
-        frozen = [row for row in self.rows if not (row.trained or row.declared)]
-        total = sum(row.numbers for row in frozen)
-        return [*rows, Row(f"({len(frozen)} frozen tensors)", (), total, False, False)] if frozen else rows
-
-    def __str__(self) -> str:
-        rows = [
-            (row.name, str(list(row.shape)) if row.shape else "", f"{row.numbers:,}", row.trained)
-            for row in self.shown()
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {numbers:>{widths[2]}}  {'trained' if trained else 'frozen'}"
-            for name, shape, numbers, trained in rows
-        ]
-        return "\n".join([*lines, *self.summary()])
+        frozen = [row.numbers for row in self.rows if not (row.trained or row.declared)]
+        return [*rows, Row(f"({len(frozen)} frozen tensors)", (), sum(frozen), False, False)] if frozen else rows
 
     def summary(self) -> list[str]:
         """The lines below the table."""
         lines = [f"trained: {self.trained:,} of {self.base:,} in the base model = {self.share:.2%}"]
-        if self.merged:
-            more = f" and {len(self.merged) - 1} more" if len(self.merged) > 1 else ""
-            lines.append(f"merged at present: {self.merged[0]}{more}")
-        return lines
+        more = f" and {len(self.merged) - 1} more" if len(self.merged) > 1 else ""
+        return [*lines, f"merged at present: {self.merged[0]}{more}"] if self.merged else lines
+
+    def __str__(self) -> str:
+        cells = [(r.name, str([*r.shape]) * bool(r.shape), f"{r.numbers:,}", r.trained) for r in self.shown()]
+        name, shape, numbers = (max(len(row[i]) for row in cells) for i in range(3))
+        lines = [f"{a:<{name}}  {b:<{shape}}  {c:>{numbers}}  {'trained' if d else 'frozen'}" for a, b, c, d in cells]
+        return "\n".join([*lines, *self.summary()])
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><td style='text-align:left'>{row.name}</td><td>{list(row.shape) if row.shape else ''}</td>"
-            f"<td>{row.numbers:,}</td><td>{'trained' if row.trained else 'frozen'}</td></tr>"
-            for row in self.shown()
-        )
-        head = "<tr><th style='text-align:left'>tensor</th><th>shape</th><th>numbers</th><th></th></tr>"
-        return f"<table>{head}{cells}</table><p>{'<br>'.join(self.summary())}</p>"
+        return f"<pre>{self}</pre>"
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
-    """Every tensor of the model: name, shape, how many numbers, trained or frozen."""
-    belonging = {id(tensor) for tensor in declared(model).values()}
-    rows = tuple(
-        Row(name, tuple(p.shape), p.numel(), p.requires_grad, id(p) in belonging)
-        for name, p in named_tensors(model).items()
-    )
+    """Every tensor of the model: name, shape, how many parameters, trained or frozen."""
+    belonging, named = declared(model), named_tensors(model).items()
+    rows = tuple(Row(name, tuple(p.shape), p.numel(), p.requires_grad, name in belonging) for name, p in named)
     return ParameterTable(rows, tuple(f"{site}.weight" for site in merged_wrappers(model)))
 
 
 def expected_parameters(config: TransformerConfig, method: Method) -> int:
-    """How many numbers `method` trains in a Transformer of that shape, in closed form: no model is built.
+    """How many parameters `method` trains in a Transformer of that shape, in closed form: no model is built.
 
     The formula of each method is in its recipe's `expected_parameters`. Modules trained whole (`train_also`) come on
     top.

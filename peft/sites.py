@@ -1,13 +1,15 @@
 """Sites: where in a model a method can enter, and how wrappers are put in and taken out.
 
-A module keeps its name whatever is wrapped round it: `blocks.0.attention.query` is the query map of the first block,
-also when it lies in `blocks.0.attention.base.query.base`. These names are the keys of `peft.state_dict`.
+A module keeps its name whatever is wrapped round it: `blocks.0.attention.query` is the query of the first block, also
+when it lies in `blocks.0.attention.base.query.base`, or behind a handle of `torch.compile`. These names are the keys of
+`peft.state_dict`. A module that stands at several places is one site, under its first name.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from minitransformer.block import Block
 from minitransformer.config import TransformerConfig
@@ -15,28 +17,42 @@ from peft.method import Wrapper
 
 
 class Site(NamedTuple):
-    """A place in a model: the frozen module, the wrappers round it from the outside in, and what holds them."""
+    """A frozen module, the wrappers round it from the outside in, and each parent and attribute that holds them."""
 
     module: nn.Module
     wrappers: list[Wrapper]
-    parent: nn.Module | None  # None: the model itself
-    attribute: str
+    places: list[tuple[nn.Module, str]]  # none for the model itself
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The module behind a handle of `torch.compile` or of data parallelism; any other module itself."""
+    while True:
+        if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            module = module._modules["_orig_mod"]
+        else:
+            return module
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
-    """Every site of the model by its name, the model itself ("") first; wrappers are looked through."""
-    found, stack = {}, [("", Site(model, [], None, ""))]
-    while stack:
-        name, site = stack.pop()
-        found[name] = site
-        for attribute, child in reversed(list(site.module.named_children())):
-            wrappers = []
-            while isinstance(child, Wrapper):
-                wrappers.append(child)
-                child = child.base
-            below = f"{name}.{attribute}" if name else attribute
-            stack.append((below, Site(child, wrappers, site.module, attribute)))
-    return found
+    """Every site of the model by its name, the model itself ("") first; wrappers and handles are looked through."""
+    found: dict[int, tuple[str, Site]] = {}
+
+    def visit(name: str, held: nn.Module, wrappers: list[Wrapper], places: list[tuple[nn.Module, str]]) -> None:
+        module = inside(held)
+        while isinstance(module, Wrapper) and name:
+            wrappers.append(module)
+            module = inside(module.base)
+        found[id(held)] = name, Site(module, wrappers, places)
+        for attribute, child in module._modules.items():
+            if id(child) in found:
+                found[id(child)][1].places.append((module, attribute))
+            elif child is not None:
+                visit(f"{name}.{attribute}" if name else attribute, child, [], [(module, attribute)])
+
+    visit("", model, [], [])
+    return dict(found.values())
 
 
 def named_sites(model: nn.Module) -> dict[str, nn.Module]:
@@ -44,14 +60,25 @@ def named_sites(model: nn.Module) -> dict[str, nn.Module]:
     return {name: site.module for name, site in sites_of(model).items() if name}
 
 
-def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter once, by the name of its site and its own: `blocks.0.attention.query.A`, `….query.weight`."""
-    tensors: dict[int, tuple[str, nn.Parameter]] = {}
+def named_tensors(model: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
+    """Every parameter once, by the name of its site and its own: `blocks.0.attention.query.A`, `….query.weight`.
+
+    With `buffers` also those that a state dict holds, such as the running statistics of a BatchNorm.
+    """
+    tensors: dict[int, tuple[str, Tensor]] = {}
     for name, site in sites_of(model).items():
         for part in (*site.wrappers, site.module):
-            for own, tensor in part.named_parameters(recurse=False):
+            for own, tensor in own_tensors(part, buffers).items():
                 tensors.setdefault(id(tensor), (f"{name}.{own}" if name else own, tensor))
     return dict(tensors.values())
+
+
+def own_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
+    """The parameters of a module without those of the modules in it; with `buffers` also those of a state dict."""
+    own = dict(module._parameters)
+    if buffers:
+        own |= {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
 
 
 def all_wrappers(model: nn.Module) -> dict[str, list[Wrapper]]:
@@ -66,8 +93,9 @@ def merged_wrappers(model: nn.Module) -> dict[str, Wrapper]:
 
 
 def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list[str]:
-    """The names of all candidates that end in a target, by whole parts: `query` matches `attention.query`, not
-    `query_norm`.
+    """The names of all candidates that the targets mean: the one whose full name a target is, or else all that end in
+    it, by whole parts. `query` means `blocks.0.attention.query`, not `query_norm`; `head` means `head`, if there is
+    one, and not `transformer.head`.
 
     Raises:
         ValueError: a target matches none of them, or no target is given; the message lists what exists. Also a bare
@@ -76,21 +104,16 @@ def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list
     if isinstance(targets, str):
         raise ValueError(f'targets are a tuple of names, such as ("{targets}",), not the string {targets!r}')
     candidates = list(candidates)
-    found = {target: {name for name in candidates if f".{name}".endswith(f".{target}")} for target in targets}
-    if not all(found.values()) or not found:
-        _refuse(found, candidates, what)
-    return [name for name in candidates if any([name in names for names in found.values()])]
-
-
-def _refuse(found: dict[str, set[str]], candidates: list[str], what: str) -> None:
+    found = {t: {t} & {*candidates} or {name for name in candidates if name.endswith(f".{t}")} for t in targets}
     ends = ", ".join(sorted({name.split(".")[-1] for name in candidates}))
     if not found:
         raise ValueError(f"no target is given, so nothing would be trained; {what} here: {ends}")
-    target = next(target for target, names in found.items() if not names)
-    raise ValueError(
-        f"target {target!r} matches no {what}; there are {ends} "
-        f"(a target is compared by whole name parts: 'query', 'attention.query' or 'blocks.0.attention.query')"
-    )
+    for target in [target for target in targets if not found[target]]:
+        raise ValueError(
+            f"target {target!r} matches no {what}; there are {ends} "
+            f"(a target is compared by whole name parts: 'query', 'attention.query' or 'blocks.0.attention.query')"
+        )
+    return [name for name in candidates if any([name in names for names in found.values()])]
 
 
 def block_names(modules: dict[str, nn.Module]) -> list[str]:
@@ -101,10 +124,8 @@ def block_names(modules: dict[str, nn.Module]) -> list[str]:
 def layer_of(name: str, blocks: list[str]) -> int | None:
     """The number, in its own stack, of the block in which a module or tensor lies; None outside of blocks."""
     own = next((block for block in blocks if name.startswith(f"{block}.")), None)
-    if own is None:
-        return None
-    stack = own.rpartition(".")[0]
-    return [block for block in blocks if block.rpartition(".")[0] == stack].index(own)
+    stack = [block for block in blocks if own and block.rpartition(".")[0] == own.rpartition(".")[0]]
+    return stack.index(own) if stack else None
 
 
 def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int, ...] | None) -> list[str]:
@@ -119,15 +140,14 @@ def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int
         return names
     blocks = block_names(modules)
     present = {layer_of(f"{block}.", blocks) for block in blocks}
-    for layer in layers:
-        if layer not in present:
-            there = ", ".join(map(str, sorted(present))) or "none"
-            raise ValueError(f"layers={layers} names block {layer}; there are {there}")
+    for layer in [layer for layer in layers if layer not in present]:
+        there = ", ".join(map(str, sorted(present))) or "none"
+        raise ValueError(f"layers={layers} names block {layer}; there are {there}")
     return [name for name in names if layer_of(name, blocks) in layers]
 
 
 def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """The name and (d_in, d_out) of every linear map that a Transformer of that shape has, no model built."""
+    """The name and (d_in, d_out) of every linear layer that a Transformer of that shape has, no model built."""
     d, d_ff = config.d_model, config.d_ff
     shapes = {f"attention.{name}": (d, d) for name in ("query", "key", "value", "output")}
     shapes |= {"feedforward.up": (d, d_ff), "feedforward.down": (d_ff, d)}
@@ -142,29 +162,20 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def wrap(site: Site, wrapper: Wrapper) -> None:
     """Put `wrapper` in: inside of those that belong farther out than it, round all others."""
-    around = [present for present in site.wrappers if present.order >= wrapper.order]
-    inner = site.wrappers[len(around) :]
-    wrapper.base = inner[0] if inner else site.module
-    _replace(site, around, wrapper)
-    site.wrappers.insert(len(around), wrapper)
-
-
-def exchange(site: Site, old: Wrapper, new: Wrapper) -> None:
-    """Put `new`, which wraps what `old` wraps, in its place."""
-    place = site.wrappers.index(old)
-    _replace(site, site.wrappers[:place], new)
-    site.wrappers[place] = new
+    n = sum(present.order >= wrapper.order for present in site.wrappers)
+    arrange(site, [*site.wrappers[:n], wrapper, *site.wrappers[n:]])
 
 
 def unwrap(site: Site) -> None:
     """Put the frozen module itself back in its place."""
-    site.wrappers.clear()
-    _replace(site, [], site.module)
+    arrange(site, [])
 
 
-def _replace(site: Site, around: list[Wrapper], module: nn.Module) -> None:
-    """Make `module` what the innermost of the wrappers around it wraps, or what the parent holds."""
-    if around:
-        around[-1].base = module
-    else:
-        setattr(site.parent, site.attribute, module)
+def arrange(site: Site, wrappers: list[Wrapper]) -> None:
+    """Make these, from the outside in, the wrappers of the module, wherever it stands."""
+    chain = [*wrappers, site.module]
+    for outer, inner in zip(wrappers, chain[1:], strict=True):
+        outer.base = inner
+    for parent, attribute in site.places:
+        parent._modules[attribute] = chain[0]
+    site.wrappers[:] = wrappers

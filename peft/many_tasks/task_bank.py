@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minitransformer.block import Block
 from minitransformer.call import telling
 from minitransformer.transformer import Transformer
-from peft.attach import attach, attached, detach, load_state_dict, restore_trainability, state_dict, trainability
+from peft.attach import attach, attached, detach, freeze, load_state_dict, state_dict, thaw
 from peft.checkpoint import base_hash, load
 from peft.contents import describe
 from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix
@@ -69,8 +69,7 @@ class TaskBank(nn.Module):
         sites = sites_of(model)
         mixed = [(site, kind(sites[site].module, own, trainable)) for (site, kind, *_), own in places.items()]
         self.model, self.names, self.mixed, self.training = model, tuple(sources), mixed, model.training
-        self.trainable_before = trainability(model)
-        model.requires_grad_(False)  # all is made: from here on nothing can fail
+        freeze(model)  # all is made: from here on nothing can fail
         for site, wrapper in mixed:
             wrap(sites[site], wrapper)
 
@@ -123,7 +122,7 @@ class TaskBank(nn.Module):
         for site in sites_of(self.model).values():
             if site.wrappers:
                 unwrap(site)
-        restore_trainability(self.model, self.trainable_before)
+        thaw(self.model)
         self.mixed = []
         return self.model
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from peft.attach import attached
+from peft.attach import Attached, record_anew
 from peft.functional import without_autocast
 from peft.methods.prefix import PrefixAttention
 from peft.sites import all_wrappers
@@ -26,13 +26,14 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
     for wrapper in prefixes:
         _fold_one(wrapper)
-    model.attached = [
-        replace(record, method=replace(record.method, reparameterize=None))
-        if getattr(record.method, "reparameterize", None)
-        else record
-        for record in attached(model)
-    ]
+    record_anew(model, _folded_record)
     return model
+
+
+def _folded_record(record: Attached) -> Attached:
+    if getattr(record.method, "reparameterize", None) is None:
+        return record
+    return replace(record, method=replace(record.method, reparameterize=None))
 
 
 @torch.no_grad()

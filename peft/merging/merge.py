@@ -13,9 +13,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from peft.attach import restore_trainability
+from peft.attach import without_wrappers
 from peft.methods.linear import MergeableLinear
-from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap
+from peft.sites import all_wrappers, merged_wrappers
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -97,9 +97,4 @@ def merged_copy(model: nn.Module) -> nn.Module:
         unmerge(twin)
     for wrapper in merged_wrappers(merge(twin)).values():
         wrapper.base.weight = nn.Parameter(wrapper.merged_weight)
-    for site in sites_of(twin).values():
-        if site.wrappers:
-            unwrap(site)
-    restore_trainability(twin, twin.trainable_before)
-    del twin.attached, twin.trainable_before
-    return twin
+    return without_wrappers(twin)

@@ -13,7 +13,7 @@ from minitransformer.tasks import Dataset
 from minitransformer.training import fit, label_loss
 from peft import LoRA
 from peft.method import Wrapper
-from peft.sites import exchange, find, in_order, sites_of
+from peft.sites import arrange, find, in_order, sites_of
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_exchanging_one_wrapper_leaves_those_round_it_and_in_it(decoder, place):
     before = list(site.wrappers)
     index = {"outermost": 0, "between": 1, "innermost": 2}[place]
     new = Wrapper(before[index].base)
-    exchange(site, before[index], new)
+    arrange(site, [new if wrapper is before[index] else wrapper for wrapper in before])
     after = sites_of(model)["blocks.0.attention.value"]
     assert after.wrappers == site.wrappers and after.module is site.module
     assert [found is new for found in after.wrappers] == [i == index for i in range(3)]

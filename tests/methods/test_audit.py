@@ -97,6 +97,21 @@ def test_buffers_that_the_loss_moves_are_put_back(tiny):
     assert model.calls.item() == 0
 
 
+def test_modes_and_buffers_that_the_loss_replaces_are_put_back(decoder):
+    model = peft.attach(decoder().train(), RECIPES["lora"])
+    model.register_buffer("calls", torch.zeros(1))
+    before = fingerprint(model)
+
+    def loss(m):
+        m.eval().calls = m.calls + 1
+        return loss_of(m)
+
+    kept = model.calls
+    peft.gradient_audit(model, loss)
+    assert model.calls is kept and kept.item() == 0 and all(module.training for module in model.modules())
+    assert_same(before, fingerprint(model))
+
+
 def test_full_fine_tuning_can_be_audited(decoder):
     table = peft.gradient_audit(decoder(), loss_of)
     assert all(row.requires_grad and row.moved > 0 for row in table.rows)
@@ -176,3 +191,19 @@ def test_five_problems_are_named_and_the_others_counted(decoder, n_layers):
     assert message.count("should learn") == min(5, 2 * n_layers)
     hidden = max(0, 2 * n_layers - 5)
     assert message.endswith(f" (and {hidden} more)") if hidden else "more)" not in message
+
+
+def test_gradients_of_the_callers_are_put_back(decoder):
+    model = peft.attach(decoder(), RECIPES["lora"])
+    loss_of(model).backward()
+    before = {name: p.grad for name, p in peft.trainable_parameters(model).items()}
+    values = {name: grad.clone() for name, grad in before.items()}
+    peft.gradient_audit(model, loss_of)
+    for name, p in peft.trainable_parameters(model).items():
+        assert p.grad is before[name] and torch.equal(p.grad, values[name])
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_a_rate_at_which_nothing_moves_is_refused(decoder, rate):
+    with pytest.raises(ValueError, match="choose a rate above 0"):
+        peft.gradient_audit(peft.attach(decoder(), RECIPES["lora"]), loss_of, learning_rate=rate)

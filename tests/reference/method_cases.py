@@ -112,7 +112,7 @@ def fingerprint(model):
         {name: id(module) for name, module in model.named_modules()},
         {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()},
         set(vars(model)),
-        list(getattr(model, "attached", [])),
+        peft.attached(model),
     )
 
 
