@@ -22,7 +22,7 @@ from minitransformer.modes import modes_restored
 from peft.method import Method, Wrapper, switched_off
 from peft.sites import Site, arrange, find, inside, merged_wrappers, named_tensors, own_tensors, sites_of, wrap
 
-RECORD, TRAINABLE = "_peft_record", "_peft_trainable"  # attributes of modules
+RECORD, TRAINABLE = "peft_record", "_peft_trainable"  # attributes of modules
 READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they use a child's weight and do not call it
 
 

@@ -38,20 +38,20 @@ def inside(module: nn.Module) -> nn.Module:
 def sites_of(model: nn.Module) -> dict[str, Site]:
     """Every site of the model by its name, the model itself ("") first; wrappers and handles are looked through."""
     found: dict[int, tuple[str, Site]] = {}
-
-    def visit(name: str, held: nn.Module, wrappers: list[Wrapper], places: list[tuple[nn.Module, str]]) -> None:
-        module = inside(held)
+    stack: list[tuple[str, nn.Module, list]] = [("", model, [])]
+    while stack:
+        name, held, places = stack.pop()
+        if id(held) in found:
+            found[id(held)][1].places.extend(places)
+            continue
+        wrappers, module = [], inside(held)
         while isinstance(module, Wrapper) and name:
             wrappers.append(module)
             module = inside(module.base)
         found[id(held)] = name, Site(module, wrappers, places)
-        for attribute, child in module._modules.items():
-            if id(child) in found:
-                found[id(child)][1].places.append((module, attribute))
-            elif child is not None:
-                visit(f"{name}.{attribute}" if name else attribute, child, [], [(module, attribute)])
-
-    visit("", model, [], [])
+        for attribute, child in reversed(module._modules.items()):
+            if child is not None:
+                stack.append((f"{name}.{attribute}" if name else attribute, child, [(module, attribute)]))
     return dict(found.values())
 
 

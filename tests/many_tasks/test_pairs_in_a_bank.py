@@ -64,6 +64,7 @@ def test_a_pair_is_what_it_is_alone_in_value_and_gradient(tiny, recipes, checkpo
     torch.testing.assert_close(logits[-1:][real[-1:]], expected[real[-1:]], atol=1e-11, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipes", [SOME, ALL])
 def test_a_pair_generates_what_it_generates_alone(decoder, recipes):
     model = decoder(max_len=20).double()
@@ -76,6 +77,7 @@ def test_a_pair_generates_what_it_generates_alone(decoder, recipes):
         assert torch.equal(words[own], single.generate(tokens[own], 6, padding_mask=real[own])), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_half_precision_a_pair_is_what_it_is_alone_but_for_rounding(decoder, dtype):
     exact = decoder().double()
@@ -94,6 +96,7 @@ def test_in_half_precision_a_pair_is_what_it_is_alone_but_for_rounding(decoder, 
             assert error < 40 * torch.finfo(dtype).eps * logits[own].abs().max(), (name, error)
 
 
+@pytest.mark.slow
 def test_one_position_of_each_row(tiny):
     """`answer_loss` asks the last block for one position: `hidden(..., asked=)`."""
     model = tiny().double()

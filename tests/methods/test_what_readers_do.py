@@ -440,7 +440,7 @@ def test_what_a_compiled_handle_computes_follows_attach_and_detach(unchecked):
     with torch.no_grad():
         before = held(x)
         train_a_little(peft.attach(held, LoRA(rank=2, targets=("0", "2"))))
-        assert torch.equal(held(x), model(x)) and not torch.equal(held(x), before)
+        assert torch.allclose(held(x), model(x), atol=1e-6) and not torch.allclose(held(x), before, atol=1e-3)
         with peft.disabled(held):
             assert torch.equal(held(x), before)
         assert torch.equal(peft.detach(held)(x), before)
