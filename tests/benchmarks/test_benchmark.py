@@ -142,6 +142,7 @@ def test_a_short_job_is_done_until_enough_time_is_over(monkeypatch, seconds, tim
     assert jobs.timed(job) == pytest.approx(seconds) and len(done) == times
 
 
+@pytest.mark.slow
 def test_a_worker_answers_from_the_checkout_that_it_was_given(tmp_path):
     weights = tmp_path / "weights.safetensors"
     benchmark.shared_weights(weights)

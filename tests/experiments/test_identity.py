@@ -97,6 +97,7 @@ def sweep_now(out, n=2):
     return sweep.run(compare.study("sentiment", [NAME], progress=False), out, seeds=range(1, n + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", [*EDITS, *INPUTS])
 def test_after_an_edit_the_same_file_gives_what_an_empty_one_gives(edit, tmp_path, monkeypatch):
     before = sweep_now(tmp_path / "rows.csv", 3)

@@ -35,6 +35,7 @@ def test_compiled_models_give_the_same_outputs_and_gradients():
     assert done.stdout.splitlines() == list(COMPILED)
 
 
+@pytest.mark.slow
 @every_set
 def test_the_modules_own_state_dict_carries_everything_to_a_twin(tiny, recipes):
     model, twin = attach_all(tiny(seed=1), recipes), tiny(seed=2)
@@ -71,6 +72,7 @@ def test_padding_on_either_side_changes_no_real_output(tiny, recipes, side):
     )
 
 
+@pytest.mark.slow
 @every_set
 def test_one_row_alone_gives_what_it_gives_in_a_batch(tiny, recipes):
     model, (tokens, mask) = attach_all(tiny(), recipes), batch()
@@ -98,6 +100,7 @@ def test_text_up_to_max_len_fits_and_one_word_more_is_an_error_that_says_so(deco
         model.hidden(torch.zeros(1, room + 1, dtype=torch.int64))
 
 
+@pytest.mark.slow
 @every_set
 def test_generation_with_and_without_cache_agrees_up_to_the_last_position(decoder, recipes):
     model, (tokens, mask) = attach_all(decoder(init="unit_embedding"), recipes), batch(length=4)
@@ -110,6 +113,7 @@ def test_generation_with_and_without_cache_agrees_up_to_the_last_position(decode
         model.generate(tokens, new + 1, padding_mask=mask)
 
 
+@pytest.mark.slow
 @every_recipe
 def test_in_bfloat16_the_outputs_are_those_of_float32_up_to_its_rounding(tiny, recipe):
     model = train_a_little(peft.attach(tiny(), recipe), size=0.05)

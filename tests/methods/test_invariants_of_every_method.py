@@ -114,6 +114,7 @@ def test_the_audit_agrees_and_leaves_the_model_as_it_was(tiny, recipes):
     assert "0 got a gradient, 0 moved" in str(table)
 
 
+@pytest.mark.slow
 @every_set
 def test_first_then_second_then_first_again_reproduces_the_first_exactly(tiny, recipes):
     model = tiny()
@@ -194,6 +195,7 @@ def test_state_dict_is_a_copy_named_by_site_and_tensor(tiny, recipes):
     assert not any(bool((p == 7.0).all()) for p in peft.trainable_parameters(model).values())
 
 
+@pytest.mark.slow
 @every_set
 def test_a_deep_copy_is_independent(tiny, recipes):
     model = train_a_little(attach_all(tiny(), recipes))
@@ -222,6 +224,7 @@ def test_disabled_computes_the_base_bit_for_bit(tiny, recipes):
     assert torch.equal(outputs(model), changed)
 
 
+@pytest.mark.slow
 @every_set
 def test_the_order_in_which_methods_are_attached_does_not_change_what_they_compute(tiny, recipes):
     forward = train_a_little(attach_all(tiny(), recipes))
@@ -230,6 +233,7 @@ def test_the_order_in_which_methods_are_attached_does_not_change_what_they_compu
     torch.testing.assert_close(outputs(forward), outputs(backward), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "prefix mlp"])
 def test_a_bfloat16_base_keeps_float32_tensors_that_learn(tiny, name):
     model = tiny().to(torch.bfloat16)

@@ -172,6 +172,7 @@ class Loud(Method):
         return 1 if self.where == "embedding" else config.n_layers
 
 
+@pytest.mark.slow
 @every_recipe
 @pytest.mark.parametrize(
     "where, order",

@@ -100,6 +100,7 @@ def test_a_model_whose_shapes_are_not_known_is_refused():
     assert set(vars(model[1])) == before and model[1].weight.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode])
 @each_of("recipe", RECIPES)
 def test_what_is_attached_where_no_gradient_is_kept_can_be_trained(decoder, recipe, within):

@@ -64,10 +64,16 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    return {name: bits(*train(name)) for name in RECIPES}
+    runs = {}
+
+    class OnDemand:
+        def __getitem__(self, name):
+            return runs[name] if name in runs else runs.setdefault(name, bits(*train(name)))
+
+    return OnDemand()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in [*RECIPES][1:])])
 def test_writing_checkpoints_changes_nothing_and_a_finished_run_returns_at_once(name, uninterrupted, tmp_path):
     state = torch.get_rng_state()
     assert_same(bits(*train(name, tmp_path / "run")), uninterrupted[name])
@@ -255,6 +261,7 @@ def test_a_damaged_file_is_refused_and_the_model_stays(run_file):
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_the_last_file(tmp_path, monkeypatch):
     import minitransformer.files as files
 
