@@ -306,7 +306,7 @@ IN_A_PROCESS = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 from functools import partial
-import test_identity as t
+import test_run_identity as t
 from minitransformer.training.identity import mark, modules_of
 hashed = lambda word: word in {"these", "are", "in", "an", "order", "of", "each", "process"}
 values = (t.scaled, t.scaled_by(2.0), t.Scaled(1.0), partial(t.scaled, factor=2), t.with_kinds("a"), hashed, {"a", "b"})
