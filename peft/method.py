@@ -32,8 +32,9 @@ class Wrapper(nn.Module):
     bit. Where several share a place, `order` says how far out each lies, whatever the order they came in: 0 for those
     that change what the frozen module itself computes, more for those that work on its input or output.
 
-    The last three methods are answers to those who would compute the same in another way. A class that has a `forward`
-    of its own gives its own answers, or none: what it computes, its parent cannot know.
+    `as_linear` and `as_attention` are answers to those who would compute the same in another way. A class that has a
+    `forward` of its own gives its own answers, or none: what it computes, its parent cannot know. Nor does it inherit
+    `position_wise`: that a position's output depends on no other position, and attention inside gets the same input.
     """
 
     order: ClassVar[int] = 1
@@ -51,7 +52,7 @@ class Wrapper(nn.Module):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls):
-            for answer in {"as_linear", "as_attention", "keys_and_values"} - vars(cls).keys():
+            for answer in {"as_linear", "as_attention"} - vars(cls).keys():
                 setattr(cls, answer, vars(Wrapper)[answer])
 
     def extra_repr(self) -> str:
@@ -73,9 +74,9 @@ class Wrapper(nn.Module):
         """The layer inside and the keys and values it puts in front, if it is attention with these and nothing more."""
         return None
 
-    def keys_and_values(self, x: Tensor) -> KeysAndValues | None:
-        """As of the attention layer inside, [B, H, S, d_head] each, if that is given the wrapper's own input."""
-        return None
+    def keys_and_values(self, x: Tensor) -> KeysAndValues:
+        """What the attention layer inside answers at x, the wrapper's own input."""
+        return self.base.keys_and_values(x)
 
 
 def switched_off(*wrappers: Wrapper) -> AbstractContextManager:
@@ -95,11 +96,6 @@ def linear_map(module: nn.Module) -> LinearMap | None:
     if isinstance(module, Wrapper):
         return module.as_linear()
     return (module.weight, module.bias) if type(module) is nn.Linear else None
-
-
-def keys_and_values(module: nn.Module, x: Tensor) -> KeysAndValues | None:
-    """The keys and values that an attention layer, or the one in a wrapper, makes of x; None if it does not say."""
-    return module.keys_and_values(x) if isinstance(module, Wrapper) or type(module) is Attention else None
 
 
 def can_hold(weight: Tensor, *changes: Tensor) -> bool:
@@ -125,7 +121,8 @@ class Method(ABC):
             value = plain(getattr(self, f.name))
             if not fits(value, f.type):
                 kind = getattr(f.type, "__name__", f.type) if isinstance(f.type, type) else f.type
-                raise ValueError(f"{f.name} must be {kind} (a number: finite), got {value!r}")
+                example = f"; one in a tuple is ({value!r},)" if isinstance(value, str) else ""
+                raise ValueError(f"{f.name} must be {kind}, a number finite, got {value!r}{example}")
             object.__setattr__(self, f.name, value)
 
     def __init_subclass__(cls, **kwargs):

@@ -43,16 +43,16 @@ def at_position(
     block: nn.Module, x: Hidden, mask: Mask, context: Context | None, asked: Int[Tensor, "B"]
 ) -> Float[Tensor, "B 1 d_model"]:
     """`block(x, mask, context)` at one position of each row."""
-    known, parts = None, list(block.modules())
-    if type(block) is Block and context is None and all(map(is_position_wise, parts)) and may_stand_in(x, *parts):
-        known = block.attention.keys_and_values(block.norm_attention(x) if block.pre_norm else x)
-    if known is None:
+    parts = list(block.modules())
+    known = type(block) is Block and context is None and all(map(is_position_wise, parts))
+    if not known or not may_stand_in(x, *parts):
         return picked(block(x, mask, context), asked)
+    key, value = block.attention.keys_and_values(block.norm_attention(x) if block.pre_norm else x)
     if isinstance(mask, str):  # "causal"
         mask = (torch.arange(x.shape[1], device=x.device) <= asked[:, None])[:, None, None]
     elif mask is not None:
         mask = mask.expand(len(x), -1, -1, -1)[torch.arange(len(x), device=x.device), :, asked][:, :, None]
-    return block(picked(x, asked), None, RowContext(*known, mask))
+    return block(picked(x, asked), None, RowContext(key, value, mask))
 
 
 def is_position_wise(module: nn.Module) -> bool:

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from minitransformer.fast.stand_in import may_stand_in
 from peft.method import Wrapper
@@ -31,12 +30,9 @@ from peft.method import Wrapper
 def is_known(layer: Wrapper, x: Tensor) -> bool:
     """Whether the fast form may stand in for a LoRA layer's plain one here, so that nobody could tell.
 
-    It may round a plain linear layer of the factors' own precision that nobody watches, where no dropout falls on x,
-    and not in forward-mode differentiation.
+    It may round a plain linear layer of the factors' own precision, where no dropout falls on x.
     """
     base = layer.base
-    if forward_ad._current_level >= 0:
-        return False
     if type(base) is not nn.Linear or (layer.training and layer.recipe.dropout) or not may_stand_in(x, layer, base):
         return False
     return x.dtype == base.weight.dtype == layer.A.dtype

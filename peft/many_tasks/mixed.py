@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.call import CALL
 from minitransformer.feedforward import activate
-from peft.method import KeysAndValues, Wrapper, keys_and_values, unwrapped
+from peft.method import Wrapper, unwrapped
 from peft.methods.adapter import Joined
 from peft.methods.prefix import PrefixContext
 
@@ -114,10 +114,6 @@ class MixedPrefix(MixedWrapper):
             prefix = [part(prefix[0].to(x.dtype)) for part in (frozen.key, frozen.value)]
         key, value = (frozen.split_heads(part) for part in prefix)  # [B, H, n, d_head]
         return self.base(x, mask, PrefixContext(key, value, context, visible=visible))
-
-    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
-        """The frozen layer's."""
-        return keys_and_values(self.base, x)
 
 
 class MixedAdapter(MixedWrapper, Joined):

@@ -29,7 +29,7 @@ from minitransformer.attention import Attention
 from minitransformer.config import ACTIVATIONS, TransformerConfig
 from minitransformer.feedforward import FeedForward
 from peft.functional import bottleneck, in_their_precision
-from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, keys_and_values, normal, parameter_like, unwrapped
+from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like, unwrapped
 from peft.sites import block_names, in_layers
 
 # What each placement wraps in a block, and how the wrapper joins it: behind it, beside it, or in front of it.
@@ -110,10 +110,6 @@ class Joined(Wrapper):
             return self.base(x + self.added(x))
         h = self.base(x, *rest)
         return h + self.added(h if self.joined == "after" else x)
-
-    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
-        """Of an attention layer that the bottleneck stands behind."""
-        return keys_and_values(self.base, x) if self.joined == "after" else None
 
 
 class Adapter(Joined):

@@ -28,16 +28,10 @@ class LinearMethod(LayerwiseMethod):
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
-        ValueError: a string instead of a tuple of names; what `LayerwiseMethod` refuses.
+        ValueError: what `LayerwiseMethod` refuses.
     """
 
     targets: tuple[str, ...] = field(default=("query", "value"), kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.targets, str):
-            raise ValueError(f'targets is a tuple of names, such as ("query", "value"), not {self.targets!r}')
-        object.__setattr__(self, "targets", tuple(self.targets))  # a list would not equal what a file gives back
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The linear layers that the targets name."""

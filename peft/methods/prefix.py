@@ -36,7 +36,6 @@ from peft.method import (
     LayerwiseMethod,
     Wrapper,
     dtype_of,
-    keys_and_values,
     normal,
     parameter_like,
     unwrapped,
@@ -153,10 +152,6 @@ class PrefixAttention(Wrapper):
         if type(self.base) is not Attention or (self.enabled and self.recipe.gated):
             return None
         return self.base, self.prefix() if self.enabled else None
-
-    def keys_and_values(self, x: Float[Tensor, "B S d_model"]) -> KeysAndValues | None:
-        """The frozen layer's."""
-        return keys_and_values(self.base, x)
 
 
 @dataclass

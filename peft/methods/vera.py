@@ -69,8 +69,8 @@ class VeRA(LinearMethod):
         super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.initial_d == 0 or not math.isfinite(self.initial_d):
-            raise ValueError(f"initial_d must be a finite number other than 0, got {self.initial_d}")
+        if self.initial_d == 0:
+            raise ValueError("initial_d must be another number than 0")
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "VeRALinear":
         """A `VeRALinear` with an A and a B that no other map shares."""
