@@ -31,7 +31,10 @@ def pays(hidden: Tensor, embedding: Tensor) -> bool:
 
 
 def fast_cross_entropy(
-    hidden: Float[Tensor, "N d_model"], embedding: Float[Tensor, "V d_model"], targets: Int[Tensor, "N"], scale: float
+    hidden: Float[Tensor, "N d_model"],
+    embedding: Float[Tensor, "V d_model"],
+    targets: Int[Tensor, "N"],
+    scale: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Mean cross-entropy in nats of the words `targets` under softmax(scale * E h), and how many score highest."""
     learns = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, embedding)]
