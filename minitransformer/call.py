@@ -27,12 +27,13 @@ CALL = _Call()
 
 @contextmanager
 def telling(told: Mapping) -> Iterator[None]:
-    """Inside, `CALL.told` holds these entries as well, in this thread. Nests; restored after an exception."""
-    before, CALL.told = CALL.told, {**CALL.told, **told}
+    """Inside, `CALL.told` holds these entries as well, in this thread. Nests; ends with an exception too."""
+    before = {key: value for key, value in CALL.told.items() if key in told}
+    CALL.told = {**CALL.told, **told}
     try:
         yield
-    finally:
-        CALL.told = before
+    finally:  # only its own entries: another one that began inside may last longer
+        CALL.told = {key: value for key, value in CALL.told.items() if key not in told} | before
 
 
 def is_transformed() -> bool:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minitransformer.modes import modes_restored
 from peft.method import Method, Wrapper, switched_off
-from peft.sites import Site, arrange, find, inside, merged_wrappers, named_tensors, own_tensors, sites_of, wrap
+from peft.sites import Site, arrange, inside, merged_wrappers, named, named_tensors, own_tensors, sites_of, wrap
 
 RECORD, TRAINABLE = "peft_record", "_peft_trainable"  # attributes of modules
 READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they use a child's weight and do not call it
@@ -79,12 +79,13 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
         raise ValueError(f"{method!r} is not a recipe; give one such as LoRA(rank=4) or PrefixTuning(length=8)")
     root, sites, seed = inside(model), sites_of(model), operator.index(seed)
     modules = {name: site.module for name, site in sites.items() if name}
-    also = find(train_also, modules, "module") if train_also else []
+    also = named(train_also, modules)
     whole = {name: [m for below, m in modules.items() if f"{below}.".startswith(f"{name}.")] for name in also}
     generator = torch.Generator().manual_seed(seed)
+    _check_model(model)
     with modes_restored(root), torch.inference_mode(False):
         wrappers = method.wrappers({name: modules[name] for name in method.sites(modules)}, root, generator)
-    _check(model, sites, wrappers, whole)
+    _check(sites, wrappers, whole)
     order = 1 + max([record.order for record in attached(model)], default=-1)
     record = Attached(method, seed, tuple(map(str, train_also)), order)
     freeze(root)
@@ -101,12 +102,14 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
 
 
 def freeze(model: nn.Module) -> None:
-    """Make no tensor trainable, and let each module remember which were; a module that remembers stays as it is."""
+    """Make no tensor trainable but those of methods, and let each module remember which were, if it does not yet."""
     fresh = [site.module for site in sites_of(model).values() if TRAINABLE not in vars(site.module)]
     for module in fresh:
         vars(module)[TRAINABLE] = {name: p.requires_grad for name, p in own_tensors(module).items()}
-    for module in fresh:
-        for tensor in own_tensors(module).values():
+    modules = [site.module for site in sites_of(model).values()]
+    trained = {t for module in modules if RECORD in vars(module) for t in own_tensors(module).values()}
+    for module in modules:
+        for tensor in {*own_tensors(module).values()} - trained:
             tensor.requires_grad_(False)
 
 
@@ -148,7 +151,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model computes in this thread what the frozen base computes, bit for bit. Nests; ends with an
     exception too.
 
-    Modules named in `train_also` are not part of it: they stay as training left them.
+    Modules named in `train_also` are not part of it: they stay as training left them. With `torch.utils.checkpoint` of
+    your own, or in a coroutine, enter it inside of what is run.
 
     Raises:
         ValueError: nothing is attached.
@@ -217,8 +221,8 @@ def _require_attached(model: nn.Module) -> None:
         raise ValueError("no method is attached to this model; attach(model, LoRA(...)) or load(model, path) first")
 
 
-def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper], whole: dict) -> None:
-    """Raise ValueError, with the cure, for what cannot be attached, or would be without effect."""
+def _check_model(model: nn.Module) -> None:
+    """Raise ValueError, with the cure, for a model that nothing can be attached to."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("DistributedDataParallel knows the tensors that were there first; attach the method before it")
     if any(nn.parameter.is_lazy(tensor) for tensor in model.parameters()):
@@ -227,6 +231,10 @@ def _check(model: nn.Module, sites: dict[str, Site], wrappers: dict[str, Wrapper
         if record is None:
             kind = type(part).__name__
             raise ValueError(f"the model carries wrappers that attach did not put there ({kind}); bank.detach() first")
+
+
+def _check(sites: dict[str, Site], wrappers: dict[str, Wrapper], whole: dict) -> None:
+    """Raise ValueError, with the cure, for what cannot be attached, or would be without effect."""
     for name, modules in whole.items():
         tensors = [tensor for module in modules for tensor in own_tensors(module).values()]
         if not tensors or not all(map(_can_be_trained, tensors)):

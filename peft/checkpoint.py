@@ -18,7 +18,7 @@ from peft.attach import Attached, attach, attached, declared, detach, load_state
 from peft.contents import FORMAT, KEY, base_hash, entries_of, read
 from peft.merging.merge import is_merged, merge
 from peft.method import Wrapper
-from peft.sites import find, named_sites, named_tensors
+from peft.sites import named, named_sites, named_tensors
 
 MAKERS = (torch.arange, torch.empty, torch.full, torch.ones, torch.rand, torch.randint, torch.randn, torch.zeros)
 
@@ -97,7 +97,7 @@ def _require_found_again(model: nn.Module, entry: Attached) -> None:
     whole = {name for name, part, record in parts_of(model) if record and not isinstance(part, Wrapper)}
     try:
         moved = wrapped ^ set(entry.method.sites(modules))
-        moved |= set(find(entry.train_also, modules, "module") if entry.train_also else []) - whole
+        moved |= set(named(entry.train_also, modules)) - whole
     except ValueError:
         moved = wrapped | whole
     if moved:

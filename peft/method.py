@@ -174,7 +174,7 @@ class Method(ABC):
         name = values.pop("method", None)
         if name not in Method.registry:
             known = ", ".join(sorted(Method.registry))
-            raise ValueError(f"the method {name!r} is unknown; known are {known}; import the file of your own first")
+            raise ValueError(f"the method {name!r} is unknown; known are {known}; of your own, import its file first")
         try:
             return Method.registry[name](**values)
         except TypeError as error:

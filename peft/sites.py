@@ -93,9 +93,8 @@ def merged_wrappers(model: nn.Module) -> dict[str, Wrapper]:
 
 
 def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list[str]:
-    """The names of all candidates that the targets mean: the one whose full name a target is, or else all that end in
-    it, by whole parts. `query` means `blocks.0.attention.query`, not `query_norm`; `head` means `head`, if there is
-    one, and not `transformer.head`.
+    """The names of all candidates that end in a target, by whole parts: `query` matches `attention.query`, not
+    `query_norm`.
 
     Raises:
         ValueError: a target matches none of them, or no target is given; the message lists what exists. Also a bare
@@ -104,7 +103,7 @@ def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list
     if isinstance(targets, str):
         raise ValueError(f'targets are a tuple of names, such as ("{targets}",), not the string {targets!r}')
     candidates = list(candidates)
-    found = {t: {t} & {*candidates} or {name for name in candidates if name.endswith(f".{t}")} for t in targets}
+    found = {t: {name for name in candidates if f".{name}".endswith(f".{t}")} for t in targets}
     ends = ", ".join(sorted({name.split(".")[-1] for name in candidates}))
     if not found:
         raise ValueError(f"no target is given, so nothing would be trained; {what} here: {ends}")
@@ -114,6 +113,14 @@ def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list
             f"(a target is compared by whole name parts: 'query', 'attention.query' or 'blocks.0.attention.query')"
         )
     return [name for name in candidates if any([name in names for names in found.values()])]
+
+
+def named(names: tuple[str, ...], modules: dict[str, nn.Module]) -> list[str]:
+    """The modules to be trained whole: `head` is the one of that full name, if there is one, and not also
+    `transformer.head`; else every one that ends in it. ValueError as in `find`."""
+    suffixes = names if isinstance(names, str) else tuple(name for name in names if name not in modules)
+    found = find(suffixes, modules, "module") if suffixes else []
+    return [name for name in modules if name in found or name in names]
 
 
 def block_names(modules: dict[str, nn.Module]) -> list[str]:

@@ -102,7 +102,9 @@ class FastBlock:
         self.output, self.up, self.down = (ThinLinear(layer, relaid=relaid) for layer in others)
         n = 0 if extra is None else len(extra[0])
         if extra is not None:
-            front = torch.stack([attention.split_heads(part[None]) for part in extra])  # [2, 1, H, n, d_head]
+            front = torch.stack([attention.split_heads(part[None]) for part in extra]).to(
+                seen.dtype
+            )  # [2, 1, H, n, d_head]
             seen = torch.cat([front.expand(-1, seen.shape[1], -1, -1, -1), seen], dim=3)
         self.n_seen = seen.shape[3]
         self.seen = F.pad(seen, (0, 0, 0, more))  # [2, B, H, n + S + more, d_head]

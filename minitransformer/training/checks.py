@@ -57,7 +57,8 @@ def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
             "model.requires_grad_(True) to fine-tune everything"
         )
     for name, module in model.named_modules():
-        out = getattr(module, "merged", False) is True or getattr(module, "enabled", True) is False
+        says = dir(type(module))  # the class: an attribute of a module may be the reader's own
+        out = ("merged" in says and module.merged is True) or ("enabled" in says and module.enabled is False)
         if out and any(p.requires_grad for p in module.parameters()):
             raise ValueError(
                 f"{name} is merged into the weights, or disabled: unmerge(model) first, or leave disabled(…)"

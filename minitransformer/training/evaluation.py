@@ -44,7 +44,13 @@ def evaluate(
 def predict(
     model: nn.Module, dataset: Dataset, choices: list[int] | None = None, batch_size: int = 64
 ) -> Int[Tensor, "N"]:
-    """The answer word of each row, in the order of the rows: the best of all words, or of `choices` only."""
+    """The answer word of each row, in the order of the rows: the best of all words, or of `choices` only.
+
+    Raises:
+        ValueError: no choice, or a word number below 0.
+    """
+    if choices is not None and (not choices or min(choices) < 0):
+        raise ValueError(f"choices are word numbers, from 0, and at least one; got {choices}")
     answers = torch.empty_like(dataset.targets)
     with evaluation_mode(model):
         for rows in by_length(dataset).split(batch_size):

@@ -7,14 +7,18 @@ code refers to as globals do not count: a function may leave notes there. What n
 generator that a function is given or closes over, is refused.
 """
 
+import dis
 import hashlib
 import io
 import pickle
+import random
 import sysconfig
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from minitransformer.files import fingerprint
@@ -22,6 +26,7 @@ from minitransformer.files import fingerprint
 PLAIN = (bool, int, float, str, bytes, type(None))
 NAMED = (type, BuiltinFunctionType, ModuleType)
 VALUES = (*PLAIN, *NAMED, tuple, Tensor, FunctionType, MethodType, partial, nn.Module)
+DRAWS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -50,6 +55,8 @@ class _Writer(pickle._Pickler):  # the one in Python, which also asks what to ma
         self.seen = seen
 
     def reducer_override(self, value):
+        if isinstance(value, DRAWS) or hasattr(value, "__next__"):
+            raise TypeError(f"a {type(value).__name__}, which goes on where it was left")
         if isinstance(value, (FunctionType, nn.Module)):
             if value in self.seen:
                 return tuple, (("again", self.seen.index(value)),)
@@ -82,7 +89,9 @@ class _Writer(pickle._Pickler):  # the one in Python, which also asks what to ma
 
 
 def _names(code: CodeType) -> set[str]:
-    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+    """The globals that code reads; `co_names` would hold attributes too."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _mark_or_kind(value, seen: list, kinds: tuple = VALUES) -> str:

@@ -62,6 +62,8 @@ class TaskBank(nn.Module):
             raise ValueError("the model carries methods, or a bank; detach(model) first, and give them as a source")
         if not sources:
             raise ValueError('no task is given; give some by name, such as {"mood": "mood.safetensors"}')
+        if not all(isinstance(task, str) for task in sources):
+            raise ValueError(f"a task is known by a name, such as 'mood'; got {list(sources)}")
         places: dict[tuple, dict[str, Wrapper]] = {}
         for task, source in sorted(sources.items()):  # so a state dict fits whatever the order
             for place, wrapper in _wrappers_of(model, task, source).items():

@@ -79,7 +79,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
         ValueError: what `merge` refuses; something else is attached; or a weight that is not the layer's alone: tied,
             pruned, parametrised, or of a layer with hooks, which see W0 x.
     """
-    holders = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    holders = [id(parameter) for module in model.modules() for parameter in module._parameters.values()]
     for name, wrappers in all_wrappers(model).items():
         if not all(isinstance(wrapper, MergeableLinear) for wrapper in wrappers):
             raise ValueError(

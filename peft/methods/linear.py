@@ -90,8 +90,8 @@ class MergeableLinear(Wrapper):
         self.merged_weight, self.made_of = weight, self.versions()
 
     def versions(self) -> list[tuple[int, int]]:
-        """Of every tensor that W is made of, which one it is and its version, which a change in place counts up."""
-        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in self.parameters()]
+        """Of every tensor that W is made of, where it lies and its version, which a change in place counts up."""
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.parameters()]
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """`base(x)` while the method is off; W x + b if it is merged and nobody could tell; else `adapted(x)`.

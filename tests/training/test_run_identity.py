@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +267,18 @@ def test_a_global_that_an_objective_reads_belongs_to_the_run(tmp_path, monkeypat
     monkeypatch.setitem(scaled.__globals__, "TEMPERATURE", 2.0)
     with pytest.raises(ValueError, match="another objective"):
         run(tmp_path / "run", objective=scaled)
+
+
+def test_a_global_of_the_name_of_an_attribute_does_not_count(tmp_path, monkeypatch):
+    run(tmp_path / "run", objective=scaled)
+    monkeypatch.setitem(scaled.__globals__, "loss", torch.ones(3))
+    run(tmp_path / "run", objective=scaled)
+
+
+@pytest.mark.parametrize("draws", [random.Random(0), torch.Generator(), itertools.count()], ids=lambda d: str(type(d)))
+def test_what_goes_on_where_it_was_left_is_refused(tmp_path, draws):
+    with pytest.raises(ValueError, match=r"train depends on .* goes on where it was left"):
+        run(tmp_path / "run", train=lambda step: data() if draws else None)
 
 
 def test_autocast_belongs_to_the_run(tmp_path):
