@@ -66,11 +66,15 @@ def test_a_prefix_generates_in_half_precision(decoder, dtype, more):
     assert model.generate(tokens, 9).shape == (3, 15)
 
 
-def test_a_bank_beside_another_method_and_names_that_are_none(decoder):
+def test_a_bank_beside_another_method(decoder):
     lora = peft.attach(decoder(), peft.LoRA(rank=2))
     bank = peft.TaskBank(decoder(), {"a": lora})
     with pytest.raises(ValueError, match=r"bank.detach\(\) first"):
         peft.attach(bank.model, peft.PrefixTuning(length=2))
+
+
+def test_tasks_have_names(decoder, unchecked):
+    lora = peft.attach(decoder(), peft.LoRA(rank=2))
     with pytest.raises(ValueError, match="known by a name"):
         peft.TaskBank(decoder(), {None: lora})
 
