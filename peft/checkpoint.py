@@ -113,7 +113,7 @@ def _attach_all(model: nn.Module, entries: list[Attached], like: list[Tensor]) -
         with _NoLarger(max(size for tensor in like for size in tensor.shape)):
             for entry in entries:
                 attach(model, entry.method, entry.seed, entry.train_also)
-    except (TypeError, RuntimeError) as error:  # such as of numbers beyond 64 bits
+    except (TypeError, RuntimeError, OverflowError) as error:  # such as of numbers beyond 64 bits
         raise ValueError(f"the recipe asks for what cannot be made: {str(error).splitlines()[0]}") from error
 
 
