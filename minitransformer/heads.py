@@ -17,6 +17,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Real, Tokens
 from minitransformer.feedforward import activate
 from minitransformer.initialization import initialize
+from minitransformer.randomness import random_state_restored
 
 Rows = Float[Tensor, "*rows d_model"]
 
@@ -64,9 +65,9 @@ class SequenceClassifier(nn.Module):
         self.transformer = transformer
         self.pool = pool
         self.dropout = dropout
-        with torch.device("meta"):  # where PyTorch draws nothing, so the caller's random state is left alone
-            self.head = nn.Linear(transformer.config.d_model, n_classes)
-        self.head.to_empty(device=next(transformer.parameters()).device)
+        device = next(transformer.parameters()).device
+        with random_state_restored(device):  # PyTorch's own draw is overwritten below
+            self.head = nn.Linear(transformer.config.d_model, n_classes, device=device)
         initialize(self.head, "gpt2", n_layers=1, seed=seed)
 
     def forward(self, tokens: Tokens, padding_mask: Real = None) -> Float[Tensor, "B n_classes"]:

@@ -26,6 +26,7 @@ from minitransformer.generation import generate
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
+from minitransformer.randomness import random_state_restored
 
 
 class Transformer(nn.Module):
@@ -41,13 +42,12 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, seed: int = 0):
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # where PyTorch draws nothing, so the caller's random state is left alone
+        with random_state_restored(torch.get_default_device()):  # PyTorch's own draws are overwritten below
             self.embedding = Embedding(config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
             self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
             heads = {"tied": LMHead, "bert": MaskedLMHead, "none": lambda _: None}
             self.head = heads[config.lm_head](config)
-        self.to_empty(device=torch.get_default_device())
         initialize(self, config.init, config.n_layers, seed)
 
     def forward(
