@@ -1,10 +1,12 @@
-"""Training or evaluation mode for a while: afterwards every module is in the mode that it was in."""
+"""Put back: afterwards modes (training or evaluation) are as they were, and after an exception tensors too."""
 
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _LOCK = threading.Lock()
 _VISITS: WeakKeyDictionary[nn.Module, list[dict]] = WeakKeyDictionary()  # who is inside, the newest last
@@ -40,3 +42,16 @@ def evaluation_mode(model: nn.Module):
     """Dropout off inside; otherwise as `modes_restored`."""
     with modes_restored(model):
         yield model.eval()
+
+
+@contextmanager
+def undone(tensors: list[Tensor]) -> Iterator[None]:
+    """After an exception inside, the tensors hold what they held before."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        raise

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minitransformer.files import pack, write_whole
+from minitransformer.modes import undone
 from peft.attach import Attached, attach, attached, declared, detach, load_state_dict, parts_of, record_anew, state_dict
 from peft.contents import FORMAT, KEY, base_hash, entries_of, read
 from peft.merging.merge import is_merged, merge
@@ -63,25 +64,22 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: there is no such file.
     """
     tensors, record = read(path)
-    entries, present, before = entries_of(path, record), attached(model), {}
+    entries, present = entries_of(path, record), attached(model)
     if present and [replace(entry, seed=0) for entry in present] != [replace(entry, seed=0) for entry in entries]:
         raise ValueError("other methods are attached to this model; detach(model) first, or load into a fresh model")
     try:
         if not present:
             _attach_all(model, entries, [*tensors.values(), *named_tensors(model).values()])
-        before = {tensor: tensor.detach().clone() for tensor in declared(model).values()}
-        if base_hash(model) != record["base"]:
-            raise ValueError(
-                f"{path} was trained on another base model (other weights, shape, precision, or settings such as "
-                f"n_heads); load it into the model it was trained on"
-            )
-        load_state_dict(model, tensors)
-        if record["merged"]:
-            merge(model)
+        with undone(list(declared(model).values())):
+            if base_hash(model) != record["base"]:
+                raise ValueError(
+                    f"{path} was trained on another base model (other weights, shape, precision, or settings such as "
+                    f"n_heads); load it into the model it was trained on"
+                )
+            load_state_dict(model, tensors)
+            if record["merged"]:
+                merge(model)
     except BaseException:
-        with torch.no_grad():
-            for tensor, values in before.items():
-                tensor.copy_(values)
         if not present and attached(model):
             detach(model)
         raise

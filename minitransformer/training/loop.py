@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minitransformer.modes import undone
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.checks import check_finite, check_optimizer, check_options, check_score, trainable_of
 from minitransformer.training.distributed import data_parallel
 from minitransformer.training.evaluation import evaluate
 from minitransformer.training.objectives import Objective, Score, answer_loss
-from minitransformer.training.plan import batches, is_due, learning_rate_factor, left_as_found, set_rates, undone
+from minitransformer.training.plan import batches, is_due, learning_rate_factor, left_as_found, set_rates
 from minitransformer.training.progress import History, ProgressBar
 from minitransformer.training.resume import run_file
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minitransformer.modes import modes_restored
 from minitransformer.randomness import generator_of, random_state_restored
@@ -82,16 +82,3 @@ def left_as_found(
             yield
     finally:
         set_rates(optimizer, peaks, 1.0)
-
-
-@contextmanager
-def undone(tensors: list[Tensor]) -> Iterator[None]:
-    """After an exception inside, the tensors hold what they held before."""
-    before = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        raise

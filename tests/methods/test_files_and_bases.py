@@ -242,10 +242,6 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-recipes_are_plain = pytest.mark.skipif(not hasattr(peft.method, "plain"), reason="recipes keep what they are given")
-
-
-@recipes_are_plain
 @pytest.mark.parametrize("given, plain", NUMBERS)
 def test_numbers_of_numpy_and_torch_become_plain_ones(unchecked, decoder, tmp_path, given, plain):
     model = peft.attach(decoder(), given(), seed=np.int64(3), train_also=(np.str_("norm"),))
@@ -261,7 +257,6 @@ ODD = [
 ]  # fmt: skip
 
 
-@recipes_are_plain
 @pytest.mark.parametrize("recipe", ODD)
 def test_what_a_file_could_not_hold_is_refused(unchecked, recipe):
     with pytest.raises(ValueError, match="must be"):
