@@ -18,7 +18,7 @@ def check_adapter(adapter) -> str:
     expected = h + F.linear(F.relu(inner), up, up_bias)
     hints = {
         "the skip connection is missing: an adapter adds to h": expected - h,
-        "without the non-linearity two linear maps are one: that is a LoRA": h + F.linear(inner, up, up_bias),
+        "without the non-linearity two linear layers are one: that is a LoRA": h + F.linear(inner, up, up_bias),
         "the non-linearity comes last; it belongs into the bottleneck": h + F.relu(F.linear(inner, up, up_bias)),
         "the biases are missing": h + F.relu(h @ down.T) @ up.T,
         "the non-linearity is applied to h": h + F.linear(F.linear(F.relu(h), down, down_bias), up, up_bias),

@@ -46,7 +46,7 @@ def check_mixed_precision_bytes(mixed_precision_bytes) -> str:
             "8 bytes are missing for each trained number: Adam's two means take 4 each": expected - 8 * trained,
             "that is the weights and gradients only": 2 * frozen + 4 * trained,
         }
-        what = f"the bytes for {frozen:,} frozen and {trained:,} trained numbers"
+        what = f"the bytes for {frozen:,} frozen and {trained:,} trained parameters"
         same(called(mixed_precision_bytes, frozen, trained), expected, hints, what)
     return "2 bytes for a frozen number, 16 for a trained one: that is where the eightfold saving comes from."
 
@@ -71,7 +71,7 @@ def check_prefix_cache_bytes(prefix_cache_bytes) -> str:
 
 @checker
 def check_step_operations(step_operations) -> str:
-    """step_operations(frozen, trained, tokens): operations of a training step in the linear maps."""
+    """step_operations(frozen, trained, tokens): operations of a training step in the linear layers."""
     for frozen, trained, tokens in ((786_432, 8_192, 1_856), (0, 1_000, 7), (1_000, 0, 7)):
         expected = tokens * (4 * frozen + 6 * trained)
         hints = {
@@ -89,6 +89,6 @@ def check_step_operations(step_operations) -> str:
             "that is for one token": expected / tokens,
             "the frozen maps compute as well": 6 * tokens * trained,
         }
-        what = f"the count for {frozen:,} frozen and {trained:,} trained numbers and {tokens:,} tokens"
+        what = f"the count for {frozen:,} frozen and {trained:,} trained parameters and {tokens:,} tokens"
         same(called(step_operations, frozen, trained, tokens), expected, hints, what)
     return "4 for each frozen number and token, 6 for each trained one: at most a third is saved."

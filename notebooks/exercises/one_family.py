@@ -60,7 +60,7 @@ def check_adapted(adapted) -> str:
             f'"{form}": s belongs to the change alone, h comes out as it is': s * (h + change(read)),
             f'"{form}": h is missing: the change is added to what the module gives': s * change(read),
             f'"{form}": the change is added to h, what the module gives, not to x': x + s * change(read),
-            f'"{form}": without the relu two linear maps are one': h + s * (read @ down.T @ up.T),
+            f'"{form}": without the relu two linear layers are one': h + s * (read @ down.T @ up.T),
         }
         got = called(adapted, lambda z: torch.tanh(z @ frozen.T), x, down, up, s, form)
         same(got, h + s * change(read), hints, f'the output for "{form}"')

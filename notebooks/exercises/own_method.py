@@ -60,7 +60,7 @@ def check_forward(forward) -> str:
 
 @checker
 def check_vera_parameters(vera_parameters) -> str:
-    """vera_parameters(rank, n_layers, d_model, d_ff): VeRA's trained numbers on all six linear maps of every block."""
+    """vera_parameters(rank, n_layers, d_model, d_ff): what VeRA trains on the six linear layers of every block."""
     for rank, layers, d, d_ff in ((128, 4, 128, 512), (7, 3, 20, 50)):
         config = TransformerConfig(vocab_size=9, max_len=9, d_model=d, n_heads=4, n_layers=layers, d_ff=d_ff)
         expected = layers * (6 * rank + 5 * d + d_ff)

@@ -25,7 +25,7 @@ def check_linear(linear) -> str:
 
 @checker
 def check_share(share) -> str:
-    """share(trained, frozen): the trained numbers as a percentage of the base model's."""
+    """share(trained, frozen): the trained parameters as a percentage of the base model's."""
     for trained, frozen in ((8_192, 827_776), (500, 1_000)):
         hints = {
             "that is a fraction; a percentage is a hundred times as large": trained / frozen,

@@ -52,7 +52,7 @@ def check_block_parameters(block_parameters) -> str:
         hints = {
             "the biases are missing, and the norms": attention + feedforward,
             "the norms are missing: two of them, each with a gain and a bias": expected - 4 * d,
-            "the biases of the linear maps are missing": attention + feedforward + 4 * d,
+            "the biases of the linear layers are missing": attention + feedforward + 4 * d,
             "a norm has two vectors, a gain and a bias": expected - 2 * d,
             "attention has four square maps: query, key, value and output": expected - d * d - d,
         }

@@ -55,7 +55,7 @@ WRONG_ANSWERS = {
     ],
     "check_training_bytes": [
         ("training_bytes = lambda total, trained: 4 * (total + 2 * trained)", "one is missing of the three"),
-        ("training_bytes = lambda total, trained: 16 * total", "for trained numbers only"),
+        ("training_bytes = lambda total, trained: 16 * total", "for trained parameters only"),
     ],
     "check_forgetting": [
         ("forgetting = lambda before, after: after / before", "the quotient of the losses"),

@@ -1,6 +1,6 @@
 """Not so frozen: the comment says "all but A and B", the optimizer says otherwise.
 
-One teaching repository freezes the linear maps and embeddings, and leaves every LayerNorm trainable: 38,400 numbers
+One teaching repository freezes the linear layers and embeddings, and leaves every LayerNorm trainable: 38,400 numbers
 of GPT-2 (25 norms, a scale and a bias of 768 each) beside the LoRA. Another wraps the weights and never freezes the
 base at all. Both train well, so nobody looks.
 

@@ -1,7 +1,7 @@
 """LoRA on the fresh classification head.
 
 "Replace every linear layer by one with LoRA" also finds the new head, whose weights are random: the head itself is
-then frozen in its random state, with a low-rank correction beside it. Twelve thousand trained numbers instead of the
+then frozen in its random state, with a low-rank correction beside it. Twelve thousand trained parameters instead of the
 one and a half thousand of a plain head: 768 * 2 + 2 = 1,538.
 
 Found in: rasbt, LLMs-from-scratch, appendix E
