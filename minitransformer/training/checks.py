@@ -17,9 +17,10 @@ SCHEDULES = ("cosine", "linear", "constant")
 def check_options(given: Mapping) -> None:
     """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
     o = SimpleNamespace(**given)
-    for name in ("steps", "batch_size", "validate_every", "every"):
-        if given[name] is not None and (not isinstance(given[name], Integral) or given[name] < 1):
-            raise ValueError(f"{name}={given[name]!r} must be a whole number, at least 1")
+    for name, least in (("steps", 1), ("batch_size", 1), ("validate_every", 1), ("every", 1), ("warmup", 0)):
+        value = given[name]
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
     for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
         if not serves and not (isinstance(given[name], Dataset) and len(given[name])):
             raise ValueError(f"{name} is empty, or a {type(given[name]).__name__}; give a Dataset with rows")
@@ -27,14 +28,10 @@ def check_options(given: Mapping) -> None:
         raise ValueError(f"batch_size={o.batch_size} is more than the {len(o.train)} rows of train")
     if not callable(o.schedule) and o.schedule not in SCHEDULES:
         raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or a function")
-    if o.warmup is not None and not 0 <= o.warmup < max(1, o.steps):
-        raise ValueError(f"warmup={o.warmup} must be at least 0 and shorter than the run of {o.steps} steps")
+    if o.warmup is not None and o.warmup >= o.steps:
+        raise ValueError(f"warmup={o.warmup} must be shorter than the run of {o.steps} steps")
     if o.clip is not None and not o.clip > 0:
         raise ValueError(f"clip={o.clip} must be above 0; None never clips")
-    if o.keep not in ("last", "best"):
-        raise ValueError(f'keep={o.keep!r} is unknown; choose "last" or "best"')
-    if o.keep == "best" and (o.validation is None or o.validate_every is None):
-        raise ValueError('keep="best" needs a validation set to judge by, and validate_every')
     adamw = (o.optimizer is None, "AdamW; an optimizer of your own says it in its groups")
     serving = {
         "learning_rate": adamw, "weight_decay": adamw, "betas": adamw,

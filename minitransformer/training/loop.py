@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minitransformer.modes import undone
+from minitransformer.modes import modes_restored, undone
+from minitransformer.randomness import random_state_restored
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.checks import check_finite, check_optimizer, check_options, check_score, trainable_of
 from minitransformer.training.distributed import data_parallel
 from minitransformer.training.evaluation import evaluate
 from minitransformer.training.objectives import Objective, Score, answer_loss
-from minitransformer.training.plan import batches, is_due, learning_rate_factor, left_as_found, set_rates
+from minitransformer.training.plan import batches, is_due, learning_rate_factor, rates_restored, set_rates
 from minitransformer.training.progress import History, ProgressBar
-from minitransformer.training.resume import run_file
+from minitransformer.training.resume import RunFile
 
-DECISIVE = ("steps", "schedule", "clip", "validate_every", "keep", "seed", "objective", "train", "validation")
+DECISIVE = ("steps", "schedule", "clip", "validate_every", "seed", "objective", "train", "validation")
 
 
 def fit(
@@ -33,8 +34,8 @@ def fit(
     learning_rate: float | None = None, batch_size: int | None = None, objective: Objective = answer_loss,
     warmup: int | None = None, schedule: str | Callable[[int], float] = "cosine", weight_decay: float | None = None,
     betas: tuple[float, float] | None = None, clip: float | None = 1.0, validate_every: int | None = None,
-    keep: str = "last", optimizer: torch.optim.Optimizer | None = None, seed: int = 0, progress: bool = True,
-    description: str = "fit", checkpoint: str | Path | None = None, every: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None, seed: int = 0, progress: bool = True, description: str = "fit",
+    checkpoint: str | Path | None = None, every: int | None = None,
 ) -> History:  # fmt: skip
     """Train the tensors of `model` that require a gradient, in place.
 
@@ -51,7 +52,6 @@ def fit(
             share of the peak.
         weight_decay, betas: of AdamW, by default 0 and (0.9, 0.999).
         clip: largest global gradient norm; None never clips.
-        keep: "last" weights, or the "best" ones by validation accuracy (by loss where that ties).
         optimizer: instead of AdamW. It must hold every trainable tensor; the rates of its groups are the peaks.
         seed: of the data order and of dropout. The caller's random state is left alone.
         progress, description: whether to show a bar with loss and accuracy, and its caption.
@@ -74,24 +74,24 @@ def fit(
         rate = 1e-3 if learning_rate is None else learning_rate
         optimizer = torch.optim.AdamW(trainable.values(), rate, betas or (0.9, 0.999), weight_decay=weight_decay or 0.0)
     check_optimizer(model, optimizer)
-    peaks = [group["lr"] for group in optimizer.param_groups]
     options = {name: given[name] for name in DECISIVE} | {"batch_size": batch_size, "warmup": warmup}
-    file = run_file(checkpoint, model, optimizer, options)
-    run, devices = file.restore(model, optimizer), {p.device for p in model.parameters()}
-    with left_as_found(model, optimizer, devices), ProgressBar(steps, run.step, description, progress) as bar:
+    file = RunFile(checkpoint, model, optimizer, options)
+    history, devices = file.restore(), {p.device for p in model.parameters()}
+    bar = ProgressBar(steps, len(history.loss), description, progress)
+    with modes_restored(model), random_state_restored(*devices), rates_restored(optimizer) as peaks, bar:
         learner = data_parallel(model, objective)
-        for step, batch in batches(train, range(run.step, steps), batch_size, seed, devices):
+        for step, batch in batches(train, range(len(history.loss), steps), batch_size, seed, devices):
             began = time.perf_counter()
             set_rates(optimizer, peaks, learning_rate_factor(step, steps, warmup, schedule))
             model.train()
             score, norm = training_step(model, batch, learner, optimizer, list(trainable.values()), clip, step)
-            run.record(score, norm, optimizer.param_groups[0]["lr"], time.perf_counter() - began)
-            bar.show(run.history)
-            if validation is not None and is_due(validate_every, run.step, steps):
-                run.record_validation(evaluate(model, validation, objective), trainable, keep)
-            if is_due(every or max(1, steps // 20), run.step, steps):
-                file.save(run, model, optimizer)
-    return run.finish(trainable)
+            history.record(score, norm, optimizer.param_groups[0]["lr"], time.perf_counter() - began)
+            bar.show(history)
+            if validation is not None and is_due(validate_every, step + 1, steps):
+                history.record_validation(evaluate(model, validation, objective))
+            if is_due(every or max(1, steps // 20), step + 1, steps):
+                file.save(history)
+    return history
 
 
 def training_step(

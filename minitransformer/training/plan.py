@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-from minitransformer.modes import modes_restored
-from minitransformer.randomness import generator_of, random_state_restored
+from minitransformer.randomness import generator_of
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.distributed import n_processes, rank
 
@@ -72,13 +70,10 @@ def is_due(every: int | None, done: int, steps: int) -> bool:
 
 
 @contextmanager
-def left_as_found(
-    model: nn.Module, optimizer: torch.optim.Optimizer, devices: Iterable[torch.device]
-) -> Iterator[None]:
-    """Afterwards modes, rates and random states are as they were, also after an exception."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
+def rates_restored(optimizer: torch.optim.Optimizer) -> Iterator[list[float]]:
+    """The rates of the optimizer's groups, which come back afterwards, also after an exception."""
+    rates = [group["lr"] for group in optimizer.param_groups]
     try:
-        with modes_restored(model), random_state_restored(*devices):
-            yield
+        yield rates
     finally:
-        set_rates(optimizer, peaks, 1.0)
+        set_rates(optimizer, rates, 1.0)

@@ -1,12 +1,9 @@
-"""How far a run is: what it recorded, its best weights, and the bar that shows it."""
+"""What a run records, and the bar that shows it."""
 
-import math
 import sys
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from minitransformer.training.distributed import is_writer
@@ -25,58 +22,25 @@ class History:
     validation_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0  # of the training steps, without validation
-    kept_step: int = 0  # the weights at the end are those after this many steps
 
     @property
     def seconds_per_step(self) -> float:
         """Mean wall-clock time of a training step."""
         return self.seconds / max(1, len(self.loss))
 
-    @property
-    def best_validation(self) -> int:
-        """The number of the first validation with the highest accuracy, and of these with the lowest loss."""
-        losses = [loss if math.isfinite(loss) else math.inf for loss in self.validation_loss]
-        merits = [(accuracy, -loss) for accuracy, loss in zip(self.validation_accuracy, losses, strict=True)]
-        return merits.index(max(merits))
-
-
-@dataclass
-class RunState:
-    """Where a run stands."""
-
-    history: History = field(default_factory=History)
-    best: dict[str, Tensor] = field(default_factory=dict)  # the best trained weights so far, where they are kept
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return len(self.history.loss)
-
     def record(self, score: Score, gradient_norm: float, learning_rate: float, seconds: float) -> None:
         """Note what one step gave."""
-        self.history.loss.append(score.loss.item())
-        self.history.accuracy.append(score.correct / score.count)
-        self.history.gradient_norm.append(gradient_norm)
-        self.history.learning_rate.append(learning_rate)
-        self.history.seconds += seconds
+        self.loss.append(score.loss.item())
+        self.accuracy.append(score.correct / score.count)
+        self.gradient_norm.append(gradient_norm)
+        self.learning_rate.append(learning_rate)
+        self.seconds += seconds
 
-    def record_validation(self, result: dict[str, float], trainable: dict[str, nn.Parameter], keep: str) -> None:
-        """Note the scores of a validation, and the weights if they are the best and these are to be kept."""
-        self.history.validation_step.append(self.step)
-        self.history.validation_loss.append(result["loss"])
-        self.history.validation_accuracy.append(result["accuracy"])
-        if keep == "best" and self.history.best_validation == len(self.history.validation_step) - 1:
-            self.best = {name: p.detach().clone() for name, p in trainable.items()}
-
-    @torch.no_grad()
-    def finish(self, trainable: dict[str, nn.Parameter]) -> History:
-        """Put the best weights back, if they were kept; the history then says which ones the model has."""
-        self.history.kept_step = self.step
-        if self.best:
-            self.history.kept_step = self.history.validation_step[self.history.best_validation]
-            for name, p in trainable.items():
-                p.copy_(self.best[name])
-        return self.history
+    def record_validation(self, result: dict[str, float]) -> None:
+        """Note the scores of a validation."""
+        self.validation_step.append(len(self.loss))
+        self.validation_loss.append(result["loss"])
+        self.validation_accuracy.append(result["accuracy"])
 
 
 class ProgressBar(tqdm):

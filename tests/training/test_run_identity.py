@@ -8,7 +8,9 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import MethodType, ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,7 +88,7 @@ def built(recipe=LORA, config=CONFIG, base=5, seed=6, train_also=(), second=None
 def run(path, model=None, optimizer=None, train=None, validation=None, **options):
     """Six steps, of which the first four are done when it stops, if `stop` says so."""
     model = built(**(model or {}))
-    options = {"steps": 6, "batch_size": 8, "learning_rate": 0.02, "validate_every": 2, "keep": "best"} | options
+    options = {"steps": 6, "batch_size": 8, "learning_rate": 0.02, "validate_every": 2} | options
     if optimizer is not None:
         options |= {"optimizer": optimizer(model), "learning_rate": None}
     train = data() if train is None else train
@@ -207,7 +209,6 @@ MUTATIONS = {
     "batch size": (PLAIN, {"batch_size": 4}, "batch_size"),
     "seed": (PLAIN, {"seed": 1}, "seed"),
     "validate_every": (PLAIN, {"validate_every": 3}, "validate_every"),
-    "keep": (PLAIN, {"keep": "last"}, "keep"),
     "learning rate": (PLAIN, {"learning_rate": 0.03}, "lr"),
     "weight decay": (PLAIN, {"weight_decay": 0.1}, "weight_decay"),
     "betas": (PLAIN, {"betas": (0.9, 0.99)}, "betas"),
@@ -269,16 +270,126 @@ def test_a_global_that_an_objective_reads_belongs_to_the_run(tmp_path, monkeypat
         run(tmp_path / "run", objective=scaled)
 
 
+class Settings:
+    """Values that a function reads; a class of the reader's own."""
+
+    factor = 1.0
+    parts = {"loss": [1.0, 1.0]}
+
+    @staticmethod
+    def half(value):
+        return value / 2
+
+
+class Halved(nn.Module):
+    """A module of the reader's own, with an attribute that PyTorch does not know."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self._factor = base, 0.5
+
+    def forward(self, x):
+        return self.base(x) * self._factor
+
+
+settings = ModuleType("settings")
+settings.factor, settings.unused = 1.0, 1.0
+WEIGHTS = {"of": [1.0, 2.0]}
+KNOWN = {1, 2}
+
+
+def reads_a_dict(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, WEIGHTS["of"][0] + len(KNOWN))
+
+
+def reads_a_class(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, Settings.half(Settings.factor) * Settings.parts["loss"][0])
+
+
+def reads_a_python_module(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, settings.factor)
+
+
+def reads_its_own_attribute(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, reads_its_own_attribute.factor)
+
+
+def halved(model):
+    model.blocks[0].feedforward = Halved(model.blocks[0].feedforward)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"objective": reads_a_dict}, lambda patch: patch.setitem(WEIGHTS, "of", [1.0, 3.0])),
+        ({"objective": reads_a_dict}, lambda patch: patch.setitem(globals(), "KNOWN", {1, 3})),
+        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "factor", 2.0)),
+        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "parts", {"loss": [1.0, 2.0]})),
+        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "half", staticmethod(lambda value: value))),
+        ({"objective": reads_a_python_module}, lambda patch: patch.setattr(settings, "factor", 2.0)),
+        ({"objective": reads_its_own_attribute}, lambda patch: patch.setattr(reads_its_own_attribute, "factor", 2.0)),
+        ({"model": {"change": halved}}, lambda patch: patch.setattr(Halved, "forward", lambda self, x: self.base(x))),
+        ({"model": {"change": halved}}, lambda patch: patch.setattr(Halved, "half", property(lambda self: 0.5), False)),
+        ({"objective": Scaled(1.0).__call__}, lambda patch: patch.setattr(Scaled, "__call__", scaled_by(2.0))),
+    ],
+)  # fmt: skip
+def test_what_an_objective_or_a_model_refers_to_belongs_to_the_run(tmp_path, monkeypatch, options, change):
+    reads_its_own_attribute.factor = 1.0
+    run(tmp_path / "run", **options)
+    run(tmp_path / "run", **options)
+    change(monkeypatch)
+    with pytest.raises(ValueError, match="belongs to a run with another (objective|model|start)"):
+        run(tmp_path / "run", **options)
+
+
+def test_what_nothing_refers_to_does_not_count(tmp_path, monkeypatch):
+    run(tmp_path / "run", objective=reads_a_python_module)
+    monkeypatch.setattr(settings, "unused", 2.0)
+    monkeypatch.setattr(torch, "a_note", "of a library", raising=False)
+    run(tmp_path / "run", objective=reads_a_python_module)
+
+
+def test_a_forward_that_was_patched_belongs_to_the_run(tmp_path):
+    def doubled(self, *arguments):
+        return type(self).forward(self, *arguments) * 2
+
+    def patched(model):
+        up = model.blocks[0].feedforward.up
+        up.forward = MethodType(doubled, up)
+
+    run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"blocks.0.feedforward.up.forward"):
+        run(tmp_path / "run", model={"change": patched})
+
+
 def test_a_global_of_the_name_of_an_attribute_does_not_count(tmp_path, monkeypatch):
     run(tmp_path / "run", objective=scaled)
     monkeypatch.setitem(scaled.__globals__, "loss", torch.ones(3))
     run(tmp_path / "run", objective=scaled)
 
 
-@pytest.mark.parametrize("draws", [random.Random(0), torch.Generator(), itertools.count()], ids=lambda d: str(type(d)))
-def test_what_goes_on_where_it_was_left_is_refused(tmp_path, draws):
-    with pytest.raises(ValueError, match=r"train depends on .* goes on where it was left"):
-        run(tmp_path / "run", train=lambda step: data() if draws else None)
+DRAWN = random.Random(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        *(({"train": PART(lambda step, draws: data(), draws=draws)}, "train.*draws") for draws in (
+            random.Random(0), np.random.default_rng(0), torch.Generator(), itertools.count(), open(__file__))),
+        ({"train": lambda step: data(DRAWN.randrange(9))}, "train.DRAWN is a Random"),
+        ({"train": lambda step: data(random.randrange(9))}, "train.random.randrange.* is a Random"),
+        ({"train": lambda step: data(np.random.randint(9))}, "train.np.random.randint.* is a RandomState"),
+        ({"model": {"change": lambda model: setattr(model, "draws", DRAWN)}}, "model.draws is a Random"),
+    ],
+)  # fmt: skip
+def test_what_goes_on_where_it_was_left_is_refused(tmp_path, options, name):
+    with pytest.raises(ValueError, match=rf"depends on .*{name}.* goes on where it was left"):
+        run(tmp_path / "run", **options)
+
+
+def test_what_starts_anew_in_each_step_is_known(tmp_path):
+    run(tmp_path / "run", train=lambda step: data(random.Random(step).randrange(9)))
+    run(tmp_path / "other", train=lambda step: data(np.random.default_rng(step).integers(9).item()))
 
 
 def test_autocast_belongs_to_the_run(tmp_path):
@@ -309,7 +420,7 @@ def test_what_no_process_can_know_again_is_refused_by_name(tmp_path):
 
 def test_the_same_call_on_the_finished_model_returns_at_once(tmp_path):
     model = built()
-    options = {"steps": 4, "validate_every": 1, "keep": "best", "checkpoint": tmp_path / "run", "progress": False}
+    options = {"steps": 4, "validate_every": 1, "checkpoint": tmp_path / "run", "progress": False}
     first = fit(model, data(), data(2), **options)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert fit(model, data(), data(2), **options) == first
@@ -321,10 +432,10 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 from functools import partial
 import test_run_identity as t
-from minitransformer.training.identity import mark, modules_of
+from minitransformer.training.identity import mark
 hashed = lambda word: word in {"these", "are", "in", "an", "order", "of", "each", "process"}
 values = (t.scaled, t.scaled_by(2.0), t.Scaled(1.0), partial(t.scaled, factor=2), t.with_kinds("a"), hashed, {"a", "b"})
-print(*map(mark, values), mark(modules_of(t.built())))
+print(*map(mark, values), mark(t.built()))
 """
 
 

@@ -42,7 +42,7 @@ def trained(name: str, objective: str, batch_size: int = 6) -> dict:
     asked = OBJECTIVES[objective]
     history = fit(
         model, data(26, 0), data(11, 1), steps=12, learning_rate=1e-2, batch_size=batch_size, objective=asked,
-        validate_every=4, keep="best", progress=False,
+        validate_every=4, progress=False,
     )  # fmt: skip
     scores = evaluate(model, data(13, 2), asked, batch_size=3)
     tensors = {key: p.detach().clone() for key, p in peft.trainable_parameters(model).items()}
