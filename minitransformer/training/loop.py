@@ -10,6 +10,7 @@ Sources: AdamW, Loshchilov & Hutter 2019, algorithm 2; clipping by the global no
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from minitransformer.training.checks import check_finite, check_optimizer, check
 from minitransformer.training.distributed import data_parallel
 from minitransformer.training.evaluation import evaluate
 from minitransformer.training.objectives import Objective, Score, answer_loss
-from minitransformer.training.plan import batches, is_due, learning_rate_factor, rates_restored, set_rates
+from minitransformer.training.plan import batches, is_due, learning_rate_factor, set_rates
 from minitransformer.training.progress import History, ProgressBar
 from minitransformer.training.resume import RunFile
 
@@ -55,10 +56,9 @@ def fit(
         optimizer: instead of AdamW. It must hold every trainable tensor; the rates of its groups are the peaks.
         seed: of the data order and of dropout. The caller's random state is left alone.
         progress, description: whether to show a bar with loss and accuracy, and its caption.
-        checkpoint: a file that holds the state of the run. If it is there, the run goes on from it, and ends in the
-            same bits as one that was never interrupted; give the same model (as it was at the start), data and
-            settings. Functions are known by their code and what it refers to, see `identity.py`. The file stays when
-            the run is over: the same call again then returns at once.
+        checkpoint: a file for the state of the run. The same call again, with the model as it was at the start, goes
+            on from it and ends in the same bits as a run that was never interrupted; once that is over, it returns at
+            once. How a run is known again, functions among its settings too, says `identity.py`.
         every: steps between two writes of that file; by default a twentieth of all.
 
     Raises:
@@ -77,18 +77,23 @@ def fit(
     options = {name: given[name] for name in DECISIVE} | {"batch_size": batch_size, "warmup": warmup}
     file = RunFile(checkpoint, model, optimizer, options)
     history, devices = file.restore(), {p.device for p in model.parameters()}
+    peaks = [group["lr"] for group in optimizer.param_groups]
     bar = ProgressBar(steps, len(history.loss), description, progress)
-    with modes_restored(model), random_state_restored(*devices), rates_restored(optimizer) as peaks, bar:
+    with modes_restored(model), random_state_restored(*devices), bar, ExitStack() as afterwards:
+        afterwards.callback(set_rates, optimizer, peaks, 1.0)
         learner = data_parallel(model, objective)
         for step, batch in batches(train, range(len(history.loss), steps), batch_size, seed, devices):
             began = time.perf_counter()
             set_rates(optimizer, peaks, learning_rate_factor(step, steps, warmup, schedule))
             model.train()
             score, norm = training_step(model, batch, learner, optimizer, list(trainable.values()), clip, step)
-            history.record(score, norm, optimizer.param_groups[0]["lr"], time.perf_counter() - began)
+            history.note(loss=score.loss.item(), accuracy=score.correct / score.count, gradient_norm=norm)
+            history.note(learning_rate=optimizer.param_groups[0]["lr"])
+            history.seconds += time.perf_counter() - began
             bar.show(history)
             if validation is not None and is_due(validate_every, step + 1, steps):
-                history.record_validation(evaluate(model, validation, objective))
+                found = evaluate(model, validation, objective)
+                history.note(validation_step=step + 1, **{f"validation_{name}": value for name, value in found.items()})
             if is_due(every or max(1, steps // 20), step + 1, steps):
                 file.save(history)
     return history

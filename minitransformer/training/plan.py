@@ -7,7 +7,6 @@ Sources: warm-up, Vaswani et al. 2017, section 5.3; cosine decay, Loshchilov & H
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -67,13 +66,3 @@ def set_rates(optimizer: torch.optim.Optimizer, peaks: list[float], factor: floa
 def is_due(every: int | None, done: int, steps: int) -> bool:
     """Whether something is due after `done` of `steps`: at its interval, if it has one, and at the end."""
     return done == steps or (every is not None and done % every == 0)
-
-
-@contextmanager
-def rates_restored(optimizer: torch.optim.Optimizer) -> Iterator[list[float]]:
-    """The rates of the optimizer's groups, which come back afterwards, also after an exception."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    try:
-        yield rates
-    finally:
-        set_rates(optimizer, rates, 1.0)

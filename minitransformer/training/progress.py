@@ -7,7 +7,6 @@ from statistics import fmean
 from tqdm import tqdm
 
 from minitransformer.training.distributed import is_writer
-from minitransformer.training.objectives import Score
 
 
 @dataclass
@@ -28,19 +27,10 @@ class History:
         """Mean wall-clock time of a training step."""
         return self.seconds / max(1, len(self.loss))
 
-    def record(self, score: Score, gradient_norm: float, learning_rate: float, seconds: float) -> None:
-        """Note what one step gave."""
-        self.loss.append(score.loss.item())
-        self.accuracy.append(score.correct / score.count)
-        self.gradient_norm.append(gradient_norm)
-        self.learning_rate.append(learning_rate)
-        self.seconds += seconds
-
-    def record_validation(self, result: dict[str, float]) -> None:
-        """Note the scores of a validation."""
-        self.validation_step.append(len(self.loss))
-        self.validation_loss.append(result["loss"])
-        self.validation_accuracy.append(result["accuracy"])
+    def note(self, **values: float | int) -> None:
+        """Add a value to each of these lists."""
+        for name, value in values.items():
+            getattr(self, name).append(value)
 
 
 class ProgressBar(tqdm):

@@ -19,7 +19,14 @@ import peft
 from minitransformer import SequenceClassifier, Transformer, TransformerConfig
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training import Score, answer_loss, fit, label_loss
-from minitransformer.training.identity import mark
+from minitransformer.training.identity import leaves
+
+
+
+def mark(value):
+    """All that it is known by."""
+    return leaves("", value, {})
+
 
 CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24, dropout=0.2)
 LORA = peft.LoRA(rank=2, alpha=4, dropout=0.3)
@@ -432,10 +439,9 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 from functools import partial
 import test_run_identity as t
-from minitransformer.training.identity import mark
 hashed = lambda word: word in {"these", "are", "in", "an", "order", "of", "each", "process"}
 values = (t.scaled, t.scaled_by(2.0), t.Scaled(1.0), partial(t.scaled, factor=2), t.with_kinds("a"), hashed, {"a", "b"})
-print(*map(mark, values), mark(t.built()))
+print(*map(t.mark, values), t.mark(t.built()))
 """
 
 

@@ -559,7 +559,7 @@ def test_an_optimizer_that_lacks_a_trainable_tensor_is_refused_with_its_name():
         ({"batch_size": True}, "batch_size=True must be a whole number"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_bad_options_are_refused(options, message, unchecked):
     options = {"train": DATA, "steps": 3, "progress": False} | options
     with pytest.raises(ValueError, match=message):
         fit(transformer(), **options)
