@@ -57,9 +57,7 @@ def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
         says = dir(type(module))  # the class: an attribute of a module may be the reader's own
         out = ("merged" in says and module.merged is True) or ("enabled" in says and module.enabled is False)
         if out and any(p.requires_grad for p in module.parameters()):
-            raise ValueError(
-                f"{name} is merged into the weights, or disabled: unmerge(model) first, or leave disabled(…)"
-            )
+            raise ValueError(f"{name} is merged into the weights, or off: unmerge(model) first, or leave disabled(…)")
     for name, p in trainable.items():
         if p.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -74,10 +72,10 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     left_out = [name for name, p in trainable_of(model).items() if id(p) not in held]
     if left_out:
+        names = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
         raise ValueError(
-            f"the optimizer does not hold {len(left_out)} trainable tensors ({', '.join(left_out[:3])}"
-            f"{', …' if len(left_out) > 3 else ''}), so they would never move; make the optimizer after the last "
-            f"attach()"
+            f"the optimizer does not hold {len(left_out)} trainable tensors ({names}), so they would never move; make "
+            f"the optimizer after the last attach()"
         )
 
 
@@ -93,9 +91,7 @@ def check_finite(name: str, value: float, step: int) -> None:
 def check_score(score: Score, step: int) -> None:
     """Raise unless the score is one, of answers that were asked for, is finite, and can be learned from."""
     if not isinstance(score, Score) or score.loss.dim():
-        raise ValueError(
-            f"the objective gave {type(score).__name__}; give a Score(loss, correct, count), loss a scalar"
-        )
+        raise ValueError(f"the objective gave {type(score).__name__}; give a Score(loss, correct, count), loss scalar")
     if score.count == 0:
         raise ValueError(f"the batch of step {step} asks nothing: every label is -100, or no row has a next word")
     check_finite("loss", score.loss.item(), step)

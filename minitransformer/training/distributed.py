@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minitransformer.tasks.dataset import Dataset
@@ -54,10 +54,7 @@ def launched_together() -> Iterator[None]:
 
 
 def share(batch: Dataset) -> Dataset:
-    """The rows of a batch that are for this process: every n-th, so that the shares are of one length or nearly.
-
-    Of fewer rows than processes, the last processes get none.
-    """
+    """The rows of a batch that are for this process, every n-th; of fewer rows than processes, the last get none."""
     return batch.rows(slice(rank(), None, n_processes()))
 
 
@@ -78,10 +75,9 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Dataset) -> tuple[Tensor, int, int]:
-        """The mean loss, how many answers are right, and how many there are."""
-        score = self.objective(self.model, batch)
-        return score.loss, score.correct, score.count
+    def forward(self, batch: Dataset) -> dict:
+        """The entries of the score."""
+        return vars(self.objective(self.model, batch))
 
 
 def data_parallel(model: nn.Module, objective: Objective) -> Objective:
@@ -97,11 +93,10 @@ def data_parallel(model: nn.Module, objective: Objective) -> Objective:
 
     def of_the_share(_: nn.Module, batch: Dataset) -> Score:
         own = share(batch)
-        loss, *counts = parallel((own if len(own) else batch.rows(slice(0, 1))).trimmed())
-        correct, count = counts if len(own) else (0, 0)
-        summed, all_correct, all_count = total(loss.item() * count, correct, count)
-        part = loss * (count * n_processes() / max(1, all_count))
-        value = torch.as_tensor(summed / max(1, all_count), dtype=loss.dtype, device=loss.device)
-        return Score(part + (value - part).detach(), int(all_correct), int(all_count))
+        score = Score(**parallel((own if len(own) else batch.rows(slice(0, 1))).trimmed()))
+        correct, count = (score.correct, score.count) if len(own) else (0, 0)
+        summed, all_correct, all_count = total(score.loss.item() * count, correct, count)
+        part = score.loss * (count * n_processes() / max(1, all_count))
+        return Score(part + (summed / max(1, all_count) - part).detach(), int(all_correct), int(all_count))
 
     return of_the_share

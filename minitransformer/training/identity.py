@@ -96,7 +96,7 @@ def _of_function(value: FunctionType) -> dict:
 
 
 def _read(code: CodeType, scope: dict) -> dict:
-    """What code reads of the globals, and of Python modules among them: `factor`, `settings.factor`, `random.random`."""
+    """What code reads of the globals, and of Python modules among them: `factor`, `settings.factor`."""
     found, last = {}, None
     for step in dis.get_instructions(code):
         held = {}

@@ -27,8 +27,6 @@ from minitransformer.training.plan import batches, is_due, learning_rate_factor,
 from minitransformer.training.progress import History, ProgressBar
 from minitransformer.training.resume import RunFile
 
-DECISIVE = ("steps", "schedule", "clip", "validate_every", "seed", "objective", "train", "validation")
-
 
 def fit(
     model: nn.Module, train: Dataset | Callable[[int], Dataset], validation: Dataset | None = None, *, steps: int,
@@ -44,13 +42,11 @@ def fit(
         model: whatever the objective can call; its trainable tensors are those with `requires_grad`.
         train: a dataset, walked in a fresh random order each epoch, or a function from the step to a batch.
         validation: scored every `validate_every` steps and at the end; None there: only at the end.
-        steps: optimizer steps.
-        learning_rate: peak of the schedule, by default 1e-3.
-        batch_size: rows a step, where `train` is a dataset; by default 32.
+        steps: optimizer steps, each of `batch_size` rows where `train` is a dataset; by default 32.
         objective: from model and batch to a `Score`.
+        learning_rate: peak of the schedule, by default 1e-3.
         warmup: steps of linear warm-up; by default a twentieth of all, at most 100.
-        schedule: what follows it: "cosine" or "linear" decay to 0, or "constant"; or a function from the step to the
-            share of the peak.
+        schedule: "cosine" or "linear" decay to 0, or "constant"; or a function from the step to the share of the peak.
         weight_decay, betas: of AdamW, by default 0 and (0.9, 0.999).
         clip: largest global gradient norm; None never clips.
         optimizer: instead of AdamW. It must hold every trainable tensor; the rates of its groups are the peaks.
@@ -74,7 +70,8 @@ def fit(
         rate = 1e-3 if learning_rate is None else learning_rate
         optimizer = torch.optim.AdamW(trainable.values(), rate, betas or (0.9, 0.999), weight_decay=weight_decay or 0.0)
     check_optimizer(model, optimizer)
-    options = {name: given[name] for name in DECISIVE} | {"batch_size": batch_size, "warmup": warmup}
+    decisive = ("train", "validation", "steps", "objective", "schedule", "clip", "validate_every", "seed")
+    options = {name: given[name] for name in decisive} | {"batch_size": batch_size, "warmup": warmup}
     file = RunFile(checkpoint, model, optimizer, options)
     history, devices = file.restore(), {p.device for p in model.parameters()}
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -92,8 +89,9 @@ def fit(
             history.seconds += time.perf_counter() - began
             bar.show(history)
             if validation is not None and is_due(validate_every, step + 1, steps):
-                found = evaluate(model, validation, objective)
-                history.note(validation_step=step + 1, **{f"validation_{name}": value for name, value in found.items()})
+                scores = evaluate(model, validation, objective)
+                history.note(validation_step=step + 1, validation_loss=scores["loss"])
+                history.note(validation_accuracy=scores["accuracy"])
             if is_due(every or max(1, steps // 20), step + 1, steps):
                 file.save(history)
     return history

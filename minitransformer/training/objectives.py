@@ -41,7 +41,8 @@ def answer_logits(model: nn.Module, batch: Dataset) -> Float[Tensor, "B V"]:
 
 def answer_loss(model: nn.Module, batch: Dataset) -> Score:
     """Cross-entropy of the one answer word, read at the last real token."""
-    return _class_score(answer_logits(model, batch), batch.targets)
+    logits = answer_logits(model, batch)
+    return _score(logits, batch.targets, logits.shape[1], _class_loss)
 
 
 def label_loss(model: nn.Module, batch: Dataset) -> Score:
@@ -50,7 +51,10 @@ def label_loss(model: nn.Module, batch: Dataset) -> Score:
     Raises:
         ValueError: the model does not give one score for each class, or a label is not one of them.
     """
-    return _class_score(model(batch.tokens, batch.padding_mask), batch.targets)
+    scores = model(batch.tokens, batch.padding_mask)
+    if scores.dim() != 2:
+        raise ValueError(f"label_loss is for a SequenceClassifier: [N, classes] are wanted, not {list(scores.shape)}")
+    return _score(scores, batch.targets, scores.shape[1], _class_loss)
 
 
 def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
@@ -73,15 +77,7 @@ def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: In
     return _score(hidden, targets, model.config.vocab_size, model.word_loss)
 
 
-def _class_score(scores: Float[Tensor, "*shape"], targets: Int[Tensor, "N"]) -> Score:
-    if scores.dim() != 2:
-        raise ValueError(
-            f"scores [N, classes] are wanted, not {list(scores.shape)}: label_loss is for a SequenceClassifier"
-        )
-    return _score(scores, targets, scores.shape[1], _class_loss)
-
-
-def _class_loss(scores: Float[Tensor, "N classes"], targets: Int[Tensor, "N"]) -> tuple[Tensor, Tensor]:
+def _class_loss(scores: Float[Tensor, "N C"], targets: Int[Tensor, "N"]) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     return F.cross_entropy(scores, targets), (scores.argmax(dim=-1) == targets).sum()
 
 

@@ -37,8 +37,8 @@ class ProgressBar(tqdm):
     """A bar with the means of loss and accuracy over the last 20 steps; only the process that writes files shows it."""
 
     def __init__(self, steps: int, done: int, description: str, shown: bool):
-        options = {"file": sys.stdout, "ncols": 100, "mininterval": 0.5, "disable": not (shown and is_writer())}
-        super().__init__(total=steps, initial=done, desc=description, **options)
+        own = {"file": sys.stdout, "ncols": 100, "mininterval": 0.5, "disable": not (shown and is_writer())}
+        super().__init__(total=steps, initial=done, desc=description, **own)
 
     def show(self, history: History) -> None:
         """One step more."""

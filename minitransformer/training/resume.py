@@ -25,24 +25,14 @@ START = "start of the trained tensors"
 
 
 class RunFile:
-    """The file of one run: `restore` at the start of each try, `save` after some steps. Without a path both do nothing.
-
-    `options` are those of `fit` that decide the result.
-
-    Raises:
-        ValueError: what decides the result is, or holds, what no other process can know again.
-    """
+    """The file of one run, which these options of `fit` decide. Without a path nothing is restored or saved."""
 
     def __init__(self, path: str | Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, options: dict):
         self.path, self.model, self.optimizer = path and Path(path), model, optimizer
         self.identity = identity(model, optimizer, options) if path else {}
 
     def save(self, history: History) -> None:
-        """Write the whole state; of several processes only one does.
-
-        Raises:
-            OSError: the file cannot be written; an older one is as it was.
-        """
+        """Write the whole state; of several processes only one does. An OSError leaves an older file as it was."""
         if self.path is None or not is_writer():
             return
         state = {"model": moving(self.model), **self.optimizer.state_dict()["state"]}
@@ -72,7 +62,7 @@ class RunFile:
                 part, _, rest = name.partition(".")
                 state.setdefault(part, {})[rest] = value
             weights = state.pop("model")
-            self._refuse_another(record["identity"], weights)
+            self._refuse_another(record["identity"], fingerprint(weights))
             moments = {int(index): entries for index, entries in state.items()}
             groups = self.optimizer.state_dict()["param_groups"]  # stay, since the schedule sets their rates
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -82,32 +72,40 @@ class RunFile:
         self.save(history)
         return history
 
-    def _refuse_another(self, found: dict[str, str], weights: dict[str, Tensor]) -> None:
+    def _refuse_another(self, found: dict[str, str], stood: str) -> None:
         own = dict(self.identity)
-        if own[START] == fingerprint(weights):  # the model stands where this run stood
+        if own[START] == stood:  # the model stands where this run stood
             own[START] = found[START]
         other = [name for name in {**own, **found} if own.get(name) != found.get(name)]
         if other:
+            names = ", ".join(other[:5]) + (", …" if len(other) > 5 else "")
             raise ValueError(
-                f"{self.path} belongs to a run with another {', '.join(other[:5])}{', …' if len(other) > 5 else ''}; "
-                f"give the settings and the start it had (make the model anew), or another checkpoint file"
+                f"{self.path} belongs to a run with another {names}; give the settings and the start it had (make the "
+                f"model anew), or another checkpoint file"
             )
+
+
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: trained weights, and buffers."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
 
 
 def identity(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict) -> dict[str, str]:
     """All that decides the result of a run, as texts by name; raise ValueError where something cannot be known."""
     named, kinds = dict(model.named_parameters()), sorted({p.device.type for p in model.parameters()})
-    names, frozen = {id(p): name for name, p in named.items()}, {n: p for n, p in named.items() if not p.requires_grad}
-    groups = [{**own, "params": str([names.get(id(p)) for p in own["params"]])} for own in optimizer.param_groups]
+    names, state = {id(p): name for name, p in named.items()}, optimizer.state_dict()["state"]
     decides = options | {
-        "processes": n_processes(), "devices": kinds,
+        "processes": n_processes(),
+        "devices": kinds,
         "autocast": [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)],
         "list of trained tensors": str({n: [*p.shape] for n, p in named.items() if p.requires_grad}),
-        "optimizer": type(optimizer), "group": groups, "start of the optimizer": optimizer.state_dict()["state"],
-        "model": model, "frozen base": fingerprint(frozen),
-    }  # fmt: skip
-    seen = {id(tensor): (name, tensor) for name, tensor in (named | moving(model)).items()}
-    found = {}
+        "optimizer": type(optimizer),
+        "group": [own | {"params": str([names.get(id(p)) for p in own["params"]])} for own in optimizer.param_groups],
+        "start of the optimizer": state,
+        "model": model,
+        "frozen base": fingerprint({name: p for name, p in named.items() if not p.requires_grad}),
+    }
+    seen, found = {id(tensor): (name, tensor) for name, tensor in (named | moving(model)).items()}, {}
     for name, value in decides.items():
         try:
             found |= leaves(name, value, seen)
@@ -117,8 +115,3 @@ def identity(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict) 
                 f"another run; give it plain values, tensors and functions of them, or leave checkpoint out"
             ) from error
     return found | {START: fingerprint(moving(model))}
-
-
-def moving(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trained weights, and buffers."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())

@@ -22,7 +22,6 @@ from minitransformer.training import Score, answer_loss, fit, label_loss
 from minitransformer.training.identity import leaves
 
 
-
 def mark(value):
     """All that it is known by."""
     return leaves("", value, {})
