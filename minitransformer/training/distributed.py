@@ -5,16 +5,10 @@
 Every process holds the whole model and draws the same batches; of each it takes every n-th row. The gradients meet in
 an all-reduce (`DistributedDataParallel`), so all take the same step, and n processes with a share of the batch end
 where one process with all of it ends, up to rounding. What travels is one number for each *trained* one: this is why
-parameter-efficient methods spread over many machines so easily.
+parameter-efficient methods spread over many machines so easily. Alone, every function here is that of one process.
 
 Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", section 3.
-
-Without an initialised `torch.distributed` every function here is what it must be for a single process.
 """
-
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -38,19 +32,6 @@ def rank() -> int:
 def is_writer() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return rank() == 0
-
-
-@contextmanager
-def launched_together() -> Iterator[None]:
-    """Inside, the processes that `torchrun` started are connected; one that was started alone stays alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group()  # gloo for tensors of the CPU, and nccl for those of CUDA devices
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def share(batch: Dataset) -> Dataset:

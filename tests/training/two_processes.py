@@ -20,7 +20,8 @@ import peft  # noqa: E402
 from minitransformer import Transformer, TransformerConfig  # noqa: E402
 from minitransformer.tasks.dataset import Dataset  # noqa: E402
 from minitransformer.training import answer_loss, evaluate, fit, loop, next_token_loss  # noqa: E402
-from minitransformer.training.distributed import is_writer, launched_together, n_processes, rank, share, total  # noqa: E402
+from minitransformer.training.distributed import is_writer, n_processes, rank, share, total  # noqa: E402
+from peft.experiments.processes import launched_together  # noqa: E402
 
 CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
 OBJECTIVES = {"answer": answer_loss, "next word": next_token_loss}
