@@ -11,8 +11,6 @@ from torch import nn
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.objectives import Score
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def check_options(given: Mapping) -> None:
     """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
@@ -26,8 +24,8 @@ def check_options(given: Mapping) -> None:
             raise ValueError(f"{name} is empty, or a {type(given[name]).__name__}; give a Dataset with rows")
     if o.batch_size is not None and not callable(o.train) and o.batch_size > len(o.train):
         raise ValueError(f"batch_size={o.batch_size} is more than the {len(o.train)} rows of train")
-    if not callable(o.schedule) and o.schedule not in SCHEDULES:
-        raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or a function")
+    if not callable(o.schedule) and o.schedule not in ("cosine", "linear", "constant"):
+        raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of cosine, linear, constant, or a function")
     if o.warmup is not None and o.warmup >= o.steps:
         raise ValueError(f"warmup={o.warmup} must be shorter than the run of {o.steps} steps")
     if o.clip is not None and not o.clip > 0:

@@ -66,8 +66,11 @@ def _parts(value) -> dict:
         return dict(enumerate(sorted(str(leaves("", own, {})) for own in value)))
     if isinstance(value, FunctionType):
         return _of_function(value)
+    if isinstance(value, type) and not _is_own(value.__module__):
+        return {}
     if isinstance(value, type):
-        return _of_class(value) if _is_own(value.__module__) else {}
+        does = {key: part for key, part in vars(value).items() if isinstance(part, FunctionType) or key[:2] != "__"}
+        return {"bases": value.__bases__, **does, "_abc_impl": None}  # the last is a cache of abstract classes
     if isinstance(value, nn.Module):
         return _of_module(getattr(value, "_orig_mod", value))  # compiled, it is the same model
     if type(value) in MADE_OF:
@@ -110,11 +113,6 @@ def _read(code: CodeType, scope: dict) -> dict:
     for inner in code.co_consts:
         found |= _read(inner, scope) if isinstance(inner, CodeType) else {}
     return found
-
-
-def _of_class(value: type) -> dict:
-    does = {key: part for key, part in vars(value).items() if isinstance(part, FunctionType) or key[:2] != "__"}
-    return {"bases": value.__bases__, **does, "_abc_impl": None}  # the last is a cache of abstract classes
 
 
 def _of_module(value: nn.Module) -> dict:

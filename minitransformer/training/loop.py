@@ -1,13 +1,14 @@
 """One training loop for pretraining, full fine-tuning and every PEFT method.
 
 The loop does not know what it trains: it hands the optimizer the tensors with `requires_grad`. Beside it stand what is
-asked (`objectives.py`), the rows and the rate of each step (`plan.py`), what is recorded (`progress.py`) or refused
+asked (`objectives.py`), the rows and the rate of each step (`plan.py`), what is recorded (`history.py`) or refused
 (`checks.py`), how a killed run goes on (`resume.py`, `identity.py`), how processes share one (`distributed.py`).
 
 Sources: AdamW, Loshchilov & Hutter 2019, algorithm 2; clipping by the global norm, Pascanu et al. 2013, algorithm 1.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,16 +16,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minitransformer.modes import modes_restored, undone
 from minitransformer.randomness import random_state_restored
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.checks import check_finite, check_optimizer, check_options, check_score, trainable_of
-from minitransformer.training.distributed import data_parallel
+from minitransformer.training.distributed import data_parallel, is_writer
 from minitransformer.training.evaluation import evaluate
+from minitransformer.training.history import History
 from minitransformer.training.objectives import Objective, Score, answer_loss
-from minitransformer.training.plan import batches, is_due, learning_rate_factor, set_rates
-from minitransformer.training.progress import History, ProgressBar
+from minitransformer.training.plan import batches, learning_rate_factor, set_rates
 from minitransformer.training.resume import RunFile
 
 
@@ -52,10 +54,9 @@ def fit(
         optimizer: instead of AdamW. It must hold every trainable tensor; the rates of its groups are the peaks.
         seed: of the data order and of dropout. The caller's random state is left alone.
         progress, description: whether to show a bar with loss and accuracy, and its caption.
-        checkpoint: a file for the state of the run. The same call again, with the model as it was at the start, goes
-            on from it and ends in the same bits as a run that was never interrupted; once that is over, it returns at
-            once. How a run is known again, functions among its settings too, says `identity.py`.
-        every: steps between two writes of that file; by default a twentieth of all.
+        checkpoint: a file for the state of the run, written each `every` steps, by default a twentieth of all. The
+            same call again, with the model as it was at the start, goes on from it and ends in the same bits; after
+            the end it returns at once. `identity.py` says how a run is known again, functions in its settings too.
 
     Raises:
         ValueError: nothing to train, a trainable tensor of 16 bits, merged, or not held by the optimizer, a bad
@@ -75,7 +76,8 @@ def fit(
     file = RunFile(checkpoint, model, optimizer, options)
     history, devices = file.restore(), {p.device for p in model.parameters()}
     peaks = [group["lr"] for group in optimizer.param_groups]
-    bar = ProgressBar(steps, len(history.loss), description, progress)
+    style = {"file": sys.stdout, "ncols": 100, "mininterval": 0.5, "disable": not (progress and is_writer())}
+    bar = tqdm(total=steps, initial=len(history.loss), desc=description, **style)
     with modes_restored(model), random_state_restored(*devices), bar, ExitStack() as afterwards:
         afterwards.callback(set_rates, optimizer, peaks, 1.0)
         learner = data_parallel(model, objective)
@@ -87,12 +89,13 @@ def fit(
             history.note(loss=score.loss.item(), accuracy=score.correct / score.count, gradient_norm=norm)
             history.note(learning_rate=optimizer.param_groups[0]["lr"])
             history.seconds += time.perf_counter() - began
-            bar.show(history)
-            if validation is not None and is_due(validate_every, step + 1, steps):
-                scores = evaluate(model, validation, objective)
-                history.note(validation_step=step + 1, validation_loss=scores["loss"])
-                history.note(validation_accuracy=scores["accuracy"])
-            if is_due(every or max(1, steps // 20), step + 1, steps):
+            bar.set_postfix_str(history.recent, refresh=False)
+            bar.update()
+            done, last = step + 1, step + 1 == steps
+            if validation is not None and (last or done % (validate_every or steps) == 0):
+                now = evaluate(model, validation, objective)
+                history.note(validation_step=done, validation_loss=now["loss"], validation_accuracy=now["accuracy"])
+            if last or done % (every or max(1, steps // 20)) == 0:
                 file.save(history)
     return history
 
@@ -103,10 +106,9 @@ def training_step(
 ) -> tuple[Score, float]:  # fmt: skip
     """One forward pass, one backward pass, one step. Returns the score and the gradient norm before clipping.
 
-    Raises:
+    Raises, and then weights and buffers are those before the step:
         ValueError: nothing is asked, no trainable tensor has a part in the loss, or the objective gives no `Score`.
-        FloatingPointError: the loss, the gradient, or a weight after the step is not finite. After any exception
-            weights and buffers are those before the step.
+        FloatingPointError: the loss, the gradient, or a weight after the step is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     try:

@@ -33,20 +33,17 @@ def batches(
             batch = train(step)
             if not isinstance(batch, Dataset) or len(batch) == 0:
                 raise ValueError(f"the batch of step {step} is empty, or a {type(batch).__name__}; give a Dataset")
-            yield step, batch
-            continue
-        epoch, position = divmod(step, max(1, len(train) // batch_size))
-        if epoch != ordered:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order, ordered = torch.randperm(len(train), generator=generator), epoch
-        yield step, train.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
+        else:
+            epoch, position = divmod(step, max(1, len(train) // batch_size))
+            if epoch != ordered:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order, ordered = torch.randperm(len(train), generator=generator), epoch
+            batch = train.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
+        yield step, batch
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str | Callable[[int], float]) -> float:
-    """The share of the peak learning rate that `step` (from 0) uses: linear warm-up, then the decay.
-
-    A `schedule` that is a function says it all by itself.
-    """
+    """The share of the peak that `step` (from 0) uses: linear warm-up, then decay; a function says it all itself."""
     if callable(schedule):
         return schedule(step)
     if step < warmup:
@@ -61,8 +58,3 @@ def set_rates(optimizer: torch.optim.Optimizer, peaks: list[float], factor: floa
     """Give each of the optimizer's groups this share of its peak rate."""
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak * factor
-
-
-def is_due(every: int | None, done: int, steps: int) -> bool:
-    """Whether something is due after `done` of `steps`: at its interval, if it has one, and at the end."""
-    return done == steps or (every is not None and done % every == 0)

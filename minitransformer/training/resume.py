@@ -1,11 +1,9 @@
 """A training run that survives: its whole state in one file, so that a killed run ends in the same bits.
 
-What a run needs to go on as if nothing had happened: the trained weights, the optimizer's own tensors (for AdamW two
-running means and a step count for each weight), and the history. The rows, the learning rate and dropout of a step are
-functions of the seed and the step, so none of them has to be kept.
-
-The file is safetensors, written whole or not at all, with a checksum and all that the run is (`identity.py`): another
-run does not go on from it by accident.
+That is the trained weights, the optimizer's own tensors (for AdamW two running means and a step count for each weight)
+and the history. The rows, the learning rate and dropout of a step follow from the seed and the step. The file is
+safetensors, written whole or not at all, with a checksum and all that the run is (`identity.py`): another run does not
+go on from it by accident.
 """
 
 from dataclasses import asdict
@@ -16,8 +14,8 @@ from torch import Tensor, nn
 
 from minitransformer.files import fingerprint, pack, unpack, write_whole
 from minitransformer.training.distributed import is_writer, n_processes
+from minitransformer.training.history import History
 from minitransformer.training.identity import leaves
-from minitransformer.training.progress import History
 
 FORMAT = "minitransformer run 4"
 KEY = "run"  # of the record in the file's header

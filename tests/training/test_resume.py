@@ -225,7 +225,7 @@ def test_another_base_other_data_and_another_method_are_named(run_file):
     other_base = peft.attach(Transformer(CONFIG, seed=9), RECIPES["lora"], seed=6)
     with pytest.raises(ValueError, match="frozen base"):
         fit(other_base, TRAIN, VALIDATION, **options)
-    with pytest.raises(ValueError, match="another train.tokens, train.padding_mask, train.targets;"):
+    with pytest.raises(ValueError, match=r"another train\.tokens, train\.padding_mask, train\.targets;"):
         fit(fresh("lora"), data(40, 8), VALIDATION, **options)
     with pytest.raises(ValueError, match="list of trained tensors"):
         fit(fresh("houlsby"), TRAIN, VALIDATION, **options)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import logging
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import MethodType, ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -280,7 +282,7 @@ class Settings:
     """Values that a function reads; a class of the reader's own."""
 
     factor = 1.0
-    parts = {"loss": [1.0, 1.0]}
+    parts: ClassVar[dict] = {"loss": [1.0, 1.0]}
 
     @staticmethod
     def half(value):
@@ -331,7 +333,7 @@ def halved(model):
         ({"objective": reads_a_dict}, lambda patch: patch.setitem(globals(), "KNOWN", {1, 3})),
         ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "factor", 2.0)),
         ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "parts", {"loss": [1.0, 2.0]})),
-        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "half", staticmethod(lambda value: value))),
+        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "half", staticmethod(lambda value: 2))),
         ({"objective": reads_a_python_module}, lambda patch: patch.setattr(settings, "factor", 2.0)),
         ({"objective": reads_its_own_attribute}, lambda patch: patch.setattr(reads_its_own_attribute, "factor", 2.0)),
         ({"model": {"change": halved}}, lambda patch: patch.setattr(Halved, "forward", lambda self, x: self.base(x))),
@@ -344,7 +346,7 @@ def test_what_an_objective_or_a_model_refers_to_belongs_to_the_run(tmp_path, mon
     run(tmp_path / "run", **options)
     run(tmp_path / "run", **options)
     change(monkeypatch)
-    with pytest.raises(ValueError, match="belongs to a run with another (objective|model|start)"):
+    with pytest.raises(ValueError, match=r"belongs to a run with another (objective|model|start)"):
         run(tmp_path / "run", **options)
 
 
@@ -381,10 +383,10 @@ DRAWN = random.Random(0)
     ("options", "name"),
     [
         *(({"train": PART(lambda step, draws: data(), draws=draws)}, "train.*draws") for draws in (
-            random.Random(0), np.random.default_rng(0), torch.Generator(), itertools.count(), open(__file__))),
+            random.Random(0), np.random.default_rng(0), torch.Generator(), itertools.count(), io.StringIO())),
         ({"train": lambda step: data(DRAWN.randrange(9))}, "train.DRAWN is a Random"),
         ({"train": lambda step: data(random.randrange(9))}, "train.random.randrange.* is a Random"),
-        ({"train": lambda step: data(np.random.randint(9))}, "train.np.random.randint.* is a RandomState"),
+        ({"train": lambda step: data(np.random.randint(9))}, "train.np.random.randint.* is a RandomState"),  # noqa: NPY002
         ({"model": {"change": lambda model: setattr(model, "draws", DRAWN)}}, "model.draws is a Random"),
     ],
 )  # fmt: skip

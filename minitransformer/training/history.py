@@ -1,12 +1,7 @@
-"""What a run records, and the bar that shows it."""
+"""What a run records."""
 
-import sys
 from dataclasses import dataclass, field
 from statistics import fmean
-
-from tqdm import tqdm
-
-from minitransformer.training.distributed import is_writer
 
 
 @dataclass
@@ -27,21 +22,12 @@ class History:
         """Mean wall-clock time of a training step."""
         return self.seconds / max(1, len(self.loss))
 
+    @property
+    def recent(self) -> str:
+        """Loss and accuracy, as means over the last 20 steps."""
+        return f"loss {fmean(self.loss[-20:]):.3f}, accuracy {fmean(self.accuracy[-20:]):.1%}"
+
     def note(self, **values: float | int) -> None:
         """Add a value to each of these lists."""
         for name, value in values.items():
             getattr(self, name).append(value)
-
-
-class ProgressBar(tqdm):
-    """A bar with the means of loss and accuracy over the last 20 steps; only the process that writes files shows it."""
-
-    def __init__(self, steps: int, done: int, description: str, shown: bool):
-        own = {"file": sys.stdout, "ncols": 100, "mininterval": 0.5, "disable": not (shown and is_writer())}
-        super().__init__(total=steps, initial=done, desc=description, **own)
-
-    def show(self, history: History) -> None:
-        """One step more."""
-        loss, accuracy = fmean(history.loss[-20:]), fmean(history.accuracy[-20:])
-        self.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
-        self.update()
