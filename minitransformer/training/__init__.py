@@ -1,7 +1,6 @@
 """Training and evaluation: one loop for pretraining, full fine-tuning and every PEFT method.
 
-Read in this order: loop, objectives, evaluation, plan. The others are what surrounds a run: history, checks, resume,
-identity, distributed. `pretrain` is a program: it trains the toy backbone.
+Read loop, objectives, evaluation, plan; then what surrounds a run: history, checks, resume, identity, distributed.
 """
 
 from minitransformer.training.checks import check_optimizer

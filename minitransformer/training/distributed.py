@@ -4,8 +4,8 @@
 
 Every process holds the whole model and draws the same batches; of each it takes every n-th row. The gradients meet in
 an all-reduce (`DistributedDataParallel`), so all take the same step, and n processes with a share of the batch end
-where one process with all of it ends, up to rounding. What travels is one number for each *trained* one: this is why
-parameter-efficient methods spread over many machines so easily. Alone, every function here is that of one process.
+where one process with all of it ends, up to rounding. What travels is a number for each *trained* parameter: this is
+why parameter-efficient methods spread over many machines so easily.
 
 Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", section 3.
 """

@@ -1,7 +1,6 @@
 """What a run records."""
 
 from dataclasses import dataclass, field
-from statistics import fmean
 
 
 @dataclass
@@ -21,11 +20,6 @@ class History:
     def seconds_per_step(self) -> float:
         """Mean wall-clock time of a training step."""
         return self.seconds / max(1, len(self.loss))
-
-    @property
-    def recent(self) -> str:
-        """Loss and accuracy, as means over the last 20 steps."""
-        return f"loss {fmean(self.loss[-20:]):.3f}, accuracy {fmean(self.accuracy[-20:]):.1%}"
 
     def note(self, **values: float | int) -> None:
         """Add a value to each of these lists."""

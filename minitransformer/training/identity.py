@@ -30,10 +30,8 @@ INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
 def leaves(name: str, value, seen: dict[int, tuple]) -> dict[str, str]:
     """What a value is made of: a text for each part, by the path to it; of more than fifty parts, one text for all.
 
-    `seen` are objects with their names, by id; functions, classes and modules are added, which may form a ring.
-
-    Raises:
-        TypeError: a part goes on where it was left; other exceptions come from what cannot be written down.
+    `seen` are objects with their names, by id; functions, classes and modules are added, which may form a ring. A part
+    that goes on where it was left is a TypeError; what cannot be written down raises exceptions of its own.
     """
     if isinstance(value, PLAIN):
         return {name: _short(repr(value))}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -89,7 +90,8 @@ def fit(
             history.note(loss=score.loss.item(), accuracy=score.correct / score.count, gradient_norm=norm)
             history.note(learning_rate=optimizer.param_groups[0]["lr"])
             history.seconds += time.perf_counter() - began
-            bar.set_postfix_str(history.recent, refresh=False)
+            loss, accuracy = fmean(history.loss[-20:]), fmean(history.accuracy[-20:])
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
             bar.update()
             done, last = step + 1, step + 1 == steps
             if validation is not None and (last or done % (validate_every or steps) == 0):

@@ -95,8 +95,6 @@ def _score(rows: Tensor, targets: Tensor, n: int, loss_of: Callable) -> Score:
 
 
 def _check_reads_words(model: nn.Module, batch: Dataset) -> None:
-    if not hasattr(model, "hidden") or batch.tokens.dim() != 2:
-        raise ValueError(
-            f"a language model and one text a row are wanted, tokens [N, T], not a {type(model).__name__} and "
-            f"{list(batch.tokens.shape)}; label_loss is for classes and multiple choice"
-        )
+    kind, shape = type(model).__name__, list(batch.tokens.shape)
+    if not hasattr(model, "hidden") or len(shape) != 2:
+        raise ValueError(f"a language model and tokens [N, T] are wanted, not a {kind} and {shape}; or take label_loss")

@@ -20,10 +20,8 @@ def batches(
 ) -> Iterator[tuple[int, Dataset]]:
     """Each step with its batch. Of a data set, each epoch walks the rows in an order that (seed, epoch) decide.
 
-    What is drawn in a step, such as dropout, follows from (seed, step), elsewhere in each process.
-
-    Raises:
-        ValueError: the function gives no data set, or an empty one.
+    What is drawn in a step, such as dropout, follows from (seed, step), elsewhere in each process. A function that
+    gives no data set, or an empty one, is a ValueError.
     """
     ordered = None  # the epoch whose order is at hand
     for step in steps:

@@ -36,8 +36,8 @@ class RunFile:
         state = {"model": moving(self.model), **self.optimizer.state_dict()["state"]}
         flat = {f"{part}.{name}": value for part, entries in state.items() for name, value in entries.items()}
         tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-        values = {name: value for name, value in flat.items() if name not in tensors}
-        record = {"format": FORMAT, "identity": self.identity, "history": asdict(history), "values": values}
+        record = {"format": FORMAT, "identity": self.identity, "history": asdict(history)}
+        record["values"] = {name: value for name, value in flat.items() if name not in tensors}
         write_whole(self.path, pack(tensors, record, KEY))
 
     def restore(self) -> History:
@@ -62,8 +62,7 @@ class RunFile:
             weights = state.pop("model")
             self._refuse_another(record["identity"], fingerprint(weights))
             moments = {int(index): entries for index, entries in state.items()}
-            groups = self.optimizer.state_dict()["param_groups"]  # stay, since the schedule sets their rates
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})  # its groups stay
             for name, tensor in moving(self.model).items():
                 tensor.detach().copy_(weights[name])
             history = History(**record["history"])
@@ -93,16 +92,13 @@ def identity(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict) 
     named, kinds = dict(model.named_parameters()), sorted({p.device.type for p in model.parameters()})
     names, state = {id(p): name for name, p in named.items()}, optimizer.state_dict()["state"]
     decides = options | {
-        "processes": n_processes(),
-        "devices": kinds,
+        "processes": n_processes(), "devices": kinds,
         "autocast": [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)],
         "list of trained tensors": str({n: [*p.shape] for n, p in named.items() if p.requires_grad}),
-        "optimizer": type(optimizer),
+        "optimizer": type(optimizer), "start of the optimizer": state,
         "group": [own | {"params": str([names.get(id(p)) for p in own["params"]])} for own in optimizer.param_groups],
-        "start of the optimizer": state,
-        "model": model,
-        "frozen base": fingerprint({name: p for name, p in named.items() if not p.requires_grad}),
-    }
+        "model": model, "frozen base": fingerprint({name: p for name, p in named.items() if not p.requires_grad}),
+    }  # fmt: skip
     seen, found = {id(tensor): (name, tensor) for name, tensor in (named | moving(model)).items()}, {}
     for name, value in decides.items():
         try:
