@@ -10,6 +10,7 @@ import dis
 import hashlib
 import sys
 import sysconfig
+from functools import cached_property
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ STREAMS = ("__next__", "getstate", "get_state", "bit_generator")  # what an iter
 MADE_OF = {  # where pickle does not say it
     CellType: ("cell_contents",), CodeType: ("co_code", "co_names", "co_consts"), MethodType: ("__func__", "__self__"),
     ModuleType: ("__name__",), classmethod: ("__func__",), property: ("fget", "fset"), staticmethod: ("__func__",),
-    FunctionType: ("__defaults__", "__kwdefaults__", "__closure__", "__dict__"),
+    FunctionType: ("__defaults__", "__kwdefaults__", "__closure__", "__dict__"), cached_property: ("func",),
 }  # fmt: skip
 LIBRARIES = {*sys.stdlib_module_names, "minitransformer", "peft"}
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
@@ -64,11 +65,10 @@ def _parts(value) -> dict:
         return dict(enumerate(sorted(str(leaves("", own, {})) for own in value)))
     if isinstance(value, FunctionType):
         return _of_function(value)
-    if isinstance(value, type) and not _is_own(value.__module__):
-        return {}
     if isinstance(value, type):
         does = {key: part for key, part in vars(value).items() if isinstance(part, FunctionType) or key[:2] != "__"}
-        return {"bases": value.__bases__, **does, "_abc_impl": None}  # the last is a cache of abstract classes
+        does |= {"__bases__": value.__bases__, "_abc_impl": None}  # the latter is a cache of abstract classes
+        return does if _is_own(value.__module__) else {}
     if isinstance(value, nn.Module):
         return _of_module(getattr(value, "_orig_mod", value))  # compiled, it is the same model
     if type(value) in MADE_OF:
@@ -78,7 +78,7 @@ def _parts(value) -> dict:
         return {"name": made, "wrapped": getattr(value, "__wrapped__", None)}
     maker, arguments, state, items, pairs = (*made, None, None, None)[:5]
     state = state if isinstance(state, dict) else {"state": state}
-    return {"made by": (maker, *arguments), **state, "items": [*(items or ())], "pairs": dict(pairs or ())}
+    return state | {"made by": (maker, *arguments), "its items": [*(items or ())], "its pairs": dict(pairs or ())}
 
 
 def _is_own(module: str | None) -> bool:
@@ -92,7 +92,7 @@ def _of_function(value: FunctionType) -> dict:
     if hasattr(value, "__wrapped__") and value.__code__.co_filename.startswith(INSTALLED):
         return {"wrapped": value.__wrapped__}  # what a library's decorator holds may differ in each process
     parts = {key: getattr(value, key) for key in MADE_OF[FunctionType]}
-    code = {"code": value.__code__, **_read(value.__code__, value.__globals__)} if _is_own(value.__module__) else {}
+    code = {"__code__": value.__code__, **_read(value.__code__, value.__globals__)} if _is_own(value.__module__) else {}
     return {key: part for key, part in parts.items() if part} | code
 
 
@@ -115,7 +115,7 @@ def _read(code: CodeType, scope: dict) -> dict:
 
 def _of_module(value: nn.Module) -> dict:
     """Its class, hooks, attributes, tensors and modules, not what PyTorch gives to every module."""
-    own, given = value.__getstate__(), vars(nn.Module())
+    own, given = vars(value), {**vars(nn.Module()), "_compiled_call_impl": None}
     hooks = {key: [*own[key].values()] for key in given if key.endswith("_hooks") and own[key]}
     attributes = {key: part for key, part in own.items() if key not in given}
     return {"class": type(value)} | hooks | attributes | own["_parameters"] | own["_buffers"] | own["_modules"]

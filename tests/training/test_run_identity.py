@@ -77,6 +77,29 @@ class OtherwiseScaled(Scaled):
         return scaled(model, batch, self.factor / 2)
 
 
+code = 1.0
+
+
+class Items:
+    """An objective whose attributes have the names of what else a value is made of."""
+
+    def __init__(self, items):
+        self.items = self.pairs = self.bases = items
+
+    def __call__(self, model: nn.Module, batch: Dataset) -> Score:
+        return scaled(model, batch, self.items[0] * code)
+
+
+class Bag(list):
+    """A list with an attribute."""
+
+
+def with_bag(*values, factor=1.0):
+    bag = Bag(values)
+    bag.factor = factor
+    return functools.partial(scaled, also=bag)
+
+
 def rows_at(rows: Dataset, size: int, step: int) -> Dataset:
     return rows.rows(slice(step % size, step % size + 8))
 
@@ -207,6 +230,9 @@ MUTATIONS = {
     ),
     "closure": ({"objective": scaled_by(1.0)}, {"objective": scaled_by(2.0)}, "objective"),
     "state of an object": ({"objective": Scaled(1.0)}, {"objective": Scaled(2.0)}, "objective"),
+    "attributes of an object": ({"objective": Items([1.0])}, {"objective": Items([2.0])}, "objective"),
+    "items of a list": ({"objective": with_bag(1)}, {"objective": with_bag(2)}, "objective"),
+    "attribute of a list": ({"objective": with_bag(1)}, {"objective": with_bag(1, factor=2)}, "objective"),
     "code of an object": ({"objective": Scaled(1.0)}, {"objective": OtherwiseScaled(1.0)}, "objective"),
     "constant of a lambda": ({"schedule": lambda step: 0.5}, {"schedule": lambda step: 0.25}, "schedule"),
     "name in a lambda": ({"schedule": lambda i: max(0.5, 1.0)}, {"schedule": lambda i: min(0.5, 1.0)}, "schedule"),
@@ -334,6 +360,8 @@ def halved(model):
         ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "factor", 2.0)),
         ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "parts", {"loss": [1.0, 2.0]})),
         ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "half", staticmethod(lambda value: 2))),
+        ({"objective": Items([1.0])}, lambda patch: patch.setitem(globals(), "code", 2.0)),
+        ({"objective": Items([1.0])}, lambda patch: patch.setattr(Items, "__call__", scaled)),
         ({"objective": reads_a_python_module}, lambda patch: patch.setattr(settings, "factor", 2.0)),
         ({"objective": reads_its_own_attribute}, lambda patch: patch.setattr(reads_its_own_attribute, "factor", 2.0)),
         ({"model": {"change": halved}}, lambda patch: patch.setattr(Halved, "forward", lambda self, x: self.base(x))),
