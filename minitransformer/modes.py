@@ -3,13 +3,12 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 _LOCK = threading.Lock()
-_VISITS: WeakKeyDictionary[nn.Module, list[dict]] = WeakKeyDictionary()  # who is inside, the newest last
+_VISITS: list[dict[nn.Module, bool]] = []  # the modes that each visitor found, the newest visitor last
 
 
 @contextmanager
@@ -21,20 +20,19 @@ def modes_restored(model: nn.Module):
     """
     with _LOCK:
         visit = {module: module.training for module in model.modules()}
-        for module in visit:
-            _VISITS.setdefault(module, []).append(visit)
+        _VISITS.append(visit)
     try:
         yield model
     finally:
         with _LOCK:
+            place = [other is visit for other in _VISITS].index(True)
+            del _VISITS[place]
             for module, mode in visit.items():
-                visits = _VISITS[module]
-                place = next(i for i, other in enumerate(visits) if other is visit)
-                del visits[place]
-                if place < len(visits):
-                    visits[place][module] = mode
-                else:
+                later = next((other for other in _VISITS[place:] if module in other), None)
+                if later is None:
                     module.training = mode
+                else:
+                    later[module] = mode
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Training and evaluation: one loop for pretraining, full fine-tuning and every PEFT method.
 
-Read in this order: loop, objectives, evaluation, plan. The others are what surrounds a run: progress, checks, resume,
-identity, distributed. `pretrain` is a program: it trains the toy backbone.
+Read loop, objectives, evaluation, plan; then what surrounds a run: history, checks, resume, identity, distributed.
 """
 
 from minitransformer.training.checks import check_optimizer
 from minitransformer.training.evaluation import evaluate, predict
+from minitransformer.training.history import History
 from minitransformer.training.loop import fit, training_step
 from minitransformer.training.objectives import (
     Objective,
@@ -16,7 +16,6 @@ from minitransformer.training.objectives import (
     next_token_loss,
 )
 from minitransformer.training.plan import learning_rate_factor
-from minitransformer.training.progress import History
 
 __all__ = [
     "History", "Objective", "Score", "answer_logits", "answer_loss", "check_optimizer", "evaluate", "fit", "label_loss",

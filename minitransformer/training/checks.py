@@ -11,30 +11,25 @@ from torch import nn
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.objectives import Score
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def check_options(given: Mapping) -> None:
     """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
     o = SimpleNamespace(**given)
-    for name in ("steps", "batch_size", "validate_every", "every"):
-        if given[name] is not None and (not isinstance(given[name], Integral) or given[name] < 1):
-            raise ValueError(f"{name}={given[name]!r} must be a whole number, at least 1")
+    for name, least in (("steps", 1), ("batch_size", 1), ("validate_every", 1), ("every", 1), ("warmup", 0)):
+        value = given[name]
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
     for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
         if not serves and not (isinstance(given[name], Dataset) and len(given[name])):
             raise ValueError(f"{name} is empty, or a {type(given[name]).__name__}; give a Dataset with rows")
     if o.batch_size is not None and not callable(o.train) and o.batch_size > len(o.train):
         raise ValueError(f"batch_size={o.batch_size} is more than the {len(o.train)} rows of train")
-    if not callable(o.schedule) and o.schedule not in SCHEDULES:
-        raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}, or a function")
-    if o.warmup is not None and not 0 <= o.warmup < max(1, o.steps):
-        raise ValueError(f"warmup={o.warmup} must be at least 0 and shorter than the run of {o.steps} steps")
+    if not callable(o.schedule) and o.schedule not in ("cosine", "linear", "constant"):
+        raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of cosine, linear, constant, or a function")
+    if o.warmup is not None and o.warmup >= o.steps:
+        raise ValueError(f"warmup={o.warmup} must be shorter than the run of {o.steps} steps")
     if o.clip is not None and not o.clip > 0:
         raise ValueError(f"clip={o.clip} must be above 0; None never clips")
-    if o.keep not in ("last", "best"):
-        raise ValueError(f'keep={o.keep!r} is unknown; choose "last" or "best"')
-    if o.keep == "best" and (o.validation is None or o.validate_every is None):
-        raise ValueError('keep="best" needs a validation set to judge by, and validate_every')
     adamw = (o.optimizer is None, "AdamW; an optimizer of your own says it in its groups")
     serving = {
         "learning_rate": adamw, "weight_decay": adamw, "betas": adamw,
@@ -60,9 +55,7 @@ def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
         says = dir(type(module))  # the class: an attribute of a module may be the reader's own
         out = ("merged" in says and module.merged is True) or ("enabled" in says and module.enabled is False)
         if out and any(p.requires_grad for p in module.parameters()):
-            raise ValueError(
-                f"{name} is merged into the weights, or disabled: unmerge(model) first, or leave disabled(…)"
-            )
+            raise ValueError(f"{name} is merged into the weights, or off: unmerge(model) first, or leave disabled(…)")
     for name, p in trainable.items():
         if p.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -77,10 +70,10 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     left_out = [name for name, p in trainable_of(model).items() if id(p) not in held]
     if left_out:
+        names = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
         raise ValueError(
-            f"the optimizer does not hold {len(left_out)} trainable tensors ({', '.join(left_out[:3])}"
-            f"{', …' if len(left_out) > 3 else ''}), so they would never move; make the optimizer after the last "
-            f"attach()"
+            f"the optimizer does not hold {len(left_out)} trainable tensors ({names}), so they would never move; make "
+            f"the optimizer after the last attach()"
         )
 
 
@@ -96,9 +89,7 @@ def check_finite(name: str, value: float, step: int) -> None:
 def check_score(score: Score, step: int) -> None:
     """Raise unless the score is one, of answers that were asked for, is finite, and can be learned from."""
     if not isinstance(score, Score) or score.loss.dim():
-        raise ValueError(
-            f"the objective gave {type(score).__name__}; give a Score(loss, correct, count), loss a scalar"
-        )
+        raise ValueError(f"the objective gave {type(score).__name__}; give a Score(loss, correct, count), loss scalar")
     if score.count == 0:
         raise ValueError(f"the batch of step {step} asks nothing: every label is -100, or no row has a next word")
     check_finite("loss", score.loss.item(), step)

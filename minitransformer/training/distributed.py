@@ -4,21 +4,15 @@
 
 Every process holds the whole model and draws the same batches; of each it takes every n-th row. The gradients meet in
 an all-reduce (`DistributedDataParallel`), so all take the same step, and n processes with a share of the batch end
-where one process with all of it ends, up to rounding. What travels is one number for each *trained* one: this is why
-parameter-efficient methods spread over many machines so easily.
+where one process with all of it ends, up to rounding. What travels is a number for each *trained* parameter: this is
+why parameter-efficient methods spread over many machines so easily.
 
 Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", section 3.
-
-Without an initialised `torch.distributed` every function here is what it must be for a single process.
 """
-
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minitransformer.tasks.dataset import Dataset
@@ -40,24 +34,8 @@ def is_writer() -> bool:
     return rank() == 0
 
 
-@contextmanager
-def launched_together() -> Iterator[None]:
-    """Inside, the processes that `torchrun` started are connected; one that was started alone stays alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group()  # gloo for tensors of the CPU, and nccl for those of CUDA devices
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def share(batch: Dataset) -> Dataset:
-    """The rows of a batch that are for this process: every n-th, so that the shares are of one length or nearly.
-
-    Of fewer rows than processes, the last processes get none.
-    """
+    """The rows of a batch that are for this process, every n-th; of fewer rows than processes, the last get none."""
     return batch.rows(slice(rank(), None, n_processes()))
 
 
@@ -78,10 +56,9 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Dataset) -> tuple[Tensor, int, int]:
-        """The mean loss, how many answers are right, and how many there are."""
-        score = self.objective(self.model, batch)
-        return score.loss, score.correct, score.count
+    def forward(self, batch: Dataset) -> dict:
+        """The entries of the score."""
+        return vars(self.objective(self.model, batch))
 
 
 def data_parallel(model: nn.Module, objective: Objective) -> Objective:
@@ -97,11 +74,10 @@ def data_parallel(model: nn.Module, objective: Objective) -> Objective:
 
     def of_the_share(_: nn.Module, batch: Dataset) -> Score:
         own = share(batch)
-        loss, *counts = parallel((own if len(own) else batch.rows(slice(0, 1))).trimmed())
-        correct, count = counts if len(own) else (0, 0)
-        summed, all_correct, all_count = total(loss.item() * count, correct, count)
-        part = loss * (count * n_processes() / max(1, all_count))
-        value = torch.as_tensor(summed / max(1, all_count), dtype=loss.dtype, device=loss.device)
-        return Score(part + (value - part).detach(), int(all_correct), int(all_count))
+        score = Score(**parallel((own if len(own) else batch.rows(slice(0, 1))).trimmed()))
+        correct, count = (score.correct, score.count) if len(own) else (0, 0)
+        summed, all_correct, all_count = total(score.loss.item() * count, correct, count)
+        part = score.loss * (count * n_processes() / max(1, all_count))
+        return Score(part + (summed / max(1, all_count) - part).detach(), int(all_correct), int(all_count))
 
     return of_the_share

@@ -16,9 +16,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss and accuracy over a dataset, with dropout off; every module's mode is restored.
 
-    Rows of like length share a batch, so that little padding is computed.
-
-    Several processes take turns with the batches, so all of them must call it; each gets the result of all.
+    Rows of like length share a batch, so that little padding is computed. Several processes take turns with the
+    batches, so all of them must call it; each gets the result of all.
 
     Raises:
         ValueError: there is nothing to score.
@@ -26,10 +25,9 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     loss = correct = count = 0.0
-    order = by_length(dataset)
     with evaluation_mode(model):
-        for start in range(rank() * batch_size, len(dataset), n_processes() * batch_size):
-            score = objective(model, dataset.rows(order[start : start + batch_size]).trimmed())
+        for rows in by_length(dataset).split(batch_size)[rank() :: n_processes()] if len(dataset) else ():
+            score = objective(model, dataset.rows(rows).trimmed())
             if score.count:  # the mean loss over no answers is NaN
                 loss += score.loss.item() * score.count
                 correct += score.correct
@@ -53,10 +51,8 @@ def predict(
         raise ValueError(f"choices are word numbers, from 0, and at least one; got {choices}")
     answers = torch.empty_like(dataset.targets)
     with evaluation_mode(model):
-        for rows in by_length(dataset).split(batch_size):
+        for rows in by_length(dataset).split(batch_size) if len(dataset) else ():
             logits = answer_logits(model, dataset.rows(rows).trimmed())
-            if choices is None:
-                answers[rows] = logits.argmax(dim=-1)
-            else:
-                answers[rows] = torch.tensor(choices, device=logits.device)[logits[:, choices].argmax(dim=-1)]
+            among = torch.arange(logits.shape[1]) if choices is None else torch.tensor(choices)
+            answers[rows] = among.to(logits.device)[logits[:, among].argmax(dim=-1)]
     return answers

@@ -1,130 +1,121 @@
 """Which run it is: all that decides its result, as texts by name, equal in every process and for no other run.
 
-A value is known by what pickle would write of it, a tensor by its bytes, and what can be called by its code and what
-that refers to as well; so a lambda is known too. Three things are known by their names alone: classes, functions of
-installed packages, and what holds no value, such as a logger, where code only refers to it. Lists, dicts and sets that
-code refers to as globals do not count: a function may leave notes there. What no process can know again, such as a
-generator that a function is given or closes over, is refused.
+A value is known by what it is made of, down to plain values and the bytes of tensors. A function is known by its code,
+what it closes over and the globals it reads, a class by its attributes; those of libraries, and of this one, by name.
+What goes on where it was left, such as a generator, or cannot be written down, such as an open file, is refused.
 """
 
+import copyreg
 import dis
 import hashlib
-import io
-import pickle
-import random
+import sys
 import sysconfig
-from dataclasses import fields, is_dataclass
-from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from functools import cached_property
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from minitransformer.files import fingerprint
 
 PLAIN = (bool, int, float, str, bytes, type(None))
-NAMED = (type, BuiltinFunctionType, ModuleType)
-VALUES = (*PLAIN, *NAMED, tuple, Tensor, FunctionType, MethodType, partial, nn.Module)
-DRAWS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+STREAMS = ("__next__", "getstate", "get_state", "bit_generator")  # what an iterator or a source of chance has
+MADE_OF = {  # where pickle does not say it
+    CellType: ("cell_contents",), CodeType: ("co_code", "co_names", "co_consts"), MethodType: ("__func__", "__self__"),
+    ModuleType: ("__name__",), classmethod: ("__func__",), property: ("fget", "fset"), staticmethod: ("__func__",),
+    FunctionType: ("__defaults__", "__kwdefaults__", "__closure__", "__dict__"), cached_property: ("func",),
+}  # fmt: skip
+LIBRARIES = {*sys.stdlib_module_names, "minitransformer", "peft"}
+INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
 
 
-def mark(value, seen: list | None = None) -> str:
-    """A text by which a value is known again in another process: equal for equal values only.
+def leaves(name: str, value, seen: dict[int, tuple]) -> dict[str, str]:
+    """What a value is made of: a text for each part, by the path to it; of more than fifty parts, one text for all.
 
-    Raises:
-        TypeError: something in it cannot be known.
+    `seen` are objects with their names, by id; functions, classes and modules are added, which may form a ring. A part
+    that goes on where it was left is a TypeError; what cannot be written down raises exceptions of its own.
     """
     if isinstance(value, PLAIN):
-        return repr(value)
-    written = io.BytesIO()
-    try:
-        _Writer(written, [] if seen is None else seen).dump(value)
-    except Exception as error:
-        raise TypeError(f"what no other process can know again ({error})") from error
-    return hashlib.sha256(written.getvalue()).hexdigest()
+        return {name: _short(repr(value))}
+    if id(value) in seen:
+        return {name: f"as {seen[id(value)][0]}"}
+    if isinstance(value, Tensor):
+        return {name: fingerprint({"": value})}
+    if not isinstance(value, (type, ModuleType)) and any(hasattr(value, mark) for mark in STREAMS):
+        raise TypeError(f"{name} is a {type(value).__name__}, which goes on where it was left")
+    kind = value if isinstance(value, (FunctionType, type)) else type(value)
+    found, seen[id(value)] = {name: f"{kind.__module__}.{kind.__qualname__}"}, (name, value)
+    for key, part in _parts(value).items():
+        found |= leaves(f"{name}.{key}", part, seen)
+    if kind is not value and not isinstance(value, nn.Module):
+        del seen[id(value)]  # equal values are written alike, whether they are one object or two
+    return found if len(found) <= 50 or isinstance(value, nn.Module) else {name: _short(str(found))}
 
 
-class _Writer(pickle._Pickler):  # the one in Python, which also asks what to make of a set
-    """Writes what a value is made of, not to be read back. `seen` are functions and modules, which may form a ring."""
-
-    def __init__(self, file: io.BytesIO, seen: list):
-        super().__init__(file, protocol=4)
-        self.fast = True  # equal values are written alike, whether they are one object or two
-        self.seen = seen
-
-    def reducer_override(self, value):
-        if isinstance(value, DRAWS) or hasattr(value, "__next__"):
-            raise TypeError(f"a {type(value).__name__}, which goes on where it was left")
-        if isinstance(value, (FunctionType, nn.Module)):
-            if value in self.seen:
-                return tuple, (("again", self.seen.index(value)),)
-            self.seen.append(value)
-        parts = None if value is tuple else self._parts(value)
-        return NotImplemented if parts is None else (tuple, (parts,))
-
-    def _parts(self, value) -> tuple | None:
-        if isinstance(value, Tensor):
-            return ("tensor", fingerprint({"": value}))
-        if isinstance(value, nn.Module):
-            return (modules_of(value, self.seen), fingerprint(value.state_dict()))
-        if isinstance(value, CodeType):
-            return (value.co_code, value.co_names, value.co_consts)
-        if isinstance(value, (set, frozenset)):
-            return ("set", sorted(mark(own, self.seen) for own in value))
-        if isinstance(value, FunctionType) and not value.__code__.co_filename.startswith(INSTALLED):
-            names = sorted(_names(value.__code__) & value.__globals__.keys())
-            referred = [(name, _mark_or_kind(value.__globals__[name], self.seen)) for name in names]
-            closed_over = [cell.cell_contents for cell in value.__closure__ or ()]
-            return (value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, closed_over, referred)
-        if isinstance(value, (FunctionType, *NAMED)) or hasattr(value, "__wrapped__"):
-            return (getattr(value, "__module__", None), value.__name__, getattr(value, "__wrapped__", None))
-        if callable(value) and not isinstance(value, (MethodType, partial)):
-            own = {name: part for kind in reversed(type(value).__mro__) for name, part in vars(kind).items()}
-            does = [(name, own[name]) for name in sorted(own) if name == "__call__" or not name.startswith("__")]
-            does = [item for item in does if isinstance(item[1], (FunctionType, *PLAIN))]
-            return (type(value).__qualname__, does, value.__reduce_ex__(4)[2:])
-        return None
+def _short(text: str) -> str:
+    return text if len(text) < 100 else hashlib.sha256(text.encode()).hexdigest()
 
 
-def _names(code: CodeType) -> set[str]:
-    """The globals that code reads; `co_names` would hold attributes too."""
-    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return own.union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+def _parts(value) -> dict:
+    """What a value is made of, by name."""
+    if type(value) in (list, tuple):
+        return dict(enumerate(value))
+    if type(value) is dict:
+        return {key if isinstance(key, str) else repr(key): part for key, part in value.items()}
+    if type(value) in (set, frozenset):
+        return dict(enumerate(sorted(str(leaves("", own, {})) for own in value)))
+    if isinstance(value, FunctionType):
+        return _of_function(value)
+    if isinstance(value, type):
+        does = {key: part for key, part in vars(value).items() if isinstance(part, FunctionType) or key[:2] != "__"}
+        does |= {"__bases__": value.__bases__, "_abc_impl": None}  # the latter is a cache of abstract classes
+        return does if _is_own(value.__module__) else {}
+    if isinstance(value, nn.Module):
+        return _of_module(getattr(value, "_orig_mod", value))  # compiled, it is the same model
+    if type(value) in MADE_OF:
+        return {key: getattr(value, key) for key in MADE_OF[type(value)]}
+    made = copyreg.dispatch_table.get(type(value), lambda own: own.__reduce_ex__(4))(value)  # as pickle would write it
+    if isinstance(made, str):
+        return {"name": made, "wrapped": getattr(value, "__wrapped__", None)}
+    maker, arguments, state, items, pairs = (*made, None, None, None)[:5]
+    state = state if isinstance(state, dict) else {"state": state}
+    return state | {"made by": (maker, *arguments), "its items": [*(items or ())], "its pairs": dict(pairs or ())}
 
 
-def _mark_or_kind(value, seen: list, kinds: tuple = VALUES) -> str:
-    """The mark of a value of these kinds or of a dataclass; of what is none, or holds none, the name of its class."""
-    try:
-        if isinstance(value, kinds) or is_dataclass(value):
-            return mark(value, seen)
-    except TypeError:
-        pass
-    return type(value).__qualname__
+def _is_own(module: str | None) -> bool:
+    """Whether what that module holds is the reader's, and may change from one process to the next."""
+    library = str(module).partition(".")[0]
+    file = getattr(sys.modules.get(library), "__file__", None) or ""
+    return library not in LIBRARIES and not file.startswith(INSTALLED)
 
 
-def modules_of(model: nn.Module, seen: list | None = None) -> dict[str, str]:
-    """The class of every module, its attributes and its hooks, by name: the configuration, the recipes attached, …"""
-    seen, found = [model] if seen is None else seen, {}
-    for path, module in model.named_modules():
-        found[path or "class of the model"] = type(module).__qualname__
-        for name, value in vars(module).items():
-            if name.startswith(("_forward", "_backward")) and value:  # hooks, by numbers that every process counts anew
-                found |= _leaves(f"{path}.{name}".lstrip("."), list(value.values()), seen)
-            elif not name.startswith("_") and name != "training":
-                found |= _leaves(f"{path}.{name}".lstrip("."), value, seen)
+def _of_function(value: FunctionType) -> dict:
+    if hasattr(value, "__wrapped__") and value.__code__.co_filename.startswith(INSTALLED):
+        return {"wrapped": value.__wrapped__}  # what a library's decorator holds may differ in each process
+    parts = {key: getattr(value, key) for key in MADE_OF[FunctionType]}
+    code = {"__code__": value.__code__, **_read(value.__code__, value.__globals__)} if _is_own(value.__module__) else {}
+    return {key: part for key, part in parts.items() if part} | code
+
+
+def _read(code: CodeType, scope: dict) -> dict:
+    """What code reads of the globals, and of Python modules among them: `factor`, `settings.factor`."""
+    found, last = {}, None
+    for step in dis.get_instructions(code):
+        held = {}
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            path, held = step.argval, scope
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(last, ModuleType):
+            path, held = f"{path}.{step.argval}", vars(last)
+        last = held.get(step.argval)
+        if last is not None and (callable(last) or _is_own(held.get("__name__"))):  # not what a library keeps
+            found[path] = last
+    for inner in code.co_consts:
+        found |= _read(inner, scope) if isinstance(inner, CodeType) else {}
     return found
 
 
-def _leaves(name: str, value, seen: list) -> dict[str, str]:
-    """The parts of a dataclass or a short list one by one, so that a refusal can name the one that differs."""
-    parts = dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {own.name: getattr(value, own.name) for own in fields(value)}
-    if not 0 < len(parts) < 30:
-        return {name: _mark_or_kind(value, seen, (*VALUES, list, dict, set))}
-    found = {name: type(value).__qualname__}
-    for key, part in parts.items():
-        found |= _leaves(f"{name}.{key}", part, seen)
-    return found
+def _of_module(value: nn.Module) -> dict:
+    """Its class, hooks, attributes, tensors and modules, not what PyTorch gives to every module."""
+    own, given = vars(value), {**vars(nn.Module()), "_compiled_call_impl": None}
+    hooks = {key: [*own[key].values()] for key in given if key.endswith("_hooks") and own[key]}
+    attributes = {key: part for key, part in own.items() if key not in given}
+    return {"class": type(value)} | hooks | attributes | own["_parameters"] | own["_buffers"] | own["_modules"]

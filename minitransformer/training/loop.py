@@ -1,31 +1,34 @@
 """One training loop for pretraining, full fine-tuning and every PEFT method.
 
 The loop does not know what it trains: it hands the optimizer the tensors with `requires_grad`. Beside it stand what is
-asked (`objectives.py`), the rows and the rate of each step (`plan.py`), what is recorded (`progress.py`) or refused
+asked (`objectives.py`), the rows and the rate of each step (`plan.py`), what is recorded (`history.py`) or refused
 (`checks.py`), how a killed run goes on (`resume.py`, `identity.py`), how processes share one (`distributed.py`).
 
 Sources: AdamW, Loshchilov & Hutter 2019, algorithm 2; clipping by the global norm, Pascanu et al. 2013, algorithm 1.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from minitransformer.modes import undone
+from minitransformer.modes import modes_restored, undone
+from minitransformer.randomness import random_state_restored
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.checks import check_finite, check_optimizer, check_options, check_score, trainable_of
-from minitransformer.training.distributed import data_parallel
+from minitransformer.training.distributed import data_parallel, is_writer
 from minitransformer.training.evaluation import evaluate
+from minitransformer.training.history import History
 from minitransformer.training.objectives import Objective, Score, answer_loss
-from minitransformer.training.plan import batches, is_due, learning_rate_factor, left_as_found, set_rates
-from minitransformer.training.progress import History, ProgressBar
-from minitransformer.training.resume import run_file
-
-DECISIVE = ("steps", "schedule", "clip", "validate_every", "keep", "seed", "objective", "train", "validation")
+from minitransformer.training.plan import batches, learning_rate_factor, set_rates
+from minitransformer.training.resume import RunFile
 
 
 def fit(
@@ -33,8 +36,8 @@ def fit(
     learning_rate: float | None = None, batch_size: int | None = None, objective: Objective = answer_loss,
     warmup: int | None = None, schedule: str | Callable[[int], float] = "cosine", weight_decay: float | None = None,
     betas: tuple[float, float] | None = None, clip: float | None = 1.0, validate_every: int | None = None,
-    keep: str = "last", optimizer: torch.optim.Optimizer | None = None, seed: int = 0, progress: bool = True,
-    description: str = "fit", checkpoint: str | Path | None = None, every: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None, seed: int = 0, progress: bool = True, description: str = "fit",
+    checkpoint: str | Path | None = None, every: int | None = None,
 ) -> History:  # fmt: skip
     """Train the tensors of `model` that require a gradient, in place.
 
@@ -42,24 +45,19 @@ def fit(
         model: whatever the objective can call; its trainable tensors are those with `requires_grad`.
         train: a dataset, walked in a fresh random order each epoch, or a function from the step to a batch.
         validation: scored every `validate_every` steps and at the end; None there: only at the end.
-        steps: optimizer steps.
-        learning_rate: peak of the schedule, by default 1e-3.
-        batch_size: rows a step, where `train` is a dataset; by default 32.
+        steps: optimizer steps, each of `batch_size` rows where `train` is a dataset; by default 32.
         objective: from model and batch to a `Score`.
+        learning_rate: peak of the schedule, by default 1e-3.
         warmup: steps of linear warm-up; by default a twentieth of all, at most 100.
-        schedule: what follows it: "cosine" or "linear" decay to 0, or "constant"; or a function from the step to the
-            share of the peak.
+        schedule: "cosine" or "linear" decay to 0, or "constant"; or a function from the step to the share of the peak.
         weight_decay, betas: of AdamW, by default 0 and (0.9, 0.999).
         clip: largest global gradient norm; None never clips.
-        keep: "last" weights, or the "best" ones by validation accuracy (by loss where that ties).
         optimizer: instead of AdamW. It must hold every trainable tensor; the rates of its groups are the peaks.
         seed: of the data order and of dropout. The caller's random state is left alone.
         progress, description: whether to show a bar with loss and accuracy, and its caption.
-        checkpoint: a file that holds the state of the run. If it is there, the run goes on from it, and ends in the
-            same bits as one that was never interrupted; give the same model (as it was at the start), data and
-            settings. Functions are known by their code and what it refers to, see `identity.py`. The file stays when
-            the run is over: the same call again then returns at once.
-        every: steps between two writes of that file; by default a twentieth of all.
+        checkpoint: a file for the state of the run, written each `every` steps, by default a twentieth of all. The
+            same call again, with the model as it was at the start, goes on from it and ends in the same bits; after
+            the end it returns at once. `identity.py` says how a run is known again, functions in its settings too.
 
     Raises:
         ValueError: nothing to train, a trainable tensor of 16 bits, merged, or not held by the optimizer, a bad
@@ -74,24 +72,34 @@ def fit(
         rate = 1e-3 if learning_rate is None else learning_rate
         optimizer = torch.optim.AdamW(trainable.values(), rate, betas or (0.9, 0.999), weight_decay=weight_decay or 0.0)
     check_optimizer(model, optimizer)
+    decisive = ("train", "validation", "steps", "objective", "schedule", "clip", "validate_every", "seed")
+    options = {name: given[name] for name in decisive} | {"batch_size": batch_size, "warmup": warmup}
+    file = RunFile(checkpoint, model, optimizer, options)
+    history, devices = file.restore(), {p.device for p in model.parameters()}
     peaks = [group["lr"] for group in optimizer.param_groups]
-    options = {name: given[name] for name in DECISIVE} | {"batch_size": batch_size, "warmup": warmup}
-    file = run_file(checkpoint, model, optimizer, options)
-    run, devices = file.restore(model, optimizer), {p.device for p in model.parameters()}
-    with left_as_found(model, optimizer, devices), ProgressBar(steps, run.step, description, progress) as bar:
+    style = {"file": sys.stdout, "ncols": 100, "mininterval": 0.5, "disable": not (progress and is_writer())}
+    bar = tqdm(total=steps, initial=len(history.loss), desc=description, **style)
+    with modes_restored(model), random_state_restored(*devices), bar, ExitStack() as afterwards:
+        afterwards.callback(set_rates, optimizer, peaks, 1.0)
         learner = data_parallel(model, objective)
-        for step, batch in batches(train, range(run.step, steps), batch_size, seed, devices):
+        for step, batch in batches(train, range(len(history.loss), steps), batch_size, seed, devices):
             began = time.perf_counter()
             set_rates(optimizer, peaks, learning_rate_factor(step, steps, warmup, schedule))
             model.train()
             score, norm = training_step(model, batch, learner, optimizer, list(trainable.values()), clip, step)
-            run.record(score, norm, optimizer.param_groups[0]["lr"], time.perf_counter() - began)
-            bar.show(run.history)
-            if validation is not None and is_due(validate_every, run.step, steps):
-                run.record_validation(evaluate(model, validation, objective), trainable, keep)
-            if is_due(every or max(1, steps // 20), run.step, steps):
-                file.save(run, model, optimizer)
-    return run.finish(trainable)
+            history.note(loss=score.loss.item(), accuracy=score.correct / score.count, gradient_norm=norm)
+            history.note(learning_rate=optimizer.param_groups[0]["lr"])
+            history.seconds += time.perf_counter() - began
+            loss, accuracy = fmean(history.loss[-20:]), fmean(history.accuracy[-20:])
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
+            bar.update()
+            done, last = step + 1, step + 1 == steps
+            if validation is not None and (last or done % (validate_every or steps) == 0):
+                now = evaluate(model, validation, objective)
+                history.note(validation_step=done, validation_loss=now["loss"], validation_accuracy=now["accuracy"])
+            if last or done % (every or max(1, steps // 20)) == 0:
+                file.save(history)
+    return history
 
 
 def training_step(
@@ -100,10 +108,9 @@ def training_step(
 ) -> tuple[Score, float]:  # fmt: skip
     """One forward pass, one backward pass, one step. Returns the score and the gradient norm before clipping.
 
-    Raises:
+    Raises, and then weights and buffers are those before the step:
         ValueError: nothing is asked, no trainable tensor has a part in the loss, or the objective gives no `Score`.
-        FloatingPointError: the loss, the gradient, or a weight after the step is not finite. After any exception
-            weights and buffers are those before the step.
+        FloatingPointError: the loss, the gradient, or a weight after the step is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     try:

@@ -41,7 +41,8 @@ def answer_logits(model: nn.Module, batch: Dataset) -> Float[Tensor, "B V"]:
 
 def answer_loss(model: nn.Module, batch: Dataset) -> Score:
     """Cross-entropy of the one answer word, read at the last real token."""
-    return _score(answer_logits(model, batch), batch.targets)
+    logits = answer_logits(model, batch)
+    return _score(logits, batch.targets, logits.shape[1], _class_loss)
 
 
 def label_loss(model: nn.Module, batch: Dataset) -> Score:
@@ -50,7 +51,10 @@ def label_loss(model: nn.Module, batch: Dataset) -> Score:
     Raises:
         ValueError: the model does not give one score for each class, or a label is not one of them.
     """
-    return _score(model(batch.tokens, batch.padding_mask), batch.targets)
+    scores = model(batch.tokens, batch.padding_mask)
+    if scores.dim() != 2:
+        raise ValueError(f"label_loss is for a SequenceClassifier: [N, classes] are wanted, not {list(scores.shape)}")
+    return _score(scores, batch.targets, scores.shape[1], _class_loss)
 
 
 def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
@@ -70,25 +74,15 @@ def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
 
 def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]) -> Score:
     """Cross-entropy of words, from the hidden states that should say them."""
-    hidden, targets = _asked(hidden, targets, model.config.vocab_size)
-    if len(targets) == 0:
-        return Score(hidden.sum(), 0, 0)  # of no rows: 0
-    loss, correct = model.word_loss(hidden, targets)
-    return Score(loss, int(correct), len(targets))
+    return _score(hidden, targets, model.config.vocab_size, model.word_loss)
 
 
-def _score(scores: Float[Tensor, "*shape"], targets: Int[Tensor, "N"]) -> Score:
-    if scores.dim() != 2:
-        raise ValueError(
-            f"scores [N, classes] are wanted, not {list(scores.shape)}: label_loss is for a SequenceClassifier"
-        )
-    scores, targets = _asked(scores, targets, scores.shape[1])
-    loss = F.cross_entropy(scores, targets) if len(targets) else scores.sum()  # of no rows: 0
-    return Score(loss, int((scores.argmax(dim=-1) == targets).sum()), len(targets))
+def _class_loss(scores: Float[Tensor, "N C"], targets: Int[Tensor, "N"]) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    return F.cross_entropy(scores, targets), (scores.argmax(dim=-1) == targets).sum()
 
 
-def _asked(rows: Tensor, targets: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The rows that are asked something, and their targets; raise ValueError for a target that is none of n choices."""
+def _score(rows: Tensor, targets: Tensor, n: int, loss_of: Callable) -> Score:
+    """The score of the rows that are asked something; raise ValueError for a target that is none of n choices."""
     if targets.is_floating_point() or targets.shape != rows.shape[:1]:
         raise ValueError(f"targets must be whole numbers, [{len(rows)}], not {targets.dtype} {list(targets.shape)}")
     asked = targets != -100  # as PyTorch has it
@@ -96,12 +90,11 @@ def _asked(rows: Tensor, targets: Tensor, n: int) -> tuple[Tensor, Tensor]:
     wrong = targets[(targets < 0) | (targets >= n)]
     if len(wrong):
         raise ValueError(f"the target {int(wrong[0])} is none of the {n} classes or words; only -100 asks nothing")
-    return rows, targets.long()
+    loss, correct = loss_of(rows, targets.long()) if len(targets) else (rows.sum(), 0)  # of no rows: 0
+    return Score(loss, int(correct), len(targets))
 
 
 def _check_reads_words(model: nn.Module, batch: Dataset) -> None:
-    if not hasattr(model, "hidden") or batch.tokens.dim() != 2:
-        raise ValueError(
-            f"a language model and one text a row are wanted, tokens [N, T], not a {type(model).__name__} and "
-            f"{list(batch.tokens.shape)}; label_loss is for classes and multiple choice"
-        )
+    kind, shape = type(model).__name__, list(batch.tokens.shape)
+    if not hasattr(model, "hidden") or len(shape) != 2:
+        raise ValueError(f"a language model and tokens [N, T] are wanted, not a {kind} and {shape}; or take label_loss")

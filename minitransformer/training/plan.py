@@ -7,13 +7,10 @@ Sources: warm-up, Vaswani et al. 2017, section 5.3; cosine decay, Loshchilov & H
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-from minitransformer.modes import modes_restored
-from minitransformer.randomness import generator_of, random_state_restored
+from minitransformer.randomness import generator_of
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.distributed import n_processes, rank
 
@@ -23,10 +20,8 @@ def batches(
 ) -> Iterator[tuple[int, Dataset]]:
     """Each step with its batch. Of a data set, each epoch walks the rows in an order that (seed, epoch) decide.
 
-    What is drawn in a step, such as dropout, follows from (seed, step), elsewhere in each process.
-
-    Raises:
-        ValueError: the function gives no data set, or an empty one.
+    What is drawn in a step, such as dropout, follows from (seed, step), elsewhere in each process. A function that
+    gives no data set, or an empty one, is a ValueError.
     """
     ordered = None  # the epoch whose order is at hand
     for step in steps:
@@ -36,20 +31,17 @@ def batches(
             batch = train(step)
             if not isinstance(batch, Dataset) or len(batch) == 0:
                 raise ValueError(f"the batch of step {step} is empty, or a {type(batch).__name__}; give a Dataset")
-            yield step, batch
-            continue
-        epoch, position = divmod(step, max(1, len(train) // batch_size))
-        if epoch != ordered:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order, ordered = torch.randperm(len(train), generator=generator), epoch
-        yield step, train.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
+        else:
+            epoch, position = divmod(step, max(1, len(train) // batch_size))
+            if epoch != ordered:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order, ordered = torch.randperm(len(train), generator=generator), epoch
+            batch = train.rows(order[position * batch_size : (position + 1) * batch_size]).trimmed()
+        yield step, batch
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str | Callable[[int], float]) -> float:
-    """The share of the peak learning rate that `step` (from 0) uses: linear warm-up, then the decay.
-
-    A `schedule` that is a function says it all by itself.
-    """
+    """The share of the peak that `step` (from 0) uses: linear warm-up, then decay; a function says it all itself."""
     if callable(schedule):
         return schedule(step)
     if step < warmup:
@@ -64,21 +56,3 @@ def set_rates(optimizer: torch.optim.Optimizer, peaks: list[float], factor: floa
     """Give each of the optimizer's groups this share of its peak rate."""
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak * factor
-
-
-def is_due(every: int | None, done: int, steps: int) -> bool:
-    """Whether something is due after `done` of `steps`: at its interval, if it has one, and at the end."""
-    return done == steps or (every is not None and done % every == 0)
-
-
-@contextmanager
-def left_as_found(
-    model: nn.Module, optimizer: torch.optim.Optimizer, devices: Iterable[torch.device]
-) -> Iterator[None]:
-    """Afterwards modes, rates and random states are as they were, also after an exception."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    try:
-        with modes_restored(model), random_state_restored(*devices):
-            yield
-    finally:
-        set_rates(optimizer, peaks, 1.0)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from minitransformer.training.distributed import is_writer, launched_together
+from minitransformer.training.distributed import is_writer
 from peft.experiments import compare, doctor, report, sweep
 from peft.experiments.plots import STYLE, plot_comparison, plt
+from peft.experiments.processes import launched_together
 from peft.experiments.results import read_rows
 from peft.experiments.tasks import RANDOM_BACKBONE, TASKS
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from minitransformer.training.distributed import is_writer, launched_together, n_processes
+from minitransformer.training.distributed import is_writer, n_processes
+from peft.experiments.processes import launched_together
 
 SIZES = (2**12, 2**16, 2**20, 2**22, 2**24)  # bytes
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import logging
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import MethodType, ModuleType
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +21,13 @@ import peft
 from minitransformer import SequenceClassifier, Transformer, TransformerConfig
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training import Score, answer_loss, fit, label_loss
-from minitransformer.training.identity import mark
+from minitransformer.training.identity import leaves
+
+
+def mark(value):
+    """All that it is known by."""
+    return leaves("", value, {})
+
 
 CONFIG = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24, dropout=0.2)
 LORA = peft.LoRA(rank=2, alpha=4, dropout=0.3)
@@ -67,6 +77,29 @@ class OtherwiseScaled(Scaled):
         return scaled(model, batch, self.factor / 2)
 
 
+code = 1.0
+
+
+class Items:
+    """An objective whose attributes have the names of what else a value is made of."""
+
+    def __init__(self, items):
+        self.items = self.pairs = self.bases = items
+
+    def __call__(self, model: nn.Module, batch: Dataset) -> Score:
+        return scaled(model, batch, self.items[0] * code)
+
+
+class Bag(list):
+    """A list with an attribute."""
+
+
+def with_bag(*values, factor=1.0):
+    bag = Bag(values)
+    bag.factor = factor
+    return functools.partial(scaled, also=bag)
+
+
 def rows_at(rows: Dataset, size: int, step: int) -> Dataset:
     return rows.rows(slice(step % size, step % size + 8))
 
@@ -86,7 +119,7 @@ def built(recipe=LORA, config=CONFIG, base=5, seed=6, train_also=(), second=None
 def run(path, model=None, optimizer=None, train=None, validation=None, **options):
     """Six steps, of which the first four are done when it stops, if `stop` says so."""
     model = built(**(model or {}))
-    options = {"steps": 6, "batch_size": 8, "learning_rate": 0.02, "validate_every": 2, "keep": "best"} | options
+    options = {"steps": 6, "batch_size": 8, "learning_rate": 0.02, "validate_every": 2} | options
     if optimizer is not None:
         options |= {"optimizer": optimizer(model), "learning_rate": None}
     train = data() if train is None else train
@@ -197,6 +230,9 @@ MUTATIONS = {
     ),
     "closure": ({"objective": scaled_by(1.0)}, {"objective": scaled_by(2.0)}, "objective"),
     "state of an object": ({"objective": Scaled(1.0)}, {"objective": Scaled(2.0)}, "objective"),
+    "attributes of an object": ({"objective": Items([1.0])}, {"objective": Items([2.0])}, "objective"),
+    "items of a list": ({"objective": with_bag(1)}, {"objective": with_bag(2)}, "objective"),
+    "attribute of a list": ({"objective": with_bag(1)}, {"objective": with_bag(1, factor=2)}, "objective"),
     "code of an object": ({"objective": Scaled(1.0)}, {"objective": OtherwiseScaled(1.0)}, "objective"),
     "constant of a lambda": ({"schedule": lambda step: 0.5}, {"schedule": lambda step: 0.25}, "schedule"),
     "name in a lambda": ({"schedule": lambda i: max(0.5, 1.0)}, {"schedule": lambda i: min(0.5, 1.0)}, "schedule"),
@@ -207,7 +243,6 @@ MUTATIONS = {
     "batch size": (PLAIN, {"batch_size": 4}, "batch_size"),
     "seed": (PLAIN, {"seed": 1}, "seed"),
     "validate_every": (PLAIN, {"validate_every": 3}, "validate_every"),
-    "keep": (PLAIN, {"keep": "last"}, "keep"),
     "learning rate": (PLAIN, {"learning_rate": 0.03}, "lr"),
     "weight decay": (PLAIN, {"weight_decay": 0.1}, "weight_decay"),
     "betas": (PLAIN, {"betas": (0.9, 0.99)}, "betas"),
@@ -269,16 +304,128 @@ def test_a_global_that_an_objective_reads_belongs_to_the_run(tmp_path, monkeypat
         run(tmp_path / "run", objective=scaled)
 
 
+class Settings:
+    """Values that a function reads; a class of the reader's own."""
+
+    factor = 1.0
+    parts: ClassVar[dict] = {"loss": [1.0, 1.0]}
+
+    @staticmethod
+    def half(value):
+        return value / 2
+
+
+class Halved(nn.Module):
+    """A module of the reader's own, with an attribute that PyTorch does not know."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self._factor = base, 0.5
+
+    def forward(self, x):
+        return self.base(x) * self._factor
+
+
+settings = ModuleType("settings")
+settings.factor, settings.unused = 1.0, 1.0
+WEIGHTS = {"of": [1.0, 2.0]}
+KNOWN = {1, 2}
+
+
+def reads_a_dict(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, WEIGHTS["of"][0] + len(KNOWN))
+
+
+def reads_a_class(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, Settings.half(Settings.factor) * Settings.parts["loss"][0])
+
+
+def reads_a_python_module(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, settings.factor)
+
+
+def reads_its_own_attribute(model: nn.Module, batch: Dataset) -> Score:
+    return scaled(model, batch, reads_its_own_attribute.factor)
+
+
+def halved(model):
+    model.blocks[0].feedforward = Halved(model.blocks[0].feedforward)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"objective": reads_a_dict}, lambda patch: patch.setitem(WEIGHTS, "of", [1.0, 3.0])),
+        ({"objective": reads_a_dict}, lambda patch: patch.setitem(globals(), "KNOWN", {1, 3})),
+        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "factor", 2.0)),
+        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "parts", {"loss": [1.0, 2.0]})),
+        ({"objective": reads_a_class}, lambda patch: patch.setattr(Settings, "half", staticmethod(lambda value: 2))),
+        ({"objective": Items([1.0])}, lambda patch: patch.setitem(globals(), "code", 2.0)),
+        ({"objective": Items([1.0])}, lambda patch: patch.setattr(Items, "__call__", scaled)),
+        ({"objective": reads_a_python_module}, lambda patch: patch.setattr(settings, "factor", 2.0)),
+        ({"objective": reads_its_own_attribute}, lambda patch: patch.setattr(reads_its_own_attribute, "factor", 2.0)),
+        ({"model": {"change": halved}}, lambda patch: patch.setattr(Halved, "forward", lambda self, x: self.base(x))),
+        ({"model": {"change": halved}}, lambda patch: patch.setattr(Halved, "half", property(lambda self: 0.5), False)),
+        ({"objective": Scaled(1.0).__call__}, lambda patch: patch.setattr(Scaled, "__call__", scaled_by(2.0))),
+    ],
+)  # fmt: skip
+def test_what_an_objective_or_a_model_refers_to_belongs_to_the_run(tmp_path, monkeypatch, options, change):
+    reads_its_own_attribute.factor = 1.0
+    run(tmp_path / "run", **options)
+    run(tmp_path / "run", **options)
+    change(monkeypatch)
+    with pytest.raises(ValueError, match=r"belongs to a run with another (objective|model|start)"):
+        run(tmp_path / "run", **options)
+
+
+def test_what_nothing_refers_to_does_not_count(tmp_path, monkeypatch):
+    run(tmp_path / "run", objective=reads_a_python_module)
+    monkeypatch.setattr(settings, "unused", 2.0)
+    monkeypatch.setattr(torch, "a_note", "of a library", raising=False)
+    run(tmp_path / "run", objective=reads_a_python_module)
+
+
+def test_a_forward_that_was_patched_belongs_to_the_run(tmp_path):
+    def doubled(self, *arguments):
+        return type(self).forward(self, *arguments) * 2
+
+    def patched(model):
+        up = model.blocks[0].feedforward.up
+        up.forward = MethodType(doubled, up)
+
+    run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"blocks.0.feedforward.up.forward"):
+        run(tmp_path / "run", model={"change": patched})
+
+
 def test_a_global_of_the_name_of_an_attribute_does_not_count(tmp_path, monkeypatch):
     run(tmp_path / "run", objective=scaled)
     monkeypatch.setitem(scaled.__globals__, "loss", torch.ones(3))
     run(tmp_path / "run", objective=scaled)
 
 
-@pytest.mark.parametrize("draws", [random.Random(0), torch.Generator(), itertools.count()], ids=lambda d: str(type(d)))
-def test_what_goes_on_where_it_was_left_is_refused(tmp_path, draws):
-    with pytest.raises(ValueError, match=r"train depends on .* goes on where it was left"):
-        run(tmp_path / "run", train=lambda step: data() if draws else None)
+DRAWN = random.Random(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        *(({"train": PART(lambda step, draws: data(), draws=draws)}, "train.*draws") for draws in (
+            random.Random(0), np.random.default_rng(0), torch.Generator(), itertools.count(), io.StringIO())),
+        ({"train": lambda step: data(DRAWN.randrange(9))}, "train.DRAWN is a Random"),
+        ({"train": lambda step: data(random.randrange(9))}, "train.random.randrange.* is a Random"),
+        ({"train": lambda step: data(np.random.randint(9))}, "train.np.random.randint.* is a RandomState"),  # noqa: NPY002
+        ({"model": {"change": lambda model: setattr(model, "draws", DRAWN)}}, "model.draws is a Random"),
+    ],
+)  # fmt: skip
+def test_what_goes_on_where_it_was_left_is_refused(tmp_path, options, name):
+    with pytest.raises(ValueError, match=rf"depends on .*{name}.* goes on where it was left"):
+        run(tmp_path / "run", **options)
+
+
+def test_what_starts_anew_in_each_step_is_known(tmp_path):
+    run(tmp_path / "run", train=lambda step: data(random.Random(step).randrange(9)))
+    run(tmp_path / "other", train=lambda step: data(np.random.default_rng(step).integers(9).item()))
 
 
 def test_autocast_belongs_to_the_run(tmp_path):
@@ -309,7 +456,7 @@ def test_what_no_process_can_know_again_is_refused_by_name(tmp_path):
 
 def test_the_same_call_on_the_finished_model_returns_at_once(tmp_path):
     model = built()
-    options = {"steps": 4, "validate_every": 1, "keep": "best", "checkpoint": tmp_path / "run", "progress": False}
+    options = {"steps": 4, "validate_every": 1, "checkpoint": tmp_path / "run", "progress": False}
     first = fit(model, data(), data(2), **options)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert fit(model, data(), data(2), **options) == first
@@ -321,10 +468,9 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 from functools import partial
 import test_run_identity as t
-from minitransformer.training.identity import mark, modules_of
 hashed = lambda word: word in {"these", "are", "in", "an", "order", "of", "each", "process"}
 values = (t.scaled, t.scaled_by(2.0), t.Scaled(1.0), partial(t.scaled, factor=2), t.with_kinds("a"), hashed, {"a", "b"})
-print(*map(mark, values), mark(modules_of(t.built())))
+print(*map(t.mark, values), t.mark(t.built()))
 """
 
 
