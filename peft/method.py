@@ -10,12 +10,11 @@ them, `expected_parameters` says in closed form how many parameters that trains.
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from math import isfinite
 from types import UnionType
 from typing import ClassVar, get_args, get_origin
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from minitransformer.attention import Attention
 from minitransformer.call import CALL, telling
@@ -120,7 +119,7 @@ class Method(ABC):
         for f in fields(self):
             value = plain(getattr(self, f.name))
             if not fits(value, f.type):
-                kind = getattr(f.type, "__name__", f.type) if isinstance(f.type, type) else f.type
+                kind = f.type.__name__ if isinstance(f.type, type) else f.type
                 example = f"; one in a tuple is ({value!r},)" if isinstance(value, str) else ""
                 raise ValueError(f"{f.name} must be {kind}, a number finite, got {value!r}{example}")
             object.__setattr__(self, f.name, value)
@@ -137,18 +136,13 @@ class Method(ABC):
         """The names of the modules to wrap, out of all of the model's; ValueError for a target that matches none."""
 
     @abstractmethod
-    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: Generator) -> Wrapper:
         """The wrapper for one site: `module` is what it wraps, `generator` draws its random numbers."""
 
-    def wrappers(
-        self, modules: dict[str, nn.Module], model: nn.Module, generator: torch.Generator
-    ) -> dict[str, Wrapper]:
-        """The wrapper for each site, by name. A tensor that wrappers share is made here: one `nn.Parameter` that each
-        of them holds. It stays one when the model is copied, moved or cast, counts once, and is in a file once.
-
-        Raises:
-            ValueError: there is no site.
-        """
+    def wrappers(self, modules: dict[str, nn.Module], model: nn.Module, generator: Generator) -> dict[str, Wrapper]:
+        """The wrapper for each site, by name; ValueError if there is none. A tensor that wrappers share is made here:
+        one `nn.Parameter` that each of them holds. It stays one when the model is copied, moved or cast, counts once,
+        and is in a file once."""
         if not modules:
             raise ValueError(f"{self} has nowhere to enter: this model has none of the modules it is made for")
         return {name: self.wrap(name, module, model, generator) for name, module in modules.items()}
@@ -165,7 +159,7 @@ class Method(ABC):
 
     def as_dict(self) -> dict:
         """The recipe as plain values, with its name, ready for JSON."""
-        return {"method": type(self).__name__, **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
+        return {"method": type(self).__name__, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     @staticmethod
     def from_dict(values: dict) -> "Method":
@@ -173,8 +167,7 @@ class Method(ABC):
         values = {key: plain(value) for key, value in values.items()}
         name = values.pop("method", None)
         if name not in Method.registry:
-            known = ", ".join(sorted(Method.registry))
-            raise ValueError(f"the method {name!r} is unknown; known are {known}; of your own, import its file first")
+            raise ValueError(f"the method {name!r} is unknown: {[*Method.registry]}; if it is yours, import its file")
         try:
             return Method.registry[name](**values)
         except TypeError as error:
@@ -195,7 +188,7 @@ def fits(value, hint) -> bool:
         kind, *more = get_args(hint)
         return isinstance(value, tuple) and (more != [...] or all(fits(entry, kind) for entry in value))
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool) and isfinite(value)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and abs(value) < 2**63
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
@@ -225,12 +218,12 @@ class LayerwiseMethod(Method):
         return config.n_layers if self.layers is None else len(self.layers)
 
 
-def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+def uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> Tensor:
     """Draws from U(-bound, bound): the same ones whatever the default precision and device are."""
     return (torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * bound
 
 
-def normal(shape: tuple[int, ...], std: float | int, generator: torch.Generator) -> Tensor:
+def normal(shape: tuple[int, ...], std: float | int, generator: Generator) -> Tensor:
     """Draws from N(0, std²): the same ones whatever the default precision and device are."""
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std
 
