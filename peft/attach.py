@@ -99,11 +99,11 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
 
 def freeze(sites: dict[str, Site]) -> None:
     """Make no tensor trainable but those of methods, and let each module remember which were, if it does not yet."""
-    modules = [site.module for site in sites.values()]
-    for module in modules:
-        vars(module).setdefault(TRAINABLE, {name: p.requires_grad for name, p in own_tensors(module).items()})
-    trained = {t for module in modules if RECORD in vars(module) for t in own_tensors(module).values()}
-    for tensor in {t for module in modules for t in own_tensors(module).values()} - trained:
+    own = {site.module: own_tensors(site.module) for site in sites.values()}
+    for module, tensors in own.items():
+        vars(module).setdefault(TRAINABLE, {name: tensor.requires_grad for name, tensor in tensors.items()})
+    trained = {t for module, tensors in own.items() if RECORD in vars(module) for t in tensors.values()}
+    for tensor in {t for tensors in own.values() for t in tensors.values()} - trained:
         tensor.requires_grad_(False)
 
 

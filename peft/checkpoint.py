@@ -67,7 +67,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                     attach(model, entry.method, entry.seed, entry.train_also)
         with undone(list(declared(model).values())):
             if base_hash(model) != record["base"]:
-                raise ValueError(f"{path} is of another base model (weights, settings such as n_heads); load it into that")
+                raise ValueError(f"{path} is of another base model (weights, settings such as n_heads); load it there")
             load_state_dict(model, tensors)
             if record["merged"]:
                 merge(model)

@@ -101,7 +101,7 @@ def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list
     if not ends:
         raise ValueError(f"no target is given, so nothing would be trained; {what} here: {there}")
     for end in [end for end in ends if not any(f".{name}".endswith(end) for name in candidates)]:
-        raise ValueError(f"target {end[1:]!r} matches no {what}; there are {there} (or longer: 'attention.query')")
+        raise ValueError(f"target {end[1:]!r} matches no {what}; there are {there} (compared by whole parts of names)")
     return [name for name in candidates if f".{name}".endswith(ends)]
 
 
