@@ -5,7 +5,7 @@ import copy
 import os
 import resource
 import stat
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,11 +121,11 @@ def test_the_settings_of_other_models_belong_to_their_base(decoder):
 
 
 class Told(nn.Module):
-    def __init__(self, options=None, dropout=0.1, inplace=False, device="cpu"):
+    def __init__(self, options=None, dropout=0.1, inplace=False, device="cpu", scale=1.0, shift=0.0):
         super().__init__()
         self.drop, self.relu, self.device = nn.Dropout(dropout), nn.ReLU(inplace), torch.device(device)
-        self.options, self._note = options, dropout
-        self.register_buffer("kept_in_no_file", torch.full((1,), dropout), persistent=False)
+        self.options, self._scale, self.training = options, scale, True
+        self.register_buffer("kept_in_no_file", torch.full((1,), shift), persistent=False)
 
 
 def test_settings_of_any_kind_are_told_apart_and_those_of_training_and_place_are_not():
@@ -142,7 +142,8 @@ def test_settings_of_any_kind_are_told_apart_and_those_of_training_and_place_are
     hashes = [checkpoint.base_hash(Told(kind)) for kind in kinds]
     assert len({base, *hashes}) == 1 + len(kinds)
     assert hashes == [checkpoint.base_hash(Told(copy.deepcopy(kind))) for kind in kinds]
-    assert base == checkpoint.base_hash(Told(dropout=0.5, inplace=True, device="meta").train())
+    assert base == checkpoint.base_hash(Told(dropout=0.5, inplace=True, device="meta").eval())
+    assert len({base, checkpoint.base_hash(Told(scale=2.0)), checkpoint.base_hash(Told(shift=1.0))}) == 3
 
 
 def test_a_file_of_the_first_format_names_the_cure(decoder, tmp_path):
@@ -346,6 +347,24 @@ def test_a_small_file_takes_little_memory(decoder, tmp_path, name):
     path = hostile(decoder, tmp_path / "good", RECIPES[name], LARGE[name])
     model, before = decoder(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"larger tensors than|rank|leaves no room"):
+        peft.load(model, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+@dataclass(frozen=True)
+class Roomy(peft.BottleneckAdapter):
+    """A recipe of the reader's own, which makes a tensor like another."""
+
+    def wrap(self, name, module, model, generator):
+        module.down.weight.new_empty(self.bottleneck, 100).fill_(1.0)
+        return super().wrap(name, module, model, generator)
+
+
+def test_a_small_file_of_a_recipe_of_the_readers_own_takes_little_memory(decoder, tmp_path):
+    recipe = Roomy(bottleneck=2, placement="pfeiffer")
+    path = hostile(decoder, tmp_path / "good", recipe, {"bottleneck": 10**7})
+    model, before = decoder(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="larger tensors than"):
         peft.load(model, path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
