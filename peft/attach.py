@@ -1,11 +1,8 @@
 """Attach, detach, disable: putting wrappers into a model, taking them out, and looking past them.
 
-`attach` freezes the model, wraps the modules that the recipe names, and leaves every other object as it was. `detach`
-puts the very same modules back and restores which tensors were trainable.
-
-What must be known for that is kept where it belongs: a wrapper, or a module that is trained whole, carries the record
-of its method, and a frozen module which of its tensors were trainable. So a part of a model, a copy, and a model that
-was rearranged know what is attached to them.
+What must be known is kept where it belongs: a wrapper, or a module that is trained whole, carries the record of its
+method, and a frozen module which of its tensors were trainable. So a part of a model, a copy, and a model that was
+rearranged know what is attached to them.
 """
 
 import operator
@@ -57,7 +54,7 @@ def record_anew(model: nn.Module, records: list[Attached]) -> None:
 
 
 def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[str, ...] = ()) -> nn.Module:
-    """Freeze the model and put the method's wrappers in, in place; returns the model.
+    """Freeze the model, and wrap the modules that the recipe names, in place; every other object stays as it was.
 
     Args:
         model: a `Transformer`, or a module that contains one, such as a `SequenceClassifier`; a handle of

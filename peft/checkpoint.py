@@ -23,12 +23,12 @@ from peft.sites import named, named_sites, named_tensors, sites_of
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept.
+    """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept,
+    also with an OSError.
 
     Raises:
         ValueError: nothing is attached, a tensor holds a NaN or an infinity, or `load` could not give this model again:
             a tensor is trained that no method declares, or modules were moved since a method was attached.
-        OSError: the file cannot be written; an older one is as it was.
     """
     tensors, entries = state_dict(model), attached(model)
     for name in [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
@@ -53,7 +53,6 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         ValueError: not a file of ours, damaged, trained on another base, or in conflict with what is attached. The
             model is as it was then.
-        FileNotFoundError: there is no such file.
     """
     tensors, record = read(path)
     entries, present = entries_of(path, record), attached(model)

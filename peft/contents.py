@@ -48,11 +48,9 @@ class FileDescription:
 
     def __str__(self) -> str:
         lines = [f"{recipe}, seed {seed}" for recipe, seed in zip(self.recipes, self.seeds, strict=True)]
-        if self.train_also:
-            lines.append(f"with the modules {', '.join(self.train_also)}, trained whole")
-        if self.merged:
-            lines.append("saved while merged into the weights")
-        lines.append(f"{len(self.tensors)} tensors, {self.numbers:,} numbers, {self.bytes:,} bytes")
+        lines += [f"with the modules {', '.join(self.train_also)}, trained whole"] * bool(self.train_also)
+        lines += ["saved while merged into the weights"] * self.merged
+        lines += [f"{len(self.tensors)} tensors, {self.numbers:,} numbers, {self.bytes:,} bytes"]
         lines += [f"  {name} {list(shape)}" for name, shape in self.tensors.items()]
         return "\n".join([*lines, f"trained on the base {self.base[:12]}…"])
 
@@ -60,11 +58,10 @@ class FileDescription:
 def describe(path: str | Path) -> FileDescription:
     """What a file holds, without a model: `print(describe(path))`. ValueError if it is not one of ours, or damaged."""
     tensors, record = read(path)
-    entries = entries_of(path, record)
+    entries, size = entries_of(path, record), Path(path).stat().st_size
     beside = tuple(dict.fromkeys(name for entry in entries for name in entry.train_also))
     recipes, seeds = tuple(str(entry.method) for entry in entries), tuple(entry.seed for entry in entries)
     shapes, numbers = {name: tuple(t.shape) for name, t in tensors.items()}, sum(t.numel() for t in tensors.values())
-    size = Path(path).stat().st_size
     return FileDescription(recipes, seeds, beside, record["merged"], record["base"], shapes, numbers, size)
 
 

@@ -104,9 +104,8 @@ def can_hold(weight: Tensor, *changes: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A recipe: everything needed to attach a method again, as plain values.
-
-    NumPy's and PyTorch's scalars become Python's, and lists become tuples: that is what a file gives back.
+    """A recipe: everything needed to attach a method again, as plain values. NumPy's and PyTorch's scalars become
+    Python's, and lists become tuples: that is what a file gives back.
 
     Raises:
         ValueError: a value of another type than its field says, a NaN or an infinity; on defining a class, another one
@@ -194,14 +193,8 @@ def fits(value, hint) -> bool:
 
 @dataclass(frozen=True)
 class LayerwiseMethod(Method):
-    """A method that enters every block alike, or only some of them.
-
-    Args:
-        layers: the numbers of the blocks, from 0; None means all.
-
-    Raises:
-        ValueError: no block, the same one twice, or a number below 0.
-    """
+    """A method that enters every block alike, or only some of them: `layers` are the numbers of blocks, from 0, each
+    once; None means all. ValueError for no block, the same one twice, or a number below 0."""
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 

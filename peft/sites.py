@@ -130,10 +130,9 @@ def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int
     block, or a name in them, that does not exist."""
     if layers is not None:
         blocks = block_names(modules)
-        present = {layer_of(f"{block}.", blocks) for block in blocks}
-        if absent := [layer for layer in layers if layer not in present]:
-            there = ", ".join(map(str, sorted(present))) or "none"
-            raise ValueError(f"layers={layers} names block {absent[0]}; there are {there}")
+        there = sorted({layer_of(f"{block}.", blocks) for block in blocks})
+        if absent := [layer for layer in layers if layer not in there]:
+            raise ValueError(f"layers={layers} names block {absent[0]}; there are {str(there)[1:-1] or 'none'}")
         names = [name for name in names if layer_of(name, blocks) in layers]
     if missing := [name for name in names if name not in modules]:
         raise ValueError(f"there is no {missing[0]} to enter; name the blocks that have one by layers=(…)")
