@@ -221,6 +221,6 @@ def _check_wrapper(name: str, sites: dict[str, Site], new: Wrapper) -> None:
     for present in sites[name].wrappers:
         if present.order == new.order or present.tensors().keys() & tensors.keys():
             raise ValueError(
-                f"{name} carries a {type(present).__name__} already, which cannot be told from a {kind}: both have "
-                f"order {new.order}, or tensors of one name; detach(model) first, or choose other targets"
+                f"{name} carries a {type(present).__name__} already, and a {kind} cannot stand beside it: both have order "
+                f"{new.order}, or tensors of one name; detach(model) first, or choose other targets"
             )
