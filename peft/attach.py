@@ -105,8 +105,7 @@ def freeze(sites: dict[str, Site]) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Take every wrapper out, and make every tensor trainable or not, as it was before `freeze`; what came later stays
-    as it is."""
+    """Take every wrapper out, and make tensors trainable or not, as before `freeze`; those that came later stay."""
     before: dict[Tensor, bool] = {}
     for site in sites_of(model).values():
         if site.wrappers:
@@ -121,20 +120,17 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take every method out: the very same module objects as before `attach`, trainable as they were. Modules named in
-    `train_also` keep the weights that training gave them. ValueError if nothing is attached to the model or part."""
+    """Take every method out, of a model or a part: the very same module objects as before `attach`, trainable as they
+    were. Modules named in `train_also` keep their trained weights. ValueError if nothing is attached."""
     _require_attached(model)
     return restore(model)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model computes in this thread what the frozen base computes, bit for bit. Nests; ends with an
-    exception too. ValueError if nothing is attached.
-
-    Modules named in `train_also` are not part of it: they stay as training left them. With `torch.utils.checkpoint` of
-    your own, or in a coroutine, enter it inside of what is run.
-    """
+    """Inside, the model computes in this thread what the frozen base computes, bit for bit; but modules named in
+    `train_also` stay as training left them. Nests; ends with an exception too. ValueError if nothing is attached. With
+    `torch.utils.checkpoint` of your own, or in a coroutine, enter it inside of what is run."""
     _require_attached(model)
     with switched_off(*[wrapper for site in sites_of(model).values() for wrapper in site.wrappers]):
         yield model
@@ -152,8 +148,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the methods' tensors, by site and tensor name, such as `blocks.0.attention.query.A`; ValueError if
-    nothing is attached."""
+    """A copy of the methods' tensors, by names such as `blocks.0.attention.query.A`; ValueError if there is none."""
     _require_attached(model)
     return {name: tensor.detach().clone() for name, tensor in declared(model).items()}
 
@@ -189,7 +184,6 @@ def _require_attached(model: nn.Module) -> None:
 
 
 def _check_model(model: nn.Module, sites: dict[str, Site]) -> None:
-    """Raise ValueError, with the cure, for a model that nothing can be attached to."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("DistributedDataParallel knows the tensors that were there first; attach the method before it")
     if any(nn.parameter.is_lazy(tensor) for tensor in model.parameters()):
@@ -221,6 +215,6 @@ def _check_wrapper(name: str, sites: dict[str, Site], new: Wrapper) -> None:
     for present in sites[name].wrappers:
         if present.order == new.order or present.tensors().keys() & tensors.keys():
             raise ValueError(
-                f"{name} carries a {type(present).__name__} already, and a {kind} cannot stand beside it: both have order "
-                f"{new.order}, or tensors of one name; detach(model) first, or choose other targets"
+                f"{name} carries a {type(present).__name__} already, and a {kind} cannot stand beside it: both "
+                f"have order {new.order}, or tensors of one name; detach(model) first, or choose other targets"
             )

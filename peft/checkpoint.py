@@ -1,9 +1,8 @@
 """Files: the few tensors of a method, and enough about them to refuse the wrong model.
 
-One safetensors file (never pickle: a pickle can run code) holds exactly the methods' tensors, and in its header one
-JSON record: the format version, the recipes, a hash of the base they were trained on, and a checksum of everything. The
-file is written whole or not at all, and it is compared byte by byte with what its contents would be written as, so a
-flipped bit anywhere is noticed.
+One safetensors file holds exactly the methods' tensors, merged or not, and in its header one JSON record: the format
+version, the recipes, a hash of the base they were trained on, and a checksum of everything. `minitransformer/files.py`
+says why no flipped bit passes.
 """
 
 from dataclasses import replace
@@ -46,9 +45,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Attach what a file holds, in place; returns the model. If the same recipes are attached already, with whatever
-    seed, only their tensors are replaced.
-
-    A file saved while the updates were merged holds A and B all the same, and says so: they are merged again.
+    seed, only their tensors are replaced. What was merged when it was saved is merged again.
 
     Raises:
         ValueError: not a file of ours, damaged, trained on another base, or in conflict with what is attached. The
@@ -60,8 +57,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError("other methods are attached to this model; detach(model) first, or load into a fresh model")
     try:
         if not present:
-            like = [*tensors.values(), *named_tensors(model).values()]
-            with _NoLarger(max(size for tensor in like for size in tensor.shape)):
+            with _NoLarger(max(n for t in (*tensors.values(), *named_tensors(model).values()) for n in t.shape)):
                 for entry in entries:
                     attach(model, entry.method, entry.seed, entry.train_also)
         with undone(list(declared(model).values())):

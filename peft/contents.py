@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from dataclasses import dataclass, is_dataclass
+import math
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,18 +34,18 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return {name: tensors[name] for name in in_order(tensors)}, record
 
 
-@dataclass(frozen=True)
 class FileDescription:
-    """What a file holds; prints as a few lines."""
+    """What a file holds, without a model: `print(describe(path))`. ValueError if it is not one of ours, or damaged."""
 
-    recipes: tuple[str, ...]
-    seeds: tuple[int, ...]
-    train_also: tuple[str, ...]
-    merged: bool  # whether the updates were merged when it was saved
-    base: str  # hash of the base it was trained on
-    tensors: dict[str, tuple[int, ...]]  # name -> shape
-    numbers: int
-    bytes: int
+    def __init__(self, path: str | Path):
+        tensors, record = read(path)
+        entries = entries_of(path, record)
+        self.recipes, self.seeds = tuple(str(entry.method) for entry in entries), tuple(entry.seed for entry in entries)
+        self.train_also = tuple(dict.fromkeys(name for entry in entries for name in entry.train_also))
+        self.merged: bool = record["merged"]  # whether the updates were merged when it was saved
+        self.base: str = record["base"]  # hash of the base it was trained on
+        self.tensors = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.numbers, self.bytes = sum(map(math.prod, self.tensors.values())), Path(path).stat().st_size
 
     def __str__(self) -> str:
         lines = [f"{recipe}, seed {seed}" for recipe, seed in zip(self.recipes, self.seeds, strict=True)]
@@ -55,14 +56,7 @@ class FileDescription:
         return "\n".join([*lines, f"trained on the base {self.base[:12]}…"])
 
 
-def describe(path: str | Path) -> FileDescription:
-    """What a file holds, without a model: `print(describe(path))`. ValueError if it is not one of ours, or damaged."""
-    tensors, record = read(path)
-    entries, size = entries_of(path, record), Path(path).stat().st_size
-    beside = tuple(dict.fromkeys(name for entry in entries for name in entry.train_also))
-    recipes, seeds = tuple(str(entry.method) for entry in entries), tuple(entry.seed for entry in entries)
-    shapes, numbers = {name: tuple(t.shape) for name, t in tensors.items()}, sum(t.numel() for t in tensors.values())
-    return FileDescription(recipes, seeds, beside, record["merged"], record["base"], shapes, numbers, size)
+describe = FileDescription
 
 
 def entries_of(path: str | Path, record: dict) -> list[Attached]:

@@ -227,10 +227,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True) -> nn.Parameter:
-    """A float32 parameter on the device of `module` (float64 where the module is float64).
-
-    Half precision is for the frozen weights only: a small step would be lost in the rounding of a 16-bit tensor.
-    """
+    """A float32 parameter on the device of `module` (float64 where the module is float64). Half precision is for the
+    frozen weights only: a small step would be lost in the rounding of a 16-bit tensor."""
     device = next(module.parameters()).device
     dtype = torch.float64 if dtype_of(module) == torch.float64 else torch.float32
     return nn.Parameter(values.to(device=device, dtype=dtype), requires_grad=requires_grad)

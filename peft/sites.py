@@ -63,10 +63,8 @@ def named_sites(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def named_tensors(model: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
-    """Every parameter once, by the name of its site and its own: `blocks.0.attention.query.A`, `….query.weight`.
-
-    With `buffers` also those that a state dict holds, such as the running statistics of a BatchNorm.
-    """
+    """Every parameter once, by the name of its site and its own: `blocks.0.attention.query.A`, `….query.weight`. With
+    `buffers` also those that a state dict holds, such as the running statistics of a BatchNorm."""
     names: dict[Tensor, str] = {}
     for name, site in sites_of(model).items():
         for part in site.parts:
@@ -93,13 +91,11 @@ def merged_wrappers(model: nn.Module) -> dict[str, Wrapper]:
 
 def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list[str]:
     """The names of all candidates that end in a target, by whole parts: `query` matches `attention.query`, not
-    `query_norm`. ValueError if a target matches none, none is given, or a bare string, a tuple of letters to Python."""
-    if isinstance(targets, str):
-        raise ValueError(f'targets are a tuple of names, such as ("{targets}",), not the string {targets!r}')
+    `query_norm`. ValueError if a target matches none, or there is none; the message lists what exists."""
     candidates, ends = list(candidates), tuple(f".{target}" for target in targets)
     there = ", ".join(sorted({name.split(".")[-1] for name in candidates}))
-    if not ends:
-        raise ValueError(f"no target is given, so nothing would be trained; {what} here: {there}")
+    if isinstance(targets, str) or not ends:  # Python would take a string for a tuple of letters
+        raise ValueError(f"no target is given: {targets!r} is no tuple of names; {what} here: {there}")
     for end in [end for end in ends if not any(f".{name}".endswith(end) for name in candidates)]:
         raise ValueError(f"target {end[1:]!r} matches no {what}; there are {there} (compared by whole parts of names)")
     return [name for name in candidates if f".{name}".endswith(ends)]
