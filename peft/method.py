@@ -108,7 +108,7 @@ class Method(ABC):
     Python's, and lists become tuples: that is what a file gives back.
 
     Raises:
-        ValueError: a value of another type than its field says, a NaN or an infinity; on defining a class, another one
+        ValueError: a value of another type than its field says, or not finite; on defining a class, another one
             of its name: a file would not know which it means.
     """
 
@@ -120,7 +120,7 @@ class Method(ABC):
             if not fits(value, f.type):
                 kind = f.type.__name__ if isinstance(f.type, type) else f.type
                 example = f"; one in a tuple is ({value!r},)" if isinstance(value, str) else ""
-                raise ValueError(f"{f.name} must be {kind}, a number finite, got {value!r}{example}")
+                raise ValueError(f"{f.name} must be {kind}, finite and of 64 bits, got {value!r}{example}")
             object.__setattr__(self, f.name, value)
 
     def __init_subclass__(cls, **kwargs):
@@ -180,7 +180,7 @@ def plain(value):
 
 
 def fits(value, hint) -> bool:
-    """Whether a value is of the type that a field is annotated with, and finite; a hint other than a type fits all."""
+    """Whether a value is of the type that a field is annotated with, finite and of 64 bits; any other hint fits all."""
     if isinstance(hint, UnionType):
         return any(fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
