@@ -23,12 +23,8 @@ from peft.sites import named, named_sites, named_tensors, sites_of
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept,
-    also with an OSError.
-
-    Raises:
-        ValueError: nothing is attached, a tensor holds a NaN or an infinity, or `load` could not give this model again:
-            a tensor is trained that no method declares, or modules were moved since a method was attached.
-    """
+    also with an OSError. ValueError if nothing is attached, a tensor holds a NaN or an infinity, or `load` could not
+    give this model again: a tensor is trained that no method declares, or modules were moved since a method came."""
     tensors, entries = state_dict(model), attached(model)
     for name in [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise ValueError(f"{name} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
@@ -45,12 +41,8 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Attach what a file holds, in place; returns the model. If the same recipes are attached already, with whatever
-    seed, only their tensors are replaced. What was merged when it was saved is merged again.
-
-    Raises:
-        ValueError: not a file of ours, damaged, trained on another base, or in conflict with what is attached. The
-            model is as it was then.
-    """
+    seed, only their tensors are replaced. What was merged when it was saved is merged again. ValueError for a file that
+    is not ours, damaged, of another base, or in conflict with what is attached; the model is as it was then."""
     tensors, record = read(path)
     entries, present = entries_of(path, record), attached(model)
     if present and [replace(entry, seed=0) for entry in present] != [replace(entry, seed=0) for entry in entries]:

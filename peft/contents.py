@@ -4,9 +4,12 @@ import inspect
 import json
 import math
 from dataclasses import is_dataclass
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
 
 from minitransformer.files import fingerprint, unpack
@@ -101,6 +104,10 @@ def _written(value: object) -> object:
         return fingerprint({"": value})
     if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
         return {name: part for name, part in sorted(vars(value).items()) if name not in NO_PART}
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
-    return value.item() if hasattr(value, "item") else getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, (Enum, torch.dtype)):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else getattr(value, "__qualname__", type(value).__qualname__)

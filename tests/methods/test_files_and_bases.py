@@ -6,6 +6,8 @@ import os
 import resource
 import stat
 from dataclasses import dataclass, fields
+from enum import Enum
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,6 +122,11 @@ def test_the_settings_of_other_models_belong_to_their_base(decoder):
     assert checkpoint.base_hash(shifted) != first[0]
 
 
+class Pool(Enum):
+    FIRST = 1
+    MEAN = 2
+
+
 class Told(nn.Module):
     def __init__(self, options=None, dropout=0.1, inplace=False, device="cpu", scale=1.0, shift=0.0):
         super().__init__()
@@ -138,6 +145,14 @@ def test_settings_of_any_kind_are_told_apart_and_those_of_training_and_place_are
         {"a": [1, {2}]},
         {"a": [1, {3}]},
         nn.ReLU,
+        partial(nn.functional.gelu, approximate="tanh"),
+        partial(nn.functional.gelu, approximate="none"),
+        torch.float16,
+        torch.float32,
+        Pool.FIRST,
+        Pool.MEAN,
+        np.arange(3),
+        np.arange(4),
     ]
     hashes = [checkpoint.base_hash(Told(kind)) for kind in kinds]
     assert len({base, *hashes}) == 1 + len(kinds)
