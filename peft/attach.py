@@ -77,6 +77,8 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     with modes_restored(root), torch.inference_mode(False):
         entered, generator = method.sites(modules), torch.Generator().manual_seed(seed)
         wrappers = method.wrappers({name: modules[name] for name in entered}, root, generator)
+    if not wrappers:
+        raise ValueError(f"{method} has nowhere to enter: this model has none of the modules it is made for")
     for name, wrapper in wrappers.items():
         _check_wrapper(name, sites, wrapper)
     order = 1 + max([record.order for _, _, record in parts_of(sites)], default=-1)

@@ -139,11 +139,8 @@ class Method(ABC):
         """The wrapper for one site: `module` is what it wraps, `generator` draws its random numbers."""
 
     def wrappers(self, modules: dict[str, nn.Module], model: nn.Module, generator: Generator) -> dict[str, Wrapper]:
-        """The wrapper for each site, by name; ValueError if there is none. A tensor that wrappers share is made here:
-        one `nn.Parameter` that each of them holds. It stays one when the model is copied, moved or cast, counts once,
-        and is in a file once."""
-        if not modules:
-            raise ValueError(f"{self} has nowhere to enter: this model has none of the modules it is made for")
+        """The wrapper for each site, by name. A tensor that wrappers share is made here: one `nn.Parameter` that each
+        of them holds. It stays one when the model is copied, moved or cast, counts once, and is in a file once."""
         return {name: self.wrap(name, module, model, generator) for name, module in modules.items()}
 
     @abstractmethod
