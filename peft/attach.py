@@ -71,7 +71,8 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
     if not isinstance(method, Method):
         raise ValueError(f"{method!r} is not a recipe; give one such as LoRA(rank=4) or PrefixTuning(length=8)")
     sites, seed = sites_of(model), operator.index(seed)
-    _check_model(model, sites)
+    records = [record for _, _, record in parts_of(sites)]
+    _check_model(model, records)
     root, modules = sites[""].module, {name: site.module for name, site in sites.items() if name}
     whole = [module for name in named(train_also, modules) for module in _trained_whole(name, modules[name])]
     with modes_restored(root), torch.inference_mode(False):
@@ -81,7 +82,7 @@ def attach(model: nn.Module, method: Method, seed: int = 0, train_also: tuple[st
         raise ValueError(f"{method} has nowhere to enter: this model has none of the modules it is made for")
     for name, wrapper in wrappers.items():
         _check_wrapper(name, sites, wrapper)
-    order = 1 + max([record.order for _, _, record in parts_of(sites)], default=-1)
+    order = 1 + max([record.order for record in records], default=-1)
     record = Attached(method, seed, tuple(map(str, train_also)), order)
     freeze(sites)
     for module in whole:
@@ -185,13 +186,13 @@ def _require_attached(model: nn.Module) -> None:
         raise ValueError("no method is attached to this model; attach(model, LoRA(...)) or load(model, path) first")
 
 
-def _check_model(model: nn.Module, sites: dict[str, Site]) -> None:
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+def _check_model(model: nn.Module, records: list[Attached | None]) -> None:
+    if any([isinstance(module, DistributedDataParallel) for module in model.modules()]):
         raise ValueError("DistributedDataParallel knows the tensors that were there first; attach the method before it")
-    if any(nn.parameter.is_lazy(tensor) for tensor in model.parameters()):
+    if any([nn.parameter.is_lazy(tensor) for tensor in model.parameters()]):
         raise ValueError("the model has parameters without a shape so far; run it once before attaching")
-    if unknown := [type(part).__name__ for _, part, record in parts_of(sites) if record is None]:
-        raise ValueError(f"the model carries a {unknown[0]}, which attach did not put there; bank.detach() first")
+    if None in records:
+        raise ValueError("the model carries wrappers that attach did not put there; bank.detach() first")
 
 
 def _trained_whole(name: str, module: nn.Module) -> list[nn.Module]:
