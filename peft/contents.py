@@ -101,7 +101,7 @@ def _settings(module: nn.Module) -> dict:
 def _written(value: object) -> object:
     """Of a setting that JSON does not know, what can be written down of it."""
     if isinstance(value, Tensor):
-        return fingerprint({"": value})
+        return None if isinstance(value, nn.Parameter) else fingerprint({"": value})  # which counts by its own name
     if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
         return {name: part for name, part in sorted(vars(value).items()) if name not in NO_PART}
     if isinstance(value, partial):

@@ -206,6 +206,23 @@ def test_the_running_statistics_of_a_module_that_is_trained_whole_travel_with_it
     assert not any("running" in name for name in peft.trainable_parameters(model))
 
 
+class Listed(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self._all = [self.weight, self.bias]
+
+
+def test_a_module_that_keeps_its_parameters_in_a_list_as_well_is_trained_whole_and_loaded(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"first": nn.Linear(4, 4), "then": Listed()})
+
+    model = train_a_little(peft.attach(made(), LoRA(rank=2, targets=("first",)), train_also=("then",)))
+    peft.save(copy.deepcopy(model), tmp_path / "file")
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    assert torch.equal(peft.load(made(), tmp_path / "file")["then"](x), model["then"](x))
+
+
 def test_running_statistics_that_moved_in_the_base_make_it_another_base(tmp_path):
     model = peft.attach(normed(), LoRA(rank=2, targets=("0",)))
     model(3 + torch.randn(50, 4))
