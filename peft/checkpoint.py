@@ -1,9 +1,8 @@
 """Files: the few tensors of a method, and enough about them to refuse the wrong model.
 
-One safetensors file (never pickle: a pickle can run code) holds exactly the methods' tensors, and in its header one
-JSON record: the format version, the recipes, a hash of the base they were trained on, and a checksum of everything. The
-file is written whole or not at all, and it is compared byte by byte with what its contents would be written as, so a
-flipped bit anywhere is noticed.
+One safetensors file holds exactly the methods' tensors, merged or not, and in its header one JSON record: the format
+version, the recipes, a hash of the base they were trained on, and a checksum of everything. `minitransformer/files.py`
+says why no flipped bit passes.
 """
 
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitransformer.files import pack, write_whole
 from minitransformer.modes import undone
@@ -19,63 +18,43 @@ from peft.attach import Attached, attach, attached, declared, detach, load_state
 from peft.contents import FORMAT, KEY, base_hash, entries_of, read
 from peft.merging.merge import is_merged, merge
 from peft.method import Wrapper
-from peft.sites import named, named_sites, named_tensors
-
-MAKERS = (torch.arange, torch.empty, torch.full, torch.ones, torch.rand, torch.randint, torch.randn, torch.zeros)
+from peft.sites import named, named_sites, named_tensors, sites_of
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept.
-
-    Raises:
-        ValueError: nothing is attached, a tensor holds a NaN or an infinity, or `load` could not give this model again:
-            a tensor is trained that no method declares, or modules were moved since a method was attached.
-        OSError: the file cannot be written; an older one is as it was.
-    """
+    """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept,
+    also with an OSError. ValueError if nothing is attached, a tensor holds a NaN or an infinity, or `load` could not
+    give this model again: a tensor is trained that no method declares, or modules were moved since a method came."""
     tensors, entries = state_dict(model), attached(model)
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise ValueError(f"{broken[0]} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
+    for name in [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise ValueError(f"{name} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
     for entry in entries:
         _require_found_again(model, entry)
     undeclared = [name for name, p in named_tensors(model).items() if p.requires_grad and name not in tensors]
     if undeclared:
-        raise ValueError(
-            f"{', '.join(undeclared[:3])} ({len(undeclared)} tensors) would be left out: trained, but declared by no "
-            f"method; name the module in attach(..., train_also=...), or freeze it again if it did not change"
-        )
+        names = f"{', '.join(undeclared[:3])} ({len(undeclared)} tensors)"
+        raise ValueError(f"{names} would be left out: trained, but of no method; name the module in train_also")
     methods = [{"recipe": e.method.as_dict(), "seed": e.seed, "train_also": list(e.train_also)} for e in entries]
     record = {"format": FORMAT, "methods": methods, "base": base_hash(model), "merged": is_merged(model)}
     write_whole(path, pack(tensors, record, KEY))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
-    """Attach what a file holds, in place. If the same recipes are attached already, with whatever seed, only their
-    tensors are replaced.
-
-    A file saved while the updates were merged holds A and B all the same, and says so: they are merged again.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        ValueError: not a file of ours, damaged, trained on another base, or in conflict with what is attached. The
-            model is as it was then.
-        FileNotFoundError: there is no such file.
-    """
+    """Attach what a file holds, in place; returns the model. If the same recipes are attached already, with whatever
+    seed, only their tensors are replaced. What was merged when it was saved is merged again. ValueError for a file that
+    is not ours, damaged, of another base, or in conflict with what is attached; the model is as it was then."""
     tensors, record = read(path)
     entries, present = entries_of(path, record), attached(model)
     if present and [replace(entry, seed=0) for entry in present] != [replace(entry, seed=0) for entry in entries]:
         raise ValueError("other methods are attached to this model; detach(model) first, or load into a fresh model")
     try:
         if not present:
-            _attach_all(model, entries, [*tensors.values(), *named_tensors(model).values()])
+            with _NoLarger(max(n for t in (*tensors.values(), *named_tensors(model).values()) for n in t.shape)):
+                for entry in entries:
+                    attach(model, entry.method, entry.seed, entry.train_also)
         with undone(list(declared(model).values())):
             if base_hash(model) != record["base"]:
-                raise ValueError(
-                    f"{path} was trained on another base model (other weights, shape, precision, or settings such as "
-                    f"n_heads); load it into the model it was trained on"
-                )
+                raise ValueError(f"{path} is of another base model (weights, settings such as n_heads); load it there")
             load_state_dict(model, tensors)
             if record["merged"]:
                 merge(model)
@@ -83,49 +62,33 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         if not present and attached(model):
             detach(model)
         raise
-    seeds = dict(zip([old.order for old in attached(model)], [entry.seed for entry in entries], strict=True))
-    record_anew(model, lambda old: replace(old, seed=seeds[old.order]))
+    record_anew(model, [replace(old, seed=new.seed) for old, new in zip(attached(model), entries, strict=True)])
     return model
 
 
 def _require_found_again(model: nn.Module, entry: Attached) -> None:
     """Raise ValueError if attaching the same again to the bare model would not lead to the same places."""
-    modules = named_sites(model)
-    wrapped = {name for name, part, record in parts_of(model) if record is entry and isinstance(part, Wrapper)}
-    whole = {name for name, part, record in parts_of(model) if record and not isinstance(part, Wrapper)}
+    modules, parts = named_sites(model), [*parts_of(sites_of(model))]
+    wrapped = {name for name, part, record in parts if record is entry and isinstance(part, Wrapper)}
+    whole = {name for name, part, _ in parts if not isinstance(part, Wrapper)}
     try:
-        moved = wrapped ^ set(entry.method.sites(modules))
-        moved |= set(named(entry.train_also, modules)) - whole
+        same = wrapped == {*entry.method.sites(modules)} and {*named(entry.train_also, modules)} <= whole
     except ValueError:
-        moved = wrapped | whole
-    if moved:
-        raise ValueError(
-            f"a file could not say where {entry.method} is: it was attached to a part of this model, or the model has "
-            f"changed since ({min(moved)} differs); save the part that it was attached to"
-        )
+        same = False
+    if not same:
+        raise ValueError(f"a file could not say where {entry.method} is; save the part that it was attached to")
 
 
-def _attach_all(model: nn.Module, entries: list[Attached], like: list[Tensor]) -> None:
-    """Attach what a file asks for, with no tensor that is longer than the longest of `like`."""
-    try:
-        with _NoLarger(max(size for tensor in like for size in tensor.shape)):
-            for entry in entries:
-                attach(model, entry.method, entry.seed, entry.train_also)
-    except (TypeError, RuntimeError, OverflowError) as error:  # such as of numbers beyond 64 bits
-        raise ValueError(f"the recipe asks for what cannot be made: {str(error).splitlines()[0]}") from error
-
-
-class _NoLarger(TorchFunctionMode):
-    """Inside, no tensor is made that is longer on any axis than `longest`; its shape is asked for first."""
+class _NoLarger(TorchDispatchMode):
+    """Inside, no tensor is made, but of others, that is longer on any axis than `longest`."""
 
     def __init__(self, longest: int):
         super().__init__()
         self.longest = longest
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in MAKERS:
-            on_meta = {name: value for name, value in kwargs.items() if name != "generator"} | {"device": "meta"}
-            if max(function(*args, **on_meta).shape, default=0) > self.longest:
-                raise ValueError("the recipe asks for larger tensors than the file and the model hold")
-        return function(*args, **kwargs)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        sizes = [size for arg in args for size in (arg if isinstance(arg, list) else [arg]) if isinstance(size, int)]
+        made_of_others = args and isinstance(args[0], Tensor) and not function.__name__.startswith("new_")
+        if not made_of_others and max(sizes, default=0) > self.longest:
+            raise ValueError("the recipe asks for larger tensors than the file and the model hold")
+        return function(*args, **kwargs or {})

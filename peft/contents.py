@@ -2,10 +2,14 @@
 
 import inspect
 import json
-from dataclasses import dataclass, is_dataclass
+import math
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
 
 from minitransformer.files import fingerprint, unpack
@@ -17,67 +21,45 @@ FORMAT = "peft-from-scratch 2"
 KEY = "peft"  # of the record in the file's header
 # Settings without a part in what a model computes in evaluation; the first four are those of a TransformerConfig.
 NO_PART = {"attention", "gradient_checkpointing", "init", "dropout", "implementation", "inplace", "device"}
+NO_PART |= vars(nn.Module()).keys()
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the record of a file, without a model.
-
-    Raises:
-        ValueError: not a file of ours, or damaged.
-    """
-    data = Path(path).read_bytes()
+    """The tensors and the record of a file, without a model; ValueError if it is not one of ours, or damaged."""
     try:
-        tensors, record, sound = unpack(data, KEY)
+        tensors, record, sound = unpack(Path(path).read_bytes(), KEY)
     except ValueError as error:
         raise ValueError(f"{path} is not a file that peft.save wrote, or it is cut off or damaged") from error
     if record.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has another format than {FORMAT!r}, which says what the base computes as well; if you know the "
-            f"base, attach the recipe to it, give its tensors to load_state_dict, and save it again"
-        )
+        raise ValueError(f"{path} has another format than {FORMAT!r}; attach its recipe, load_state_dict, save again")
     if not sound:
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; take another copy")
     return {name: tensors[name] for name in in_order(tensors)}, record
 
 
-@dataclass(frozen=True)
 class FileDescription:
-    """What a file holds; prints as a few lines."""
+    """What a file holds, without a model: `print(describe(path))`. ValueError if it is not one of ours, or damaged."""
 
-    recipes: tuple[str, ...]
-    seeds: tuple[int, ...]
-    train_also: tuple[str, ...]
-    merged: bool  # whether the updates were merged when it was saved
-    base: str  # hash of the base it was trained on
-    tensors: dict[str, tuple[int, ...]]  # name -> shape
-    numbers: int
-    bytes: int
+    def __init__(self, path: str | Path):
+        tensors, record = read(path)
+        entries = entries_of(path, record)
+        self.recipes, self.seeds = tuple(str(entry.method) for entry in entries), tuple(entry.seed for entry in entries)
+        self.train_also = tuple(dict.fromkeys(name for entry in entries for name in entry.train_also))
+        self.merged: bool = record["merged"]  # whether the updates were merged when it was saved
+        self.base: str = record["base"]  # hash of the base it was trained on
+        self.tensors = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.numbers, self.bytes = sum(map(math.prod, self.tensors.values())), Path(path).stat().st_size
 
     def __str__(self) -> str:
         lines = [f"{recipe}, seed {seed}" for recipe, seed in zip(self.recipes, self.seeds, strict=True)]
-        if self.train_also:
-            lines.append(f"with the modules {', '.join(self.train_also)}, trained whole")
-        if self.merged:
-            lines.append("saved while merged into the weights")
-        lines.append(f"{len(self.tensors)} tensors, {self.numbers:,} numbers, {self.bytes:,} bytes")
+        lines += [f"with the modules {', '.join(self.train_also)}, trained whole"] * bool(self.train_also)
+        lines += ["saved while merged into the weights"] * self.merged
+        lines += [f"{len(self.tensors)} tensors, {self.numbers:,} numbers, {self.bytes:,} bytes"]
         lines += [f"  {name} {list(shape)}" for name, shape in self.tensors.items()]
         return "\n".join([*lines, f"trained on the base {self.base[:12]}…"])
 
 
-def describe(path: str | Path) -> FileDescription:
-    """What a file holds, without a model: `print(describe(path))`.
-
-    Raises:
-        ValueError: not a file of ours, or damaged.
-        FileNotFoundError: there is no such file.
-    """
-    tensors, record = read(path)
-    entries = entries_of(path, record)
-    beside = tuple(dict.fromkeys(name for entry in entries for name in entry.train_also))
-    recipes, seeds = tuple(str(entry.method) for entry in entries), tuple(entry.seed for entry in entries)
-    shapes, numbers = {name: tuple(t.shape) for name, t in tensors.items()}, sum(t.numel() for t in tensors.values())
-    size = Path(path).stat().st_size
-    return FileDescription(recipes, seeds, beside, record["merged"], record["base"], shapes, numbers, size)
+describe = FileDescription
 
 
 def entries_of(path: str | Path, record: dict) -> list[Attached]:
@@ -107,22 +89,25 @@ def base_hash(model: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> dict:
-    """The attributes that a class names in its `__init__`: none that a reader gave to a module later."""
-    makers = [inspect.unwrap(vars(kind)["__init__"]) for kind in type(module).__mro__ if "__init__" in vars(kind)]
-    names = {name for maker in makers if hasattr(maker, "__code__") for name in maker.__code__.co_names}
-    return {} if isinstance(module, nn.modules.dropout._DropoutNd) else _with_a_part(vars(module), names)
-
-
-def _with_a_part(values: dict, names: set[str]) -> dict:
-    return {name: values[name] for name in sorted(names & values.keys() - NO_PART) if not name.startswith("_")}
+    """The attributes that a class names in its `__init__`, none that a reader gave to a module later; and the buffers
+    that no state dict holds. A dropout has no part in evaluation."""
+    kinds = [] if isinstance(module, nn.modules.dropout._DropoutNd) else type(module).__mro__
+    makers = [inspect.unwrap(vars(kind)["__init__"]) for kind in kinds if "__init__" in vars(kind)]
+    names = {name for maker in makers if hasattr(maker, "__code__") for name in maker.__code__.co_names} - NO_PART
+    buffers = {name: module._buffers[name] for name in sorted(module._non_persistent_buffers_set)}
+    return {name: value for name, value in sorted(vars(module).items()) if name in names} | buffers
 
 
 def _written(value: object) -> object:
     """Of a setting that JSON does not know, what can be written down of it."""
     if isinstance(value, Tensor):
-        return fingerprint({"": value})
+        return None if isinstance(value, nn.Parameter) else fingerprint({"": value})  # which counts by its own name
     if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        return _with_a_part(vars(value), {*vars(value)})
+        return {name: part for name, part in sorted(vars(value).items()) if name not in NO_PART}
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
-    return value.item() if hasattr(value, "item") else getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, (Enum, torch.dtype)):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else getattr(value, "__qualname__", type(value).__qualname__)

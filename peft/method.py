@@ -10,12 +10,11 @@ them, `expected_parameters` says in closed form how many parameters that trains.
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from math import isfinite
 from types import UnionType
 from typing import ClassVar, get_args, get_origin
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from minitransformer.attention import Attention
 from minitransformer.call import CALL, telling
@@ -105,12 +104,11 @@ def can_hold(weight: Tensor, *changes: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A recipe: everything needed to attach a method again, as plain values.
-
-    NumPy's and PyTorch's scalars become Python's, and lists become tuples: that is what a file gives back.
+    """A recipe: everything needed to attach a method again, as plain values. NumPy's and PyTorch's scalars become
+    Python's, and lists become tuples: that is what a file gives back.
 
     Raises:
-        ValueError: a value of another type than its field says, a NaN or an infinity; on defining a class, another one
+        ValueError: a value of another type than its field says, or not finite; on defining a class, another one
             of its name: a file would not know which it means.
     """
 
@@ -120,9 +118,9 @@ class Method(ABC):
         for f in fields(self):
             value = plain(getattr(self, f.name))
             if not fits(value, f.type):
-                kind = getattr(f.type, "__name__", f.type) if isinstance(f.type, type) else f.type
+                kind = f.type.__name__ if isinstance(f.type, type) else f.type
                 example = f"; one in a tuple is ({value!r},)" if isinstance(value, str) else ""
-                raise ValueError(f"{f.name} must be {kind}, a number finite, got {value!r}{example}")
+                raise ValueError(f"{f.name} must be {kind}, finite and of 64 bits, got {value!r}{example}")
             object.__setattr__(self, f.name, value)
 
     def __init_subclass__(cls, **kwargs):
@@ -137,20 +135,12 @@ class Method(ABC):
         """The names of the modules to wrap, out of all of the model's; ValueError for a target that matches none."""
 
     @abstractmethod
-    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: Generator) -> Wrapper:
         """The wrapper for one site: `module` is what it wraps, `generator` draws its random numbers."""
 
-    def wrappers(
-        self, modules: dict[str, nn.Module], model: nn.Module, generator: torch.Generator
-    ) -> dict[str, Wrapper]:
+    def wrappers(self, modules: dict[str, nn.Module], model: nn.Module, generator: Generator) -> dict[str, Wrapper]:
         """The wrapper for each site, by name. A tensor that wrappers share is made here: one `nn.Parameter` that each
-        of them holds. It stays one when the model is copied, moved or cast, counts once, and is in a file once.
-
-        Raises:
-            ValueError: there is no site.
-        """
-        if not modules:
-            raise ValueError(f"{self} has nowhere to enter: this model has none of the modules it is made for")
+        of them holds. It stays one when the model is copied, moved or cast, counts once, and is in a file once."""
         return {name: self.wrap(name, module, model, generator) for name, module in modules.items()}
 
     @abstractmethod
@@ -165,7 +155,7 @@ class Method(ABC):
 
     def as_dict(self) -> dict:
         """The recipe as plain values, with its name, ready for JSON."""
-        return {"method": type(self).__name__, **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
+        return {"method": type(self).__name__, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     @staticmethod
     def from_dict(values: dict) -> "Method":
@@ -173,8 +163,7 @@ class Method(ABC):
         values = {key: plain(value) for key, value in values.items()}
         name = values.pop("method", None)
         if name not in Method.registry:
-            known = ", ".join(sorted(Method.registry))
-            raise ValueError(f"the method {name!r} is unknown; known are {known}; of your own, import its file first")
+            raise ValueError(f"the method {name!r} is unknown: {[*Method.registry]}; if it is yours, import its file")
         try:
             return Method.registry[name](**values)
         except TypeError as error:
@@ -188,27 +177,21 @@ def plain(value):
 
 
 def fits(value, hint) -> bool:
-    """Whether a value is of the type that a field is annotated with, and finite; a hint other than a type fits all."""
+    """Whether a value is of the type that a field is annotated with, finite and of 64 bits; any other hint fits all."""
     if isinstance(hint, UnionType):
         return any(fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         kind, *more = get_args(hint)
         return isinstance(value, tuple) and (more != [...] or all(fits(entry, kind) for entry in value))
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool) and isfinite(value)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and abs(value) < 2**63
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
 @dataclass(frozen=True)
 class LayerwiseMethod(Method):
-    """A method that enters every block alike, or only some of them.
-
-    Args:
-        layers: the numbers of the blocks, from 0; None means all.
-
-    Raises:
-        ValueError: no block, the same one twice, or a number below 0.
-    """
+    """A method that enters every block alike, or only some of them: `layers` are the numbers of blocks, from 0, each
+    once; None means all. ValueError for no block, the same one twice, or a number below 0."""
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
@@ -225,12 +208,12 @@ class LayerwiseMethod(Method):
         return config.n_layers if self.layers is None else len(self.layers)
 
 
-def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+def uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> Tensor:
     """Draws from U(-bound, bound): the same ones whatever the default precision and device are."""
     return (torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * bound
 
 
-def normal(shape: tuple[int, ...], std: float | int, generator: torch.Generator) -> Tensor:
+def normal(shape: tuple[int, ...], std: float | int, generator: Generator) -> Tensor:
     """Draws from N(0, std²): the same ones whatever the default precision and device are."""
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std
 
@@ -241,10 +224,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True) -> nn.Parameter:
-    """A float32 parameter on the device of `module` (float64 where the module is float64).
-
-    Half precision is for the frozen weights only: a small step would be lost in the rounding of a 16-bit tensor.
-    """
+    """A float32 parameter on the device of `module` (float64 where the module is float64). Half precision is for the
+    frozen weights only: a small step would be lost in the rounding of a 16-bit tensor."""
     device = next(module.parameters()).device
     dtype = torch.float64 if dtype_of(module) == torch.float64 else torch.float32
     return nn.Parameter(values.to(device=device, dtype=dtype), requires_grad=requires_grad)

@@ -6,6 +6,7 @@ when it lies in `blocks.0.attention.base.query.base`, or behind a handle of `tor
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -23,16 +24,17 @@ class Site(NamedTuple):
     wrappers: list[Wrapper]
     places: list[tuple[nn.Module, str]]  # none for the model itself
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """From the outside in, the module last."""
+        return [*self.wrappers, self.module]
+
 
 def inside(module: nn.Module) -> nn.Module:
-    """The module behind a handle of `torch.compile` or of data parallelism; any other module itself."""
-    while True:
-        if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
-            module = module.module
-        elif "_orig_mod" in module._modules:
-            module = module._modules["_orig_mod"]
-        else:
-            return module
+    """The module behind handles of `torch.compile` or of data parallelism; any other module itself."""
+    handle = isinstance(module, (DistributedDataParallel, nn.DataParallel))
+    held = module.module if handle else module._modules.get("_orig_mod")
+    return module if held is None else inside(held)
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
@@ -51,7 +53,7 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
         found[id(held)] = name, Site(module, wrappers, places)
         for attribute, child in reversed(module._modules.items()):
             if child is not None:
-                stack.append((f"{name}.{attribute}" if name else attribute, child, [(module, attribute)]))
+                stack.append((f"{name}.{attribute}".lstrip("."), child, [(module, attribute)]))
     return dict(found.values())
 
 
@@ -61,24 +63,20 @@ def named_sites(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def named_tensors(model: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
-    """Every parameter once, by the name of its site and its own: `blocks.0.attention.query.A`, `….query.weight`.
-
-    With `buffers` also those that a state dict holds, such as the running statistics of a BatchNorm.
-    """
-    tensors: dict[int, tuple[str, Tensor]] = {}
+    """Every parameter once, by the name of its site and its own: `blocks.0.attention.query.A`, `….query.weight`. With
+    `buffers` also those that a state dict holds, such as the running statistics of a BatchNorm."""
+    names: dict[Tensor, str] = {}
     for name, site in sites_of(model).items():
-        for part in (*site.wrappers, site.module):
+        for part in site.parts:
             for own, tensor in own_tensors(part, buffers).items():
-                tensors.setdefault(id(tensor), (f"{name}.{own}" if name else own, tensor))
-    return dict(tensors.values())
+                names.setdefault(tensor, f"{name}.{own}".lstrip("."))
+    return {name: tensor for tensor, name in names.items()}
 
 
 def own_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
     """The parameters of a module without those of the modules in it; with `buffers` also those of a state dict."""
-    own = dict(module._parameters)
-    if buffers:
-        own |= {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
-    return {name: tensor for name, tensor in own.items() if tensor is not None}
+    own = {**module._parameters, **(module._buffers if buffers else {})}
+    return {name: t for name, t in own.items() if t is not None and name not in module._non_persistent_buffers_set}
 
 
 def all_wrappers(model: nn.Module) -> dict[str, list[Wrapper]]:
@@ -88,31 +86,19 @@ def all_wrappers(model: nn.Module) -> dict[str, list[Wrapper]]:
 
 def merged_wrappers(model: nn.Module) -> dict[str, Wrapper]:
     """The wrappers whose update is merged at present, by the name of what they wrap."""
-    found = all_wrappers(model).items()
-    return {name: wrapper for name, wrappers in found for wrapper in wrappers if wrapper.merged}
+    return {name: w for name, wrappers in all_wrappers(model).items() for w in wrappers if w.merged}
 
 
 def find(targets: tuple[str, ...], candidates: Iterable[str], what: str) -> list[str]:
     """The names of all candidates that end in a target, by whole parts: `query` matches `attention.query`, not
-    `query_norm`.
-
-    Raises:
-        ValueError: a target matches none of them, or no target is given; the message lists what exists. Also a bare
-            string, which Python would take for a tuple of letters.
-    """
-    if isinstance(targets, str):
-        raise ValueError(f'targets are a tuple of names, such as ("{targets}",), not the string {targets!r}')
-    candidates = list(candidates)
-    found = {t: {name for name in candidates if f".{name}".endswith(f".{t}")} for t in targets}
-    ends = ", ".join(sorted({name.split(".")[-1] for name in candidates}))
-    if not found:
-        raise ValueError(f"no target is given, so nothing would be trained; {what} here: {ends}")
-    for target in [target for target in targets if not found[target]]:
-        raise ValueError(
-            f"target {target!r} matches no {what}; there are {ends} "
-            f"(a target is compared by whole name parts: 'query', 'attention.query' or 'blocks.0.attention.query')"
-        )
-    return [name for name in candidates if any([name in names for names in found.values()])]
+    `query_norm`. ValueError if a target matches none, or there is none; the message lists what exists."""
+    candidates, ends = list(candidates), tuple(f".{target}" for target in targets)
+    there = ", ".join(sorted({name.split(".")[-1] for name in candidates}))
+    if isinstance(targets, str) or not ends:  # Python would take a string for a tuple of letters
+        raise ValueError(f"no target is given: {targets!r} is no tuple of names; {what} here: {there}")
+    for end in [end for end in ends if not any(f".{name}".endswith(end) for name in candidates)]:
+        raise ValueError(f"target {end[1:]!r} matches no {what}; there are {there} (compared by whole parts of names)")
+    return [name for name in candidates if f".{name}".endswith(ends)]
 
 
 def named(names: tuple[str, ...], modules: dict[str, nn.Module]) -> list[str]:
@@ -136,21 +122,17 @@ def layer_of(name: str, blocks: list[str]) -> int | None:
 
 
 def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int, ...] | None) -> list[str]:
-    """Those of the names that lie in the blocks of these numbers; all of them where `layers` is None.
-
-    Raises:
-        ValueError: a block that does not exist, or a name.
-    """
+    """Those of the names that lie in the blocks of these numbers; all of them where `layers` is None. ValueError for a
+    block, or a name in them, that does not exist."""
+    if layers is not None:
+        blocks = block_names(modules)
+        there = sorted({layer_of(f"{block}.", blocks) for block in blocks})
+        if absent := [layer for layer in layers if layer not in there]:
+            raise ValueError(f"layers={layers} names block {absent[0]}; there are {str(there)[1:-1] or 'none'}")
+        names = [name for name in names if layer_of(name, blocks) in layers]
     if missing := [name for name in names if name not in modules]:
         raise ValueError(f"there is no {missing[0]} to enter; name the blocks that have one by layers=(…)")
-    if layers is None:
-        return names
-    blocks = block_names(modules)
-    present = {layer_of(f"{block}.", blocks) for block in blocks}
-    for layer in [layer for layer in layers if layer not in present]:
-        there = ", ".join(map(str, sorted(present))) or "none"
-        raise ValueError(f"layers={layers} names block {layer}; there are {there}")
-    return [name for name in names if layer_of(name, blocks) in layers]
+    return names
 
 
 def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
@@ -167,22 +149,10 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: [(len(part) if part.isdigit() else 0, part) for part in name.split(".")])
 
 
-def wrap(site: Site, wrapper: Wrapper) -> None:
-    """Put `wrapper` in: inside of those that belong farther out than it, round all others."""
-    n = sum(present.order >= wrapper.order for present in site.wrappers)
-    arrange(site, [*site.wrappers[:n], wrapper, *site.wrappers[n:]])
-
-
-def unwrap(site: Site) -> None:
-    """Put the frozen module itself back in its place."""
-    arrange(site, [])
-
-
 def arrange(site: Site, wrappers: list[Wrapper]) -> None:
-    """Make these, from the outside in, the wrappers of the module, wherever it stands."""
-    chain = [*wrappers, site.module]
-    for outer, inner in zip(wrappers, chain[1:], strict=True):
+    """Make these the wrappers of the module, wherever it stands: by `order`, and of one order the first outside."""
+    site.wrappers[:] = sorted(wrappers, key=lambda wrapper: -wrapper.order)
+    for outer, inner in pairwise(site.parts):
         outer.base = inner
     for parent, attribute in site.places:
-        parent._modules[attribute] = chain[0]
-    site.wrappers[:] = wrappers
+        parent._modules[attribute] = site.parts[0]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minitransformer.block import Block
 from minitransformer.call import telling
 from minitransformer.transformer import Transformer
-from peft.attach import attach, attached, detach, freeze, load_state_dict, state_dict, thaw
+from peft.attach import attach, attached, detach, freeze, load_state_dict, restore, state_dict
 from peft.checkpoint import base_hash, load
 from peft.contents import describe
 from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix
@@ -36,7 +36,7 @@ from peft.method import Method, Wrapper
 from peft.methods.adapter import Adapter
 from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
-from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap, wrap
+from peft.sites import all_wrappers, arrange, merged_wrappers, sites_of
 
 Source = str | Path | nn.Module | Sequence[tuple[Method, Mapping[str, Tensor]]]  # the last: as of `state_dict`
 Tasks = Sequence[str | None]  # for each row its task; None is the frozen model alone
@@ -71,9 +71,9 @@ class TaskBank(nn.Module):
         sites = sites_of(model)
         mixed = [(site, kind(sites[site].module, own, trainable)) for (site, kind, *_), own in places.items()]
         self.model, self.names, self.mixed, self.training = model, tuple(sources), mixed, model.training
-        freeze(model)  # all is made: from here on nothing can fail
+        freeze(sites)  # all is made: from here on nothing can fail
         for site, wrapper in mixed:
-            wrap(sites[site], wrapper)
+            arrange(sites[site], [*sites[site].wrappers, wrapper])
 
     def extra_repr(self) -> str:
         return f"tasks: {', '.join(self.names)}"
@@ -121,12 +121,8 @@ class TaskBank(nn.Module):
             ValueError: it is detached already.
         """
         self._check([])
-        for site in sites_of(self.model).values():
-            if site.wrappers:
-                unwrap(site)
-        thaw(self.model)
         self.mixed = []
-        return self.model
+        return restore(self.model)
 
     def _check(self, tasks: Tasks) -> None:
         if not self.mixed:

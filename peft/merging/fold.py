@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from peft.attach import Attached, record_anew
+from peft.attach import Attached, attached, record_anew
 from peft.functional import without_autocast
 from peft.methods.prefix import PrefixAttention
 from peft.sites import all_wrappers
@@ -26,7 +26,7 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
     for wrapper in prefixes:
         _fold_one(wrapper)
-    record_anew(model, _folded_record)
+    record_anew(model, [_folded_record(record) for record in attached(model)])
     return model
 
 

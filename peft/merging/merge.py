@@ -13,7 +13,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from peft.attach import without_wrappers
+from peft.attach import restore
 from peft.methods.linear import MergeableLinear
 from peft.sites import all_wrappers, merged_wrappers
 
@@ -97,4 +97,4 @@ def merged_copy(model: nn.Module) -> nn.Module:
         unmerge(twin)
     for wrapper in merged_wrappers(merge(twin)).values():
         wrapper.base.weight = nn.Parameter(wrapper.merged_weight)
-    return without_wrappers(twin)
+    return restore(twin)

@@ -360,3 +360,14 @@ def test_a_class_that_computes_something_of_its_own_is_not_merged_by_its_parents
     with pytest.raises(ValueError, match="a Squared has no changed_weight"):
         operation(model)
     assert model.map.as_linear() is None and not model.map.merged
+
+
+def test_a_merged_copy_has_no_wrapper_left_that_was_put_in_by_hand_either():
+    model = net(RECIPES["lora"])
+    by_hand = Net().eval()
+    by_hand.load_state_dict(peft.detach(copy.deepcopy(model)).state_dict())
+    by_hand.map = copy.deepcopy(model.map)
+    del vars(by_hand.map)["peft_record"]
+    plain = peft.merged_copy(by_hand)
+    assert type(plain.map) is nn.Linear
+    torch.testing.assert_close(plain(x()), model(x()))

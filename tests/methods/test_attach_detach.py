@@ -82,6 +82,19 @@ def test_a_model_without_a_place_for_the_method_is_refused(name):
         peft.attach(nn.Sequential(nn.Linear(2, 2)), RECIPES[name])
 
 
+class WrapsNothing(LoRA):
+    def wrappers(self, modules, model, generator):
+        return {}
+
+
+def test_a_method_of_the_readers_own_that_wraps_nothing_is_refused(decoder):
+    model = decoder()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="nowhere to enter"):
+        peft.attach(model, WrapsNothing(rank=2))
+    assert_same(before, fingerprint(model))
+
+
 def test_lora_works_on_any_module_with_linear_maps():
     torch.manual_seed(0)  # PyTorch's own draw: an unlucky one leaves every ReLU shut, and nothing a gradient
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))

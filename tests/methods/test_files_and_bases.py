@@ -5,7 +5,9 @@ import copy
 import os
 import resource
 import stat
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from enum import Enum
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,12 +122,17 @@ def test_the_settings_of_other_models_belong_to_their_base(decoder):
     assert checkpoint.base_hash(shifted) != first[0]
 
 
+class Pool(Enum):
+    FIRST = 1
+    MEAN = 2
+
+
 class Told(nn.Module):
-    def __init__(self, options=None, dropout=0.1, inplace=False, device="cpu"):
+    def __init__(self, options=None, dropout=0.1, inplace=False, device="cpu", scale=1.0, shift=0.0):
         super().__init__()
         self.drop, self.relu, self.device = nn.Dropout(dropout), nn.ReLU(inplace), torch.device(device)
-        self.options, self._note = options, dropout
-        self.register_buffer("kept_in_no_file", torch.full((1,), dropout), persistent=False)
+        self.options, self._scale, self.training = options, scale, True
+        self.register_buffer("kept_in_no_file", torch.full((1,), shift), persistent=False)
 
 
 def test_settings_of_any_kind_are_told_apart_and_those_of_training_and_place_are_not():
@@ -138,11 +145,20 @@ def test_settings_of_any_kind_are_told_apart_and_those_of_training_and_place_are
         {"a": [1, {2}]},
         {"a": [1, {3}]},
         nn.ReLU,
+        partial(nn.functional.gelu, approximate="tanh"),
+        partial(nn.functional.gelu, approximate="none"),
+        torch.float16,
+        torch.float32,
+        Pool.FIRST,
+        Pool.MEAN,
+        np.arange(3),
+        np.arange(4),
     ]
     hashes = [checkpoint.base_hash(Told(kind)) for kind in kinds]
     assert len({base, *hashes}) == 1 + len(kinds)
     assert hashes == [checkpoint.base_hash(Told(copy.deepcopy(kind))) for kind in kinds]
-    assert base == checkpoint.base_hash(Told(dropout=0.5, inplace=True, device="meta").train())
+    assert base == checkpoint.base_hash(Told(dropout=0.5, inplace=True, device="meta").eval())
+    assert len({base, checkpoint.base_hash(Told(scale=2.0)), checkpoint.base_hash(Told(shift=1.0))}) == 3
 
 
 def test_a_file_of_the_first_format_names_the_cure(decoder, tmp_path):
@@ -188,6 +204,23 @@ def test_the_running_statistics_of_a_module_that_is_trained_whole_travel_with_it
     assert torch.equal(other.eval()(x), model.eval()(x))
     assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= peft.state_dict(model).keys()
     assert not any("running" in name for name in peft.trainable_parameters(model))
+
+
+class Listed(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self._all = [self.weight, self.bias]
+
+
+def test_a_module_that_keeps_its_parameters_in_a_list_as_well_is_trained_whole_and_loaded(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"first": nn.Linear(4, 4), "then": Listed()})
+
+    model = train_a_little(peft.attach(made(), LoRA(rank=2, targets=("first",)), train_also=("then",)))
+    peft.save(copy.deepcopy(model), tmp_path / "file")
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    assert torch.equal(peft.load(made(), tmp_path / "file")["then"](x), model["then"](x))
 
 
 def test_running_statistics_that_moved_in_the_base_make_it_another_base(tmp_path):
@@ -346,6 +379,24 @@ def test_a_small_file_takes_little_memory(decoder, tmp_path, name):
     path = hostile(decoder, tmp_path / "good", RECIPES[name], LARGE[name])
     model, before = decoder(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"larger tensors than|rank|leaves no room"):
+        peft.load(model, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+@dataclass(frozen=True)
+class Roomy(peft.BottleneckAdapter):
+    """A recipe of the reader's own, which makes a tensor like another."""
+
+    def wrap(self, name, module, model, generator):
+        module.down.weight.new_empty(self.bottleneck, 100).fill_(1.0)
+        return super().wrap(name, module, model, generator)
+
+
+def test_a_small_file_of_a_recipe_of_the_readers_own_takes_little_memory(decoder, tmp_path):
+    recipe = Roomy(bottleneck=2, placement="pfeiffer")
+    path = hostile(decoder, tmp_path / "good", recipe, {"bottleneck": 10**7})
+    model, before = decoder(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="larger tensors than"):
         peft.load(model, path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 

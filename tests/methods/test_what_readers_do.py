@@ -85,10 +85,16 @@ def test_a_wrapper_that_keeps_parameters_in_a_module_of_its_own_is_refused(decod
             super().__init__(base)
             self.inner = nn.Linear(2, 2)
 
+    class Counting(WithDropout):
+        def __init__(self, base):
+            super().__init__(base)
+            self.inner = nn.BatchNorm1d(16, affine=False)  # its statistics would be in no file
+
     model = decoder()
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="give the wrapper itself every"):
-        peft.attach(model, careless(Hidden))
+    for kind in (Hidden, Counting):
+        with pytest.raises(ValueError, match="give the wrapper itself every"):
+            peft.attach(model, careless(kind))
     assert_same(before, fingerprint(model))
 
 
@@ -326,6 +332,14 @@ def test_train_also_trains_no_tensor_of_another_method(decoder, also):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_module_that_is_trained_whole_is_so_where_a_part_of_it_stands_elsewhere_too():
+    model = nn.ModuleDict({"first": nn.Sequential(nn.Linear(3, 3)), "second": nn.Sequential(nn.Linear(3, 3))})
+    model["second"].append(model["first"][0])
+    peft.attach(model, LoRA(rank=1, targets=("second.0",)), train_also=("second",))
+    names = {name for name in peft.trainable_parameters(model) if not name.endswith(("A", "B"))}
+    assert names == {"first.0.weight", "first.0.bias", "second.0.weight", "second.0.bias"}
+
+
 def test_a_module_without_parameters_is_not_trained_whole(decoder):
     for model, name in ((decoder(), "head"), (decoder(norm="post"), "norm")):
         before = fingerprint(model)
@@ -431,7 +445,9 @@ def test_a_compiled_model_is_the_model_in_it(decoder, tmp_path, handle, not_trac
     peft.unmerge(held)
     with peft.disabled(held):
         assert torch.equal(outputs(held), plain)
+    handles = [module for module in held.modules() if "_orig_mod" in module._modules]
     assert torch.equal(outputs(peft.detach(held)), plain)
+    assert handles == [module for module in held.modules() if "_orig_mod" in module._modules]
     assert torch.equal(outputs(peft.load(handle(decoder()), tmp_path / "plain")), expected)
 
 
@@ -450,6 +466,10 @@ def test_what_a_compiled_handle_computes_follows_attach_and_detach(unchecked):
 def test_a_map_that_is_compiled_by_itself_is_refused_before_and_taken_out_after(decoder):
     model = decoder()
     model.blocks[0].attention.query = compiled(model.blocks[0].attention.query)
+    with pytest.raises(ValueError, match="compile it after attaching"):
+        peft.attach(model, QUERY)
+    model = decoder()
+    model.beside = compiled(model.blocks[0].attention.query)  # the same layer, under a name that no target matches
     with pytest.raises(ValueError, match="compile it after attaching"):
         peft.attach(model, QUERY)
     model = decoder()
