@@ -31,7 +31,7 @@ from minitransformer.transformer import Transformer
 from peft.attach import attach, attached, detach, freeze, load_state_dict, state_dict, thaw
 from peft.checkpoint import base_hash, load
 from peft.contents import describe
-from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix
+from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, Rows
 from peft.method import Method, Wrapper
 from peft.methods.adapter import Adapter
 from peft.methods.lora import LoRALinear
@@ -87,7 +87,9 @@ class TaskBank(nn.Module):
         """
         tasks = [tasks] if isinstance(tasks, str) else tasks  # one row
         self._check(tasks)
-        with telling({id(wrapper): wrapper.places(tasks) for _, wrapper in self.mixed}):
+        wrappers = [wrapper for _, wrapper in self.mixed]
+        rows = {place: Rows.under(tasks, *place) for place in {(wrapper.tasks, wrapper.device) for wrapper in wrappers}}
+        with telling({id(wrapper): rows[wrapper.tasks, wrapper.device] for wrapper in wrappers}):
             yield self.model
 
     def forward(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Float[Tensor, "B T V"]:
@@ -110,7 +112,7 @@ class TaskBank(nn.Module):
         found = {}
         for site, wrapper in self.mixed:
             for name, shape in wrapper.shapes.get(task, {}).items():
-                stack = wrapper.tensors()[name].detach()[wrapper.places([task])[0]]
+                stack = wrapper.tensors()[name].detach()[wrapper.tasks.index(task)]
                 found[f"{site}.{name}"] = stack[tuple(map(slice, shape))].clone()  # without what fills it up
         return found
 
