@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minitransformer.modes import modes_restored
 from minitransformer.randomness import random_state_restored
 from peft.attach import attached, declared
+from peft.counting import in_columns
 from peft.sites import all_wrappers, block_names, layer_of, named_sites, named_tensors
 
 
@@ -35,23 +36,18 @@ class AuditRow:
     moved: float  # largest change of any of its numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditTable:
     """All rows; prints those that are trained, and a summary of the others."""
 
     rows: tuple[AuditRow, ...]
 
-    def __str__(self) -> str:
-        learning = [row for row in self.rows if row.requires_grad]
+    def __repr__(self) -> str:
+        cells = [(r.tensor, f"{r.gradient_norm:.2e}", f"{r.moved:.1e}") for r in self.rows if r.requires_grad]
         still = [row for row in self.rows if not row.requires_grad]
-        width = max(len(row.tensor) for row in learning)
-        lines = [f"{'tensor':<{width}}  gradient norm  moved by"]
-        lines += [f"{row.tensor:<{width}}  {row.gradient_norm:>13.2e}  {row.moved:>8.1e}" for row in learning]
-        lines.append(
-            f"{len(still)} other tensors: {sum(row.gradient_norm is not None for row in still)} got a gradient, "
-            f"{sum(row.moved > 0 for row in still)} moved"
-        )
-        return "\n".join(lines)
+        reached, moved = sum(row.gradient_norm is not None for row in still), sum(row.moved > 0 for row in still)
+        last = f"{len(still)} other tensors: {reached} got a gradient, {moved} moved"
+        return "\n".join([*in_columns([("tensor", "gradient norm", "moved by"), *cells], "<>>"), last])
 
 
 def gradient_audit(
@@ -77,27 +73,21 @@ def gradient_audit(
     parameters = named_tensors(model)
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError("the model has nothing to train: no tensor requires a gradient. Attach a method first")
-    before = {name: (p.detach().clone(), p.grad) for name, p in parameters.items()}
-    buffers = [
-        (m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
-    ]
+    before = {t: (t.detach().clone(), t.grad) for t in [*parameters.values(), *model.buffers()]}
+    buffers = [(module._buffers, {**module._buffers}) for module in model.modules()]
     try:
         with modes_restored(model):
             norms = _trial(model, parameters, loss_fn, steps, learning_rate)
-        moved = {name: (p - before[name][0]).abs().max().item() for name, p in parameters.items()}
+        moved = {name: (p - before[p][0]).abs().max().item() for name, p in parameters.items()}
         blocks = block_names(named_sites(model))
-        rows = tuple(
-            AuditRow(name, layer_of(name, blocks), p.requires_grad, norms[name], moved[name])
-            for name, p in parameters.items()
-        )
+        rows = [AuditRow(n, layer_of(n, blocks), p.requires_grad, norms[n], moved[n]) for n, p in parameters.items()]
     finally:
+        for own, held in buffers:
+            own.update(held)
         with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(before[name][0])
-                p.grad = before[name][1]
-            for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer.copy_(values)
-    table = AuditTable(rows)
+            for tensor, (values, gradient) in before.items():
+                tensor.copy_(values).grad = gradient
+    table = AuditTable(tuple(rows))
     _judge(table, model)
     return table
 

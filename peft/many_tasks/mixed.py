@@ -5,7 +5,6 @@ See `task_bank.py` for the idea and the shapes. Which row is under which task be
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -18,20 +17,15 @@ from peft.method import Wrapper, unwrapped
 from peft.methods.adapter import Joined
 from peft.methods.prefix import PrefixContext
 
+Rows = tuple[Int[Tensor, "B"], Bool[Tensor, "B"], bool]
 
-class Rows(NamedTuple):
-    """Where each row of a batch finds its tensors, in the stacks of certain tasks."""
 
-    place: Int[Tensor, "B"]
-    absent: Bool[Tensor, "B"]  # whether its task has none there; `place` is then any
-    is_any_absent: bool
-
-    @staticmethod
-    def under(tasks: Sequence[str | None], own: Sequence[str], device: torch.device) -> "Rows":
-        """For rows under these tasks, in the stacks of the tasks `own`."""
-        absent = [task not in own for task in tasks]
-        place = [0 if missing else own.index(task) for task, missing in zip(tasks, absent, strict=True)]
-        return Rows(torch.tensor(place, device=device), torch.tensor(absent, device=device), any(absent))
+def rows_under(tasks: Sequence[str | None], own: Sequence[str], device: torch.device) -> Rows:
+    """Where rows under these tasks find their tensors in the stacks of the tasks `own`; which find none (their place
+    is any); and whether there are such rows."""
+    absent = [task not in own for task in tasks]
+    place = [0 if missing else own.index(task) for task, missing in zip(tasks, absent, strict=True)]
+    return torch.tensor(place, device=device), torch.tensor(absent, device=device), any(absent)
 
 
 class MixedWrapper(Wrapper):
@@ -57,11 +51,6 @@ class MixedWrapper(Wrapper):
             values = stack.new_tensor([getattr(wrapper.recipe, option, 0) for wrapper in own.values()])[:, None, None]
             self.register_buffer(option, values if values.any() else None, persistent=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the stacks are."""
-        return next(iter(self._parameters.values())).device
-
     def chosen(self, x: Float[Tensor, "B *rest"], *stacks: Shaped[Tensor, "K ..."]) -> list[Shaped[Tensor, "B ..."]]:
         """Of each stack what each row of x takes; zeros, which change nothing, if its task does not enter here.
 
@@ -71,12 +60,13 @@ class MixedWrapper(Wrapper):
         rows = CALL.told.get(id(self))
         if rows is None:
             raise ValueError("say which task each row is under: bank(tokens, tasks=[…]) or with bank.using([…])")
-        if len(rows.place) != len(x):
-            raise ValueError(f"{len(rows.place)} tasks are named for {len(x)} rows; name one for each")
-        own = [stack.index_select(0, rows.place) for stack in stacks]
-        if torch.compiler.is_compiling() or rows.is_any_absent:  # one graph serves whatever tasks
+        place, absent = rows[:2]
+        if len(place) != len(x):
+            raise ValueError(f"{len(place)} tasks are named for {len(x)} rows; name one for each")
+        own = [stack.index_select(0, place) for stack in stacks]
+        if torch.compiler.is_compiling() or rows[2]:  # one graph serves whatever tasks
             # Filled in, not multiplied by 0: a task that diverged must reach no other row, nor its gradient.
-            return [tensor.masked_fill(rows.absent.view(-1, *[1] * (tensor.ndim - 1)), 0) for tensor in own]
+            own = [tensor.masked_fill(absent.view(-1, *[1] * (tensor.ndim - 1)), 0) for tensor in own]
         return own
 
 

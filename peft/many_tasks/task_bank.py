@@ -25,20 +25,19 @@ from pathlib import Path
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.block import Block
 from minitransformer.call import telling
 from minitransformer.transformer import Transformer
-from peft.attach import attach, attached, detach, freeze, load_state_dict, state_dict, thaw
+from peft.attach import attach, attached, detach, freeze, load_state_dict, thaw
 from peft.checkpoint import base_hash, load
-from peft.contents import describe
-from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, Rows
-from peft.method import Method, Wrapper
+from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, rows_under
+from peft.merging.combine import WithTensors, held
+from peft.method import Wrapper
 from peft.methods.adapter import Adapter
 from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
-from peft.sites import all_wrappers, merged_wrappers, sites_of, unwrap, wrap
+from peft.sites import all_wrappers, block_names, layer_of, named_sites, sites_of, unwrap, wrap
 
-Source = str | Path | nn.Module | Sequence[tuple[Method, Mapping[str, Tensor]]]  # the last: as of `state_dict`
+Source = str | Path | nn.Module | Sequence[WithTensors]
 Tasks = Sequence[str | None]  # for each row its task; None is the frozen model alone
 
 
@@ -52,8 +51,8 @@ class TaskBank(nn.Module):
         trainable: whether the tensors are trained, but for those that a recipe keeps fixed; the model never is.
 
     Raises:
-        ValueError: methods or another bank on the model, no task, a source of another base, damaged or merged, or a
-            method that cannot share a batch. The model is as it was then.
+        ValueError: methods or another bank on the model, no task, a source of another base or damaged, or a method that
+            cannot share a batch. The model is as it was then.
     """
 
     def __init__(self, model: Transformer, sources: Mapping[str, Source], trainable: bool = False):
@@ -87,9 +86,9 @@ class TaskBank(nn.Module):
         """
         tasks = [tasks] if isinstance(tasks, str) else tasks  # one row
         self._check(tasks)
-        wrappers = [wrapper for _, wrapper in self.mixed]
-        rows = {place: Rows.under(tasks, *place) for place in {(wrapper.tasks, wrapper.device) for wrapper in wrappers}}
-        with telling({id(wrapper): rows[wrapper.tasks, wrapper.device] for wrapper in wrappers}):
+        device, places = next(self.parameters()).device, {wrapper.tasks for _, wrapper in self.mixed}
+        rows = {own: rows_under(tasks, own, device) for own in places}
+        with telling({id(wrapper): rows[wrapper.tasks] for _, wrapper in self.mixed}):
             yield self.model
 
     def forward(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Float[Tensor, "B T V"]:
@@ -142,8 +141,9 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
     """The wrappers of one task, made for the moment on `model` itself: each by its site and its kind."""
     try:
         _enter(model, source)
-        blocks = tuple(f"{name}." for name, site in sites_of(model).items() if isinstance(site.module, Block))
-        return {(site, *_kind(w, site.startswith(blocks))): w for site, ws in all_wrappers(model).items() for w in ws}
+        blocks = block_names(named_sites(model))
+        found = [(site, wrapper) for site, wrappers in all_wrappers(model).items() for wrapper in wrappers]
+        return {(site, *_kind(wrapper, layer_of(site, blocks) is not None)): wrapper for site, wrapper in found}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"the source of {task} (file, model, or recipes with tensors) is unfit: {error}") from error
     finally:
@@ -153,29 +153,17 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
 
 def _enter(model: Transformer, source: Source) -> None:
     """Attach what a source holds, with its tensors."""
-    merged = whole = False
-    if isinstance(source, str | Path):
-        held = describe(source)
-        merged, whole = held.merged, held.train_also
-    elif isinstance(source, nn.Module):
-        tensors, recipes = state_dict(source), [record.method for record in attached(source)]
-        merged, whole = merged_wrappers(source), any(record.train_also for record in attached(source))
-    else:
-        recipes, tensors = [recipe for recipe, _ in source], {name: t for _, own in source for name, t in own.items()}
-        if len(tensors) < sum(len(own) for _, own in source):
-            raise ValueError("two recipes come with a tensor of the same name; give each its own")
-    if merged:
-        raise ValueError("it is merged into its weights; unmerge it first")
-    if whole:
+    entries, tensors, base = held(source)
+    if any(entry.train_also for entry in entries):
         raise ValueError("it trains whole modules beside its method (train_also), which rows cannot share")
-    if isinstance(source, nn.Module) and base_hash(source) != base_hash(model):
+    if base not in (None, base_hash(model)):
         raise ValueError("its base is another (weights, shape, precision); a list is taken if its tensors fit here")
     if isinstance(source, str | Path):
-        load(model, source)
-    else:
-        for recipe in recipes:
-            attach(model, recipe)
-        load_state_dict(model, tensors)
+        load(model, source)  # with an eye on what a file may ask for
+        return
+    for entry in entries:
+        attach(model, entry.method)
+    load_state_dict(model, tensors)
 
 
 def _kind(wrapper: Wrapper, in_a_block: bool) -> tuple:

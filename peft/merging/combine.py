@@ -13,7 +13,7 @@ are made anew: the k largest singular values of the product give the nearest mat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft.attach import attached, state_dict
+from peft.attach import Attached, attached, state_dict
 from peft.contents import base_hash, entries_of, read
-from peft.methods.dora import DoRA
+from peft.method import Method
 from peft.methods.lora import LoRA
 from peft.sites import in_order
 
-Loaded = tuple[LoRA, dict[str, Tensor]]
-Factors = tuple[Tensor, Tensor]  # A [r, d_in] and s B [d_out, r]
+WithTensors = tuple[Method, Mapping[str, Tensor]]  # as of `state_dict`
+Factors = tuple[Tensor, Tensor]  # A [r, d_in] and s B [d_out, r], this one in float64
 
 
 class Combined(tuple):
@@ -38,7 +38,7 @@ class Combined(tuple):
 
 
 def combine(
-    loras: Sequence[nn.Module | str | Path | Loaded], weights: Sequence[float], rank: int | None = None
+    loras: Sequence[nn.Module | str | Path | WithTensors], weights: Sequence[float], rank: int | None = None
 ) -> Combined:
     """The weighted sum of several LoRAs, as a recipe and its tensors.
 
@@ -59,49 +59,54 @@ def combine(
             its finite factors, LoRAs of different models, a rank that the sum does not have, or that a layer has no
             room for.
     """
+    widest, *narrower = combine_by_rank(loras, weights, rank)
+    if narrower:
+        most, least = widest[0].rank, narrower[-1][0].rank
+        raise ValueError(
+            f"the sum has rank {most} in one layer, and another has room for {least} only; rank={least} gives the "
+            f"nearest that fits, and `combine_by_rank` (in peft.merging.combine) a LoRA for each rank"
+        )
+    return widest
+
+
+def combine_by_rank(loras: Sequence, weights: Sequence[float], rank: int | None = None) -> list[Combined]:
+    """As `combine`, but a layer without room for the rank of the others has its own, in a LoRA of its own."""
     if not loras or len(loras) != len(weights):
         raise ValueError(f"give one weight for each LoRA, and at least one LoRA; got {len(loras)} and {len(weights)}")
-    if not all(math.isfinite(weight) for weight in weights):
+    if not all(map(math.isfinite, weights)):
         raise ValueError(f"the weights must be finite numbers, got {list(weights)}")
-    parts, bases = zip(*map(_loaded, loras), strict=True)
+    parts, bases = zip(*map(_factors_of, loras), strict=True)
     if len(set(bases) - {None}) > 1:
         raise ValueError("these LoRAs belong to different models: they were trained on base weights that differ")
     stacks = {site: _side_by_side(site, parts, weights) for site in in_order(set().union(*parts))}
-    rank = _rank_of(stacks, rank)
-    combined = Combined((LoRA(rank=rank, alpha=rank, targets=tuple(stacks)), {}))
-    combined.error = {}
-    for site, stack in stacks.items():
-        A, B, combined.error[site] = of_rank(rank, *stack)
-        combined[1].update({f"{site}.A": A, f"{site}.B": B})
-    return combined
+    room = {site: min(A.shape[1], B.shape[0]) for site, (A, B) in stacks.items()}
+    highest = max(min(len(A), room[site]) for site, (A, _) in stacks.items())
+    if rank is not None and not 1 <= rank <= highest:
+        raise ValueError(f"rank={rank} must be between 1 and {highest}; leave it out for the sum itself")
+    made = {site: nearest(min(rank or highest, room[site]), *stack) for site, stack in stacks.items()}
+    return [_of_rank(k, made) for k in sorted({len(A) for A, _, _ in made.values()}, reverse=True)]
 
 
-def of_rank(rank: int, A: Float[Tensor, "R d_in"], B: Float[Tensor, "d_out R"]) -> tuple[Tensor, Tensor, float]:
+def nearest(rank: int, A: Float[Tensor, "R d_in"], B: Float[Tensor, "d_out R"]) -> tuple[Tensor, Tensor, float]:
     """A' [rank, d_in] and B' [d_out, rank] with the product nearest to B A, and ||B A - B' A'|| / ||B A||.
 
-    Filled up with zeros where B A has a lower rank; else Eckart & Young 1936.
+    Filled up with zeros where B A has a lower rank; else Eckart & Young 1936. In the precision of A.
     """
     if (more := rank - len(A)) >= 0:
-        return F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more)), 0.0
-    (Q_1, R_1), (Q_2, R_2) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
+        return F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more)).to(A.dtype), 0.0
+    (Q_1, R_1), (Q_2, R_2) = torch.linalg.qr(B), torch.linalg.qr(A.double().T)
     U, S, Vh = torch.linalg.svd(R_1 @ R_2.T, full_matrices=False)
-    root = S[:rank].sqrt()
-    error = float(S[rank:].norm() / S.norm()) if bool(S.any()) else 0.0
-    return (root[:, None] * (Vh[:rank] @ Q_2.T)).to(A.dtype), (Q_1 @ U[:, :rank] * root).to(B.dtype), error
+    root, is_zero = S[:rank].sqrt(), S.norm() <= 1e-12 * R_1.norm() * R_2.norm()  # but for rounding
+    error = 0.0 if is_zero else float(S[rank:].norm() / S.norm())
+    return (root[:, None] * (Vh[:rank] @ Q_2.T)).to(A.dtype), (Q_1 @ U[:, :rank] * root).to(A.dtype), error
 
 
-def _rank_of(stacks: dict[str, Factors], asked: int | None) -> int:
-    """The rank of the result, which is one for all sites."""
-    room = [min(A.shape[1], B.shape[0]) for A, B in stacks.values()]
-    own = max(min(len(A), most) for most, (A, _) in zip(room, stacks.values(), strict=True))
-    if asked is None and own > min(room):
-        raise ValueError(
-            f"the sum has rank {own} in one layer, and another has room for {min(room)} only; rank={min(room)} gives "
-            f"the nearest that fits"
-        )
-    if asked is not None and not 1 <= asked <= min(own, *room):
-        raise ValueError(f"rank={asked} must be between 1 and {min(own, *room)}; leave it out for the sum itself")
-    return asked or own
+def _of_rank(rank: int, made: dict[str, tuple[Tensor, Tensor, float]]) -> Combined:
+    own = {site: parts for site, parts in made.items() if len(parts[0]) == rank}
+    tensors = {f"{site}.{name}": parts[i] for site, parts in own.items() for i, name in enumerate("AB")}
+    combined = Combined((LoRA(rank=rank, alpha=rank, targets=tuple(own)), tensors))
+    combined.error = {site: error for site, (_, _, error) in own.items()}
+    return combined
 
 
 def _side_by_side(site: str, parts: Sequence[dict[str, Factors]], weights: Sequence[float]) -> Factors:
@@ -113,26 +118,39 @@ def _side_by_side(site: str, parts: Sequence[dict[str, Factors]], weights: Seque
     return torch.cat([A for _, A, _ in own]), torch.cat([weight * B for weight, _, B in own], dim=1)
 
 
-def _loaded(lora: nn.Module | str | Path | Loaded) -> tuple[dict[str, Factors], str | None]:
+def _factors_of(lora: nn.Module | str | Path | WithTensors) -> tuple[dict[str, Factors], str | None]:
     """A and s B of one LoRA by site, wherever they are, and the hash of its base where that is known."""
-    base = None
-    if isinstance(lora, nn.Module):
-        recipes, tensors, base = [entry.method for entry in attached(lora)], state_dict(lora), base_hash(lora)
-    elif isinstance(lora, (str, Path)):
-        tensors, record = read(lora)
-        recipes, base = [entry.method for entry in entries_of(lora, record)], record["base"]
-    else:
-        recipes, tensors = [lora[0]], lora[1]
-    if len(recipes) != 1 or not isinstance(recipes[0], LoRA) or isinstance(recipes[0], DoRA):
-        names = ", ".join(type(recipe).__name__ for recipe in recipes) or "nothing"
+    entries, tensors, base = held(lora if isinstance(lora, (nn.Module, str, Path)) else [lora])
+    if [type(entry.method) for entry in entries] != [LoRA]:
+        names = ", ".join(type(entry.method).__name__ for entry in entries)
         raise ValueError(f"only a single plain LoRA can be combined, since its update is a sum; this one holds {names}")
-    sites, r = {name.rpartition(".")[0] for name in tensors}, recipes[0].rank
-    wrong = tensors.keys() ^ {f"{site}.{factor}" for site in sites for factor in "AB"}
-    wrong = wrong or {n for n, t in tensors.items() if t.shape[n[-1] == "B"] != r or not bool(torch.isfinite(t).all())}
+    recipe, sites = entries[0].method, {name.rpartition(".")[0] for name in tensors}
+    wrong = tensors.keys() ^ {f"{site}.{factor}" for site in sites for factor in "AB"} or {
+        name for name, t in tensors.items() if t.shape[name[-1] == "B"] != recipe.rank or not bool(t.isfinite().all())
+    }
     if wrong:
         raise ValueError(
-            f"{min(wrong)} is missing, not finite, or no factor of rank {r}; what was trained whole beside a LoRA "
-            f"(train_also) cannot be combined, but peft.soup averages it"
+            f"{min(wrong)} is missing, not finite, or no factor of rank {recipe.rank}; what was trained whole beside a "
+            f"LoRA (train_also) cannot be combined, but peft.soup averages it"
         )
-    factors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    return {site: (factors[f"{site}.A"], recipes[0].scale * factors[f"{site}.B"]) for site in sites}, base
+    own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    return {site: (own[f"{site}.A"], recipe.scale * own[f"{site}.B"].double()) for site in sites}, base
+
+
+def held(
+    source: nn.Module | str | Path | Sequence[WithTensors],
+) -> tuple[list[Attached], dict[str, Tensor], str | None]:
+    """The methods that a model, a file or a list holds, their tensors, and the hash of their base where it is known.
+
+    Raises:
+        ValueError: nothing is attached, no file of ours, or two tensors of one name.
+    """
+    if isinstance(source, nn.Module):
+        return attached(source), state_dict(source), base_hash(source)
+    if isinstance(source, str | Path):
+        tensors, record = read(source)
+        return entries_of(source, record), tensors, record["base"]
+    tensors = {name: tensor for _, own in source for name, tensor in own.items()}
+    if len(tensors) < sum(len(own) for _, own in source):
+        raise ValueError("two recipes come with a tensor of the same name; give each its own")
+    return [Attached(recipe, seed=0) for recipe, _ in source], tensors, None

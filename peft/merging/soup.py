@@ -16,10 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peft.attach import Attached, attach, attached, detach, load_state_dict, state_dict
+from peft.attach import attach, attached, detach, load_state_dict, state_dict
 from peft.contents import base_hash
-from peft.merging.combine import Loaded, combine
-from peft.methods.lora import LoRA
+from peft.merging.combine import WithTensors, combine_by_rank
 from peft.sites import all_wrappers
 
 
@@ -36,30 +35,32 @@ def soup(models: Sequence[nn.Module], base: nn.Module) -> nn.Module:
     """
     if not models or attached(base):
         raise ValueError("a soup needs at least one model, and a base to which nothing is attached; detach(base) first")
-    records, loras, beside = zip(*map(_parts_of, models), strict=True)
-    shapes = [{name: tensor.shape for name, tensor in own.items()} for own in beside]
-    if any(own != shapes[0] for own in shapes):
+    loras, beside = zip(*map(_parts_of, models), strict=True)
+    if len({tuple((name, t.shape) for name, t in own.items()) for own in beside}) > 1:
         raise ValueError("the models trained different modules beside their LoRA (train_also); choose those that agree")
-    recipe, tensors = combine(loras, [1 / len(models)] * len(models))
+    tensors, also = {}, attached(models[0])[0].train_also
     for name, first in beside[0].items():  # in float64, and a BatchNorm counts in whole numbers
         tensors[name] = torch.stack([own[name] for own in beside]).double().mean(dim=0).to(first.dtype)
-    attach(base, recipe, train_also=records[0].train_also)
+    mean = combine_by_rank(loras, [1 / len(models)] * len(models))
     try:
+        for recipe, factors in mean:
+            attach(base, recipe, train_also=also)
+            tensors, also = tensors | factors, ()
         if {base_hash(model) for model in models} != {base_hash(base)}:
             raise ValueError("the models were trained on other base weights; give the base that they started from")
         load_state_dict(base, tensors)
-    except ValueError:
-        detach(base)
+    except BaseException:
+        if attached(base):
+            detach(base)
         raise
     return base
 
 
-def _parts_of(model: nn.Module) -> tuple[Attached, Loaded, dict[str, Tensor]]:
-    """What is attached, the LoRA as a recipe and factors, and the tensors that were trained whole beside it."""
-    records = attached(model)
-    if len(records) != 1 or not isinstance(records[0].method, LoRA):
+def _parts_of(model: nn.Module) -> tuple[WithTensors, dict[str, Tensor]]:
+    """The LoRA as its recipe and factors, and the tensors that were trained whole beside it."""
+    recipes, state = [record.method for record in attached(model)], state_dict(model)
+    if len(recipes) != 1:
         raise ValueError("a soup is made of models with a single LoRA attached; one of these has something else")
-    names = {f"{site}.{factor}" for site in all_wrappers(model) for factor in ("A", "B")}
-    state = {name: tensor.cpu() for name, tensor in state_dict(model).items()}
-    factors = {name: tensor for name, tensor in state.items() if name in names}
-    return records[0], (records[0].method, factors), {n: tensor for n, tensor in state.items() if n not in names}
+    names = {f"{site}.{name}" for site, wrappers in all_wrappers(model).items() for name in wrappers[0].tensors()}
+    factors = {name: state.pop(name) for name in names}
+    return (recipes[0], factors), state
