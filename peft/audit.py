@@ -118,19 +118,19 @@ def _trial(model, parameters, loss_fn, steps, learning_rate) -> dict[str, float 
 def _judge(table: AuditTable, model: nn.Module) -> None:
     wrappers = [(name, w) for name, part in all_wrappers(model).items() for w in part]
     on_purpose = {f"{site}.{name}" for site, wrapper in wrappers for name in wrapper.frozen_tensors()}
-    belonging = declared(model).keys()
-    problems = []
+    belonging, is_bare, problems = declared(model).keys(), not attached(model), []
     for row in table.rows:
-        if row.requires_grad and not row.gradient_norm:
-            problems.append(f"{row.tensor} should learn, but got no gradient")
-        elif row.gradient_norm is not None and not math.isfinite(row.gradient_norm):
-            problems.append(f"{row.tensor} has a gradient that is not finite: {row.gradient_norm}")
-        if not row.requires_grad and row.tensor in belonging - on_purpose:
-            problems.append(f"{row.tensor} should learn, but is frozen")
-        if row.requires_grad and attached(model) and row.tensor not in belonging:
-            problems.append(f"{row.tensor} is trained, but no attached method declares it")
-        if not row.requires_grad and (row.gradient_norm is not None or row.moved > 0):
-            problems.append(f"{row.tensor} is frozen, but got a gradient or moved by {row.moved:.1e}")
+        learns, norm, belongs = row.requires_grad, row.gradient_norm, row.tensor in belonging
+        faults = {
+            "should learn, but got no gradient": learns and not norm,
+            f"has a gradient that is not finite: {norm}": norm is not None and not math.isfinite(norm),
+            "should learn, but is frozen": belongs and not learns and row.tensor not in on_purpose,
+            "is trained, but no attached method declares it": learns and not (belongs or is_bare),
+            f"is frozen, but got a gradient or moved by {row.moved:.1e}": not (
+                learns or (norm is None and not row.moved)
+            ),
+        }
+        problems += [f"{row.tensor} {fault}" for fault, found in faults.items() if found]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise AuditError("; ".join(problems[:5]) + more)

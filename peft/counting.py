@@ -76,9 +76,6 @@ def parameter_table(model: nn.Module) -> ParameterTable:
 
 
 def expected_parameters(config: TransformerConfig, method: Method) -> int:
-    """How many parameters `method` trains in a Transformer of that shape, in closed form: no model is built.
-
-    The formula of each method is in its recipe's `expected_parameters`. Modules trained whole (`train_also`) come on
-    top.
-    """
+    """How many parameters `method` trains in a Transformer of that shape, by the formula of its recipe: no model is
+    built. Modules trained whole (`train_also`) come on top."""
     return method.expected_parameters(config)

@@ -17,12 +17,12 @@ from peft.method import Wrapper, unwrapped
 from peft.methods.adapter import Joined
 from peft.methods.prefix import PrefixContext
 
-Rows = tuple[Int[Tensor, "B"], Bool[Tensor, "B"], bool]
 
-
-def rows_under(tasks: Sequence[str | None], own: Sequence[str], device: torch.device) -> Rows:
-    """Where rows under these tasks find their tensors in the stacks of the tasks `own`; which find none (their place
-    is any); and whether there are such rows."""
+def rows_under(
+    tasks: Sequence[str | None], own: Sequence[str], device: torch.device
+) -> tuple[Int[Tensor, "B"], Bool[Tensor, "B"], bool]:
+    """Where rows under these tasks find their tensors in the stacks of the tasks `own`; which of them find none; and
+    whether one does."""
     absent = [task not in own for task in tasks]
     place = [0 if missing else own.index(task) for task, missing in zip(tasks, absent, strict=True)]
     return torch.tensor(place, device=device), torch.tensor(absent, device=device), any(absent)

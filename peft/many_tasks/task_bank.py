@@ -30,14 +30,13 @@ from minitransformer.transformer import Transformer
 from peft.attach import attach, attached, detach, freeze, load_state_dict, thaw
 from peft.checkpoint import base_hash, load
 from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, rows_under
-from peft.merging.combine import WithTensors, held
+from peft.merging.combine import Source, held
 from peft.method import Wrapper
 from peft.methods.adapter import Adapter
 from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
 from peft.sites import all_wrappers, block_names, layer_of, named_sites, sites_of, unwrap, wrap
 
-Source = str | Path | nn.Module | Sequence[WithTensors]
 Tasks = Sequence[str | None]  # for each row its task; None is the frozen model alone
 
 
@@ -59,10 +58,8 @@ class TaskBank(nn.Module):
         super().__init__()
         if all_wrappers(model):
             raise ValueError("the model carries methods, or a bank; detach(model) first, and give them as a source")
-        if not sources:
-            raise ValueError('no task is given; give some by name, such as {"mood": "mood.safetensors"}')
-        if not all(isinstance(task, str) for task in sources):
-            raise ValueError(f"a task is known by a name, such as 'mood'; got {list(sources)}")
+        if not sources or not all(isinstance(task, str) for task in sources):
+            raise ValueError(f'give tasks by name, such as {{"mood": "mood.safetensors"}}; got {list(sources)}')
         places: dict[tuple, dict[str, Wrapper]] = {}
         for task, source in sorted(sources.items()):  # so a state dict fits whatever the order
             for place, wrapper in _wrappers_of(model, task, source).items():
@@ -73,9 +70,6 @@ class TaskBank(nn.Module):
         freeze(model)  # all is made: from here on nothing can fail
         for site, wrapper in mixed:
             wrap(sites[site], wrapper)
-
-    def extra_repr(self) -> str:
-        return f"tasks: {', '.join(self.names)}"
 
     @contextmanager
     def using(self, tasks: Tasks) -> Iterator[nn.Module]:
@@ -92,11 +86,7 @@ class TaskBank(nn.Module):
             yield self.model
 
     def forward(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Float[Tensor, "B T V"]:
-        """As `Transformer.forward`, each row under its task.
-
-        Raises:
-            ValueError: an unknown name, not one name for each row, or the bank is detached.
-        """
+        """As `Transformer.forward`, each row under its task; ValueError as in `using`, or not one name for each row."""
         with self.using(tasks):
             return self.model(tokens, *rest, **options)
 
@@ -132,8 +122,7 @@ class TaskBank(nn.Module):
     def _check(self, tasks: Tasks) -> None:
         if not self.mixed:
             raise ValueError("this bank is detached from its model; make a new one, TaskBank(model, sources)")
-        unknown = sorted({str(task) for task in tasks if task is not None and task not in self.names})
-        if unknown:
+        if unknown := sorted({str(task) for task in tasks if task is not None and task not in self.names}):
             raise ValueError(f"there is no task {', '.join(unknown)}; there are {', '.join(self.names)}, and None")
 
 
@@ -160,10 +149,10 @@ def _enter(model: Transformer, source: Source) -> None:
         raise ValueError("its base is another (weights, shape, precision); a list is taken if its tensors fit here")
     if isinstance(source, str | Path):
         load(model, source)  # with an eye on what a file may ask for
-        return
-    for entry in entries:
-        attach(model, entry.method)
-    load_state_dict(model, tensors)
+    else:
+        for entry in entries:
+            attach(model, entry.method)
+        load_state_dict(model, tensors)
 
 
 def _kind(wrapper: Wrapper, in_a_block: bool) -> tuple:

@@ -144,7 +144,7 @@ def test_a_bank_that_cannot_be_made_leaves_the_model_as_it_was(decoder, tmp_path
     with pytest.raises(FileNotFoundError):
         TaskBank(model, {"a": good, "bad": Path("nowhere.safetensors")})
     assert_same(before, fingerprint(model))
-    refused(lambda: TaskBank(model, {}), model, "no task is given")
+    refused(lambda: TaskBank(model, {}), model, "give tasks by name")
 
 
 def test_lora_on_a_head_is_refused(tiny):
