@@ -121,14 +121,13 @@ def _judge(table: AuditTable, model: nn.Module) -> None:
     belonging, is_bare, problems = declared(model).keys(), not attached(model), []
     for row in table.rows:
         learns, norm, belongs = row.requires_grad, row.gradient_norm, row.tensor in belonging
+        is_reached = norm is not None
         faults = {
             "should learn, but got no gradient": learns and not norm,
-            f"has a gradient that is not finite: {norm}": norm is not None and not math.isfinite(norm),
+            f"has a gradient that is not finite: {norm}": is_reached and not math.isfinite(norm),
             "should learn, but is frozen": belongs and not learns and row.tensor not in on_purpose,
             "is trained, but no attached method declares it": learns and not (belongs or is_bare),
-            f"is frozen, but got a gradient or moved by {row.moved:.1e}": not (
-                learns or (norm is None and not row.moved)
-            ),
+            f"is frozen, but got a gradient or moved by {row.moved:.1e}": not learns and (is_reached or row.moved > 0),
         }
         problems += [f"{row.tensor} {fault}" for fault, found in faults.items() if found]
     if problems:
