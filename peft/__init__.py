@@ -10,10 +10,9 @@ from peft.checkpoint import load, save
 from peft.contents import describe
 from peft.counting import expected_parameters, parameter_table
 from peft.many_tasks.task_bank import TaskBank
-from peft.merging.combine import combine
+from peft.merging.combine import combine, soup
 from peft.merging.fold import fold
 from peft.merging.merge import merge, merged_copy, unmerge
-from peft.merging.soup import soup
 from peft.method import Method, Wrapper
 from peft.methods import *
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minitransformer.modes import modes_restored
 from minitransformer.randomness import random_state_restored
 from peft.attach import attached, declared
+from peft.counting import in_columns
 from peft.sites import all_wrappers, block_names, layer_of, named_sites, named_tensors
 
 
@@ -35,23 +36,18 @@ class AuditRow:
     moved: float  # largest change of any of its numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditTable:
     """All rows; prints those that are trained, and a summary of the others."""
 
     rows: tuple[AuditRow, ...]
 
-    def __str__(self) -> str:
-        learning = [row for row in self.rows if row.requires_grad]
+    def __repr__(self) -> str:
+        cells = [(r.tensor, f"{r.gradient_norm:.2e}", f"{r.moved:.1e}") for r in self.rows if r.requires_grad]
         still = [row for row in self.rows if not row.requires_grad]
-        width = max(len(row.tensor) for row in learning)
-        lines = [f"{'tensor':<{width}}  gradient norm  moved by"]
-        lines += [f"{row.tensor:<{width}}  {row.gradient_norm:>13.2e}  {row.moved:>8.1e}" for row in learning]
-        lines.append(
-            f"{len(still)} other tensors: {sum(row.gradient_norm is not None for row in still)} got a gradient, "
-            f"{sum(row.moved > 0 for row in still)} moved"
-        )
-        return "\n".join(lines)
+        reached, moved = sum(row.gradient_norm is not None for row in still), sum(row.moved > 0 for row in still)
+        last = f"{len(still)} other tensors: {reached} got a gradient, {moved} moved"
+        return "\n".join([*in_columns([("tensor", "gradient norm", "moved by"), *cells], "<>>"), last])
 
 
 def gradient_audit(
@@ -77,27 +73,21 @@ def gradient_audit(
     parameters = named_tensors(model)
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError("the model has nothing to train: no tensor requires a gradient. Attach a method first")
-    before = {name: (p.detach().clone(), p.grad) for name, p in parameters.items()}
-    buffers = [
-        (m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
-    ]
+    before = {t: (t.detach().clone(), t.grad) for t in [*parameters.values(), *model.buffers()]}
+    buffers = [(module._buffers, {**module._buffers}) for module in model.modules()]
     try:
         with modes_restored(model):
             norms = _trial(model, parameters, loss_fn, steps, learning_rate)
-        moved = {name: (p - before[name][0]).abs().max().item() for name, p in parameters.items()}
+        moved = {name: (p - before[p][0]).abs().max().item() for name, p in parameters.items()}
         blocks = block_names(named_sites(model))
-        rows = tuple(
-            AuditRow(name, layer_of(name, blocks), p.requires_grad, norms[name], moved[name])
-            for name, p in parameters.items()
-        )
+        rows = [AuditRow(n, layer_of(n, blocks), p.requires_grad, norms[n], moved[n]) for n, p in parameters.items()]
     finally:
+        for own, held in buffers:
+            own.update(held)
         with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(before[name][0])
-                p.grad = before[name][1]
-            for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer.copy_(values)
-    table = AuditTable(rows)
+            for tensor, (values, gradient) in before.items():
+                tensor.copy_(values).grad = gradient
+    table = AuditTable(tuple(rows))
     _judge(table, model)
     return table
 
@@ -128,19 +118,18 @@ def _trial(model, parameters, loss_fn, steps, learning_rate) -> dict[str, float 
 def _judge(table: AuditTable, model: nn.Module) -> None:
     wrappers = [(name, w) for name, part in all_wrappers(model).items() for w in part]
     on_purpose = {f"{site}.{name}" for site, wrapper in wrappers for name in wrapper.frozen_tensors()}
-    belonging = declared(model).keys()
-    problems = []
+    belonging, is_bare, problems = declared(model).keys(), not attached(model), []
     for row in table.rows:
-        if row.requires_grad and not row.gradient_norm:
-            problems.append(f"{row.tensor} should learn, but got no gradient")
-        elif row.gradient_norm is not None and not math.isfinite(row.gradient_norm):
-            problems.append(f"{row.tensor} has a gradient that is not finite: {row.gradient_norm}")
-        if not row.requires_grad and row.tensor in belonging - on_purpose:
-            problems.append(f"{row.tensor} should learn, but is frozen")
-        if row.requires_grad and attached(model) and row.tensor not in belonging:
-            problems.append(f"{row.tensor} is trained, but no attached method declares it")
-        if not row.requires_grad and (row.gradient_norm is not None or row.moved > 0):
-            problems.append(f"{row.tensor} is frozen, but got a gradient or moved by {row.moved:.1e}")
+        learns, norm, belongs = row.requires_grad, row.gradient_norm, row.tensor in belonging
+        is_reached = norm is not None
+        faults = {
+            "should learn, but got no gradient": learns and not norm,
+            f"has a gradient that is not finite: {norm}": is_reached and not math.isfinite(norm),
+            "should learn, but is frozen": belongs and not learns and row.tensor not in on_purpose,
+            "is trained, but no attached method declares it": learns and not (belongs or is_bare),
+            f"is frozen, but got a gradient or moved by {row.moved:.1e}": not learns and (is_reached or row.moved > 0),
+        }
+        problems += [f"{row.tensor} {fault}" for fault, found in faults.items() if found]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise AuditError("; ".join(problems[:5]) + more)

@@ -4,6 +4,7 @@ The two must agree; a test says so for every method. The closed form needs a sha
 that fit into no computer of ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,7 +26,7 @@ class Row:
     declared: bool  # belongs to an attached method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParameterTable:
     """Every tensor of a model; prints as a table of those that a method brought or that are trained."""
 
@@ -47,26 +48,24 @@ class ParameterTable:
         """Trained parameters in proportion to those of the base model."""
         return self.trained / self.base if self.base else float("inf")
 
-    def shown(self) -> list[Row]:
-        """The rows worth a line: trained or declared, and all others in one."""
-        rows = [row for row in self.rows if row.trained or row.declared]
+    def __repr__(self) -> str:
         frozen = [row.numbers for row in self.rows if not (row.trained or row.declared)]
-        return [*rows, Row(f"({len(frozen)} frozen tensors)", (), sum(frozen), False, False)] if frozen else rows
+        shown = [row for row in self.rows if row.trained or row.declared]
+        cells = [(r.name, str([*r.shape]), f"{r.numbers:,}", "trained" if r.trained else "frozen") for r in shown]
+        cells += [(f"({len(frozen)} frozen tensors)", "", f"{sum(frozen):,}", "frozen")] if frozen else []
+        lines = in_columns(cells, "<<><")
+        lines.append(f"trained: {self.trained:,} of {self.base:,} in the base model = {self.share:.2%}")
+        if self.merged:
+            more = f" and {len(self.merged) - 1} more" if len(self.merged) > 1 else ""
+            lines.append(f"merged at present: {self.merged[0]}{more}")
+        return "\n".join(lines)
 
-    def summary(self) -> list[str]:
-        """The lines below the table."""
-        lines = [f"trained: {self.trained:,} of {self.base:,} in the base model = {self.share:.2%}"]
-        more = f" and {len(self.merged) - 1} more" if len(self.merged) > 1 else ""
-        return [*lines, f"merged at present: {self.merged[0]}{more}"] if self.merged else lines
 
-    def __str__(self) -> str:
-        cells = [(r.name, str([*r.shape]) * bool(r.shape), f"{r.numbers:,}", r.trained) for r in self.shown()]
-        name, shape, numbers = (max(len(row[i]) for row in cells) for i in range(3))
-        lines = [f"{a:<{name}}  {b:<{shape}}  {c:>{numbers}}  {'trained' if d else 'frozen'}" for a, b, c, d in cells]
-        return "\n".join([*lines, *self.summary()])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{self}</pre>"
+def in_columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """A line for each row, with the cells of a column below each other: to its left side, "<", or its right, ">"."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
@@ -77,9 +76,6 @@ def parameter_table(model: nn.Module) -> ParameterTable:
 
 
 def expected_parameters(config: TransformerConfig, method: Method) -> int:
-    """How many parameters `method` trains in a Transformer of that shape, in closed form: no model is built.
-
-    The formula of each method is in its recipe's `expected_parameters`. Modules trained whole (`train_also`) come on
-    top.
-    """
+    """How many parameters `method` trains in a Transformer of that shape, by the formula of its recipe: no model is
+    built. Modules trained whole (`train_also`) come on top."""
     return method.expected_parameters(config)

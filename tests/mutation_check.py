@@ -32,7 +32,6 @@ TESTS = {  # files of tests/methods, or paths below tests
     "linear": "merging/test_merge.py lora lora_variants",
     "merge": "merging/test_merge.py lora lora_variants",
     "combine": "lora_variants merging/test_soup.py",
-    "soup": "merging/test_soup.py",
     "fold": "prefix_tuning",
     "prefix": "own_structure prefix_tuning attach_detach counting invariants_of_every_method",
     "real_words": "own_structure prefix_tuning prompt_tuning",

@@ -38,7 +38,7 @@ from peft.counting import parameter_table
 from peft.experiments.results import KEY, Row
 from peft.experiments.sweep import Plan, Study, counted
 from peft.experiments.tasks import TASKS, Comparison, Entry
-from peft.merging.soup import soup
+from peft.merging.combine import soup
 from peft.methods.lora_plus import lora_plus_groups
 
 

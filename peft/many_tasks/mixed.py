@@ -7,7 +7,7 @@ See `task_bank.py` for the idea and the shapes. Which row is under which task be
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
@@ -16,6 +16,16 @@ from minitransformer.feedforward import activate
 from peft.method import Wrapper, unwrapped
 from peft.methods.adapter import Joined
 from peft.methods.prefix import PrefixContext
+
+
+def rows_under(
+    tasks: Sequence[str | None], own: Sequence[str], device: torch.device
+) -> tuple[Int[Tensor, "B"], Bool[Tensor, "B"], bool]:
+    """Where rows under these tasks find their tensors in the stacks of the tasks `own`; which of them find none; and
+    whether one does."""
+    absent = [task not in own for task in tasks]
+    place = [0 if missing else own.index(task) for task, missing in zip(tasks, absent, strict=True)]
+    return torch.tensor(place, device=device), torch.tensor(absent, device=device), any(absent)
 
 
 class MixedWrapper(Wrapper):
@@ -32,22 +42,14 @@ class MixedWrapper(Wrapper):
     def __init__(self, base: nn.Module, own: dict[str, Wrapper], trainable: bool):
         super().__init__(base)
         first = next(iter(own.values()))
-        self.order, self.training = first.order, first.training
+        self.tasks, self.order, self.training = tuple(own), first.order, first.training
         self.shapes = {task: {name: t.shape for name, t in w.tensors().items()} for task, w in own.items()}
         for name in first.tensors():
             stack = stacked([wrapper.tensors()[name].detach() for wrapper in own.values()])
             self.register_parameter(name, nn.Parameter(stack, trainable and name not in first.frozen_tensors()))
-        for option in ("scale", "dropout"):  # of each recipe, [K]; None where no recipe has it
-            values = [getattr(wrapper.recipe, option, 0) for wrapper in own.values()]
-            self.register_buffer(option, stack.new_tensor(values) if any(values) else None, persistent=False)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors().items())
-
-    def places(self, tasks: Sequence[str | None]) -> Int[Tensor, "B"]:
-        """For rows under these tasks, where in the stacks each finds its tensors; -1: its task does not enter here."""
-        number = {task: index for index, task in enumerate(self.shapes)}
-        return torch.tensor([number.get(task, -1) for task in tasks], device=next(iter(self.tensors().values())).device)
+        for option in ("scale", "dropout"):  # of each recipe, [K, 1, 1]; None where no recipe has it
+            values = stack.new_tensor([getattr(wrapper.recipe, option, 0) for wrapper in own.values()])[:, None, None]
+            self.register_buffer(option, values if values.any() else None, persistent=False)
 
     def chosen(self, x: Float[Tensor, "B *rest"], *stacks: Shaped[Tensor, "K ..."]) -> list[Shaped[Tensor, "B ..."]]:
         """Of each stack what each row of x takes; zeros, which change nothing, if its task does not enter here.
@@ -55,13 +57,17 @@ class MixedWrapper(Wrapper):
         Raises:
             ValueError: the batch has another number of rows, or nobody said which row is under which task.
         """
-        place = CALL.told.get(id(self))
-        if place is None:
+        rows = CALL.told.get(id(self))
+        if rows is None:
             raise ValueError("say which task each row is under: bank(tokens, tasks=[…]) or with bank.using([…])")
+        place, absent = rows[:2]
         if len(place) != len(x):
             raise ValueError(f"{len(place)} tasks are named for {len(x)} rows; name one for each")
-        # Filled in, not multiplied by 0: a task that diverged must reach no other row, nor its gradient.
-        return [stack[place].masked_fill((place < 0).view(-1, *stack[0].ndim * [1]), 0) for stack in stacks]
+        own = [stack.index_select(0, place) for stack in stacks]
+        if torch.compiler.is_compiling() or rows[2]:  # one graph serves whatever tasks
+            # Filled in, not multiplied by 0: a task that diverged must reach no other row, nor its gradient.
+            own = [tensor.masked_fill(absent.view(-1, *[1] * (tensor.ndim - 1)), 0) for tensor in own]
+        return own
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
@@ -83,14 +89,13 @@ class MixedLoRA(MixedWrapper):
         y = self.base(x)
         A, B, scale = self.chosen(x, self.A, self.B, self.scale)
         read = self.dropped(x.to(A.dtype)) @ A.mT  # [B, T, r]
-        scaled = scale[:, None, None] * read  # here, where it is thin
-        return torch.baddbmm(y.to(read.dtype), scaled, B.mT).to(y.dtype)
+        return torch.baddbmm(y.to(read.dtype), scale * read, B.mT).to(y.dtype)  # scaled here, where it is thin
 
     def dropped(self, x: Float[Tensor, "B T d_in"]) -> Float[Tensor, "B T d_in"]:
         """Dropout with a probability for each row, in training only."""
         if not self.training or self.dropout is None:
             return x
-        p = self.chosen(x, self.dropout)[0][:, None, None]
+        p = self.chosen(x, self.dropout)[0]
         return x * (torch.rand_like(x) >= p) / (1 - p)
 
 
@@ -109,7 +114,7 @@ class MixedPrefix(MixedWrapper):
     ) -> Float[Tensor, "B T d_model"]:
         """The frozen layer, with each row's own prefix as its context."""
         frozen = unwrapped(self.base)
-        visible, *prefix = self.chosen(x, self.there, *self.tensors().values())
+        visible, *prefix = self.chosen(x, self.there, *self._parameters.values())
         if hasattr(self, "hidden"):  # each row's goes through its own LoRA
             prefix = [part(prefix[0].to(x.dtype)) for part in (frozen.key, frozen.value)]
         key, value = (frozen.split_heads(part) for part in prefix)  # [B, H, n, d_head]
@@ -128,7 +133,7 @@ class MixedAdapter(MixedWrapper, Joined):
 
     def added(self, h: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
         """What each row's adapter adds."""
-        scale, down_weight, down_bias, up_weight, up_bias = self.chosen(h, self.scale, *self.tensors().values())
+        scale, down_weight, down_bias, up_weight, up_bias = self.chosen(h, self.scale, *self._parameters.values())
         inner = torch.baddbmm(down_bias[:, None], h.to(down_bias.dtype), down_weight.mT)
         out = torch.baddbmm(up_bias[:, None], activate(inner, self.activation), up_weight.mT)
-        return (scale[:, None, None] * out).to(h.dtype)
+        return (scale * out).to(h.dtype)

@@ -25,20 +25,18 @@ from pathlib import Path
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.block import Block
 from minitransformer.call import telling
 from minitransformer.transformer import Transformer
-from peft.attach import attach, attached, detach, freeze, load_state_dict, restore, state_dict
+from peft.attach import attach, attached, detach, freeze, load_state_dict, restore
 from peft.checkpoint import base_hash, load
-from peft.contents import describe
-from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix
-from peft.method import Method, Wrapper
+from peft.many_tasks.mixed import MixedAdapter, MixedLoRA, MixedPrefix, rows_under
+from peft.merging.combine import Source, held
+from peft.method import Wrapper
 from peft.methods.adapter import Adapter
 from peft.methods.lora import LoRALinear
 from peft.methods.prefix import PrefixAttention
-from peft.sites import all_wrappers, arrange, merged_wrappers, sites_of
+from peft.sites import all_wrappers, arrange, block_names, layer_of, named_sites, sites_of
 
-Source = str | Path | nn.Module | Sequence[tuple[Method, Mapping[str, Tensor]]]  # the last: as of `state_dict`
 Tasks = Sequence[str | None]  # for each row its task; None is the frozen model alone
 
 
@@ -52,18 +50,16 @@ class TaskBank(nn.Module):
         trainable: whether the tensors are trained, but for those that a recipe keeps fixed; the model never is.
 
     Raises:
-        ValueError: methods or another bank on the model, no task, a source of another base, damaged or merged, or a
-            method that cannot share a batch. The model is as it was then.
+        ValueError: methods or another bank on the model, no task, a source of another base or damaged, or a method that
+            cannot share a batch. The model is as it was then.
     """
 
     def __init__(self, model: Transformer, sources: Mapping[str, Source], trainable: bool = False):
         super().__init__()
         if all_wrappers(model):
             raise ValueError("the model carries methods, or a bank; detach(model) first, and give them as a source")
-        if not sources:
-            raise ValueError('no task is given; give some by name, such as {"mood": "mood.safetensors"}')
-        if not all(isinstance(task, str) for task in sources):
-            raise ValueError(f"a task is known by a name, such as 'mood'; got {list(sources)}")
+        if not sources or not all(isinstance(task, str) for task in sources):
+            raise ValueError(f'give tasks by name, such as {{"mood": "mood.safetensors"}}; got {list(sources)}')
         places: dict[tuple, dict[str, Wrapper]] = {}
         for task, source in sorted(sources.items()):  # so a state dict fits whatever the order
             for place, wrapper in _wrappers_of(model, task, source).items():
@@ -75,9 +71,6 @@ class TaskBank(nn.Module):
         for site, wrapper in mixed:
             arrange(sites[site], [*sites[site].wrappers, wrapper])
 
-    def extra_repr(self) -> str:
-        return f"tasks: {', '.join(self.names)}"
-
     @contextmanager
     def using(self, tasks: Tasks) -> Iterator[nn.Module]:
         """Inside, in this thread, row b of every batch of `model` runs under `tasks[b]`.
@@ -87,15 +80,13 @@ class TaskBank(nn.Module):
         """
         tasks = [tasks] if isinstance(tasks, str) else tasks  # one row
         self._check(tasks)
-        with telling({id(wrapper): wrapper.places(tasks) for _, wrapper in self.mixed}):
+        device, places = next(self.parameters()).device, {wrapper.tasks for _, wrapper in self.mixed}
+        rows = {own: rows_under(tasks, own, device) for own in places}
+        with telling({id(wrapper): rows[wrapper.tasks] for _, wrapper in self.mixed}):
             yield self.model
 
     def forward(self, tokens: Int[Tensor, "B T"], *rest, tasks: Tasks, **options) -> Float[Tensor, "B T V"]:
-        """As `Transformer.forward`, each row under its task.
-
-        Raises:
-            ValueError: an unknown name, not one name for each row, or the bank is detached.
-        """
+        """As `Transformer.forward`, each row under its task; ValueError as in `using`, or not one name for each row."""
         with self.using(tasks):
             return self.model(tokens, *rest, **options)
 
@@ -110,7 +101,7 @@ class TaskBank(nn.Module):
         found = {}
         for site, wrapper in self.mixed:
             for name, shape in wrapper.shapes.get(task, {}).items():
-                stack = wrapper.tensors()[name].detach()[wrapper.places([task])[0]]
+                stack = wrapper.tensors()[name].detach()[wrapper.tasks.index(task)]
                 found[f"{site}.{name}"] = stack[tuple(map(slice, shape))].clone()  # without what fills it up
         return found
 
@@ -127,8 +118,7 @@ class TaskBank(nn.Module):
     def _check(self, tasks: Tasks) -> None:
         if not self.mixed:
             raise ValueError("this bank is detached from its model; make a new one, TaskBank(model, sources)")
-        unknown = sorted({str(task) for task in tasks if task is not None and task not in self.names})
-        if unknown:
+        if unknown := sorted({str(task) for task in tasks if task is not None and task not in self.names}):
             raise ValueError(f"there is no task {', '.join(unknown)}; there are {', '.join(self.names)}, and None")
 
 
@@ -136,8 +126,9 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
     """The wrappers of one task, made for the moment on `model` itself: each by its site and its kind."""
     try:
         _enter(model, source)
-        blocks = tuple(f"{name}." for name, site in sites_of(model).items() if isinstance(site.module, Block))
-        return {(site, *_kind(w, site.startswith(blocks))): w for site, ws in all_wrappers(model).items() for w in ws}
+        blocks = block_names(named_sites(model))
+        found = [(site, wrapper) for site, wrappers in all_wrappers(model).items() for wrapper in wrappers]
+        return {(site, *_kind(wrapper, layer_of(site, blocks) is not None)): wrapper for site, wrapper in found}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"the source of {task} (file, model, or recipes with tensors) is unfit: {error}") from error
     finally:
@@ -147,28 +138,16 @@ def _wrappers_of(model: Transformer, task: str, source: Source) -> dict[tuple, W
 
 def _enter(model: Transformer, source: Source) -> None:
     """Attach what a source holds, with its tensors."""
-    merged = whole = False
-    if isinstance(source, str | Path):
-        held = describe(source)
-        merged, whole = held.merged, held.train_also
-    elif isinstance(source, nn.Module):
-        tensors, recipes = state_dict(source), [record.method for record in attached(source)]
-        merged, whole = merged_wrappers(source), any(record.train_also for record in attached(source))
-    else:
-        recipes, tensors = [recipe for recipe, _ in source], {name: t for _, own in source for name, t in own.items()}
-        if len(tensors) < sum(len(own) for _, own in source):
-            raise ValueError("two recipes come with a tensor of the same name; give each its own")
-    if merged:
-        raise ValueError("it is merged into its weights; unmerge it first")
-    if whole:
+    entries, tensors, base = held(source)
+    if any(entry.train_also for entry in entries):
         raise ValueError("it trains whole modules beside its method (train_also), which rows cannot share")
-    if isinstance(source, nn.Module) and base_hash(source) != base_hash(model):
+    if base not in (None, base_hash(model)):
         raise ValueError("its base is another (weights, shape, precision); a list is taken if its tensors fit here")
     if isinstance(source, str | Path):
-        load(model, source)
+        load(model, source)  # with an eye on what a file may ask for
     else:
-        for recipe in recipes:
-            attach(model, recipe)
+        for entry in entries:
+            attach(model, entry.method)
         load_state_dict(model, tensors)
 
 

@@ -10,10 +10,18 @@ No matrix has a rank above its smaller side. Where the ranks add up to more, or 
 are made anew: the k largest singular values of the product give the nearest matrix of rank k (Eckart & Young 1936).
 
     B = Q_1 R_1,  Aᵀ = Q_2 R_2,  R_1 R_2ᵀ = U S Vᵀ         B' = Q_1 U_k S_k^½,   A' = S_k^½ V_kᵀ Q_2ᵀ
+
+A soup is the mean of runs of one recipe that differ in their seeds only. Runs that start from one pretrained model and
+go not too far from it end in one valley of the loss: the mean of their weights lies inside, where it is often lower.
+
+    W0 + 1/K (ΔW_1 + … + ΔW_K)                     one model, where an ensemble would run K of them
+
+Source: Wortsman et al. 2022, "Model soups", section 2 (the uniform soup). Differs from the paper: its runs differ in
+their settings as well, and its greedy soup leaves bad runs out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +29,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft.attach import attached, state_dict
+from peft.attach import Attached, attach, attached, detach, load_state_dict, state_dict
 from peft.contents import base_hash, entries_of, read
-from peft.methods.dora import DoRA
+from peft.method import Method
 from peft.methods.lora import LoRA
-from peft.sites import in_order
+from peft.sites import all_wrappers, in_order
 
-Loaded = tuple[LoRA, dict[str, Tensor]]
-Factors = tuple[Tensor, Tensor]  # A [r, d_in] and s B [d_out, r]
+WithTensors = tuple[Method, Mapping[str, Tensor]]  # as of `state_dict`
+Source = nn.Module | str | Path | Sequence[WithTensors]  # of methods: attached, in a file, or by themselves
+Factors = dict[str, tuple[Tensor, Tensor]]  # by site A [r, d_in] and s B [d_out, r], this one in float64
 
 
 class Combined(tuple):
@@ -38,7 +47,7 @@ class Combined(tuple):
 
 
 def combine(
-    loras: Sequence[nn.Module | str | Path | Loaded], weights: Sequence[float], rank: int | None = None
+    loras: Sequence[nn.Module | str | Path | WithTensors], weights: Sequence[float], rank: int | None = None
 ) -> Combined:
     """The weighted sum of several LoRAs, as a recipe and its tensors.
 
@@ -59,52 +68,77 @@ def combine(
             its finite factors, LoRAs of different models, a rank that the sum does not have, or that a layer has no
             room for.
     """
-    if not loras or len(loras) != len(weights):
-        raise ValueError(f"give one weight for each LoRA, and at least one LoRA; got {len(loras)} and {len(weights)}")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"the weights must be finite numbers, got {list(weights)}")
-    parts, bases = zip(*map(_loaded, loras), strict=True)
+    if not loras or len(loras) != len(weights) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"give at least one LoRA, and one weight for each, a finite number; got {list(weights)}")
+    parts, beside, bases = zip(*map(_apart, loras), strict=True)
+    if any(beside):
+        raise ValueError("what was trained whole beside a LoRA (train_also) cannot be combined; peft.soup averages it")
     if len(set(bases) - {None}) > 1:
         raise ValueError("these LoRAs belong to different models: they were trained on base weights that differ")
-    stacks = {site: _side_by_side(site, parts, weights) for site in in_order(set().union(*parts))}
-    rank = _rank_of(stacks, rank)
-    combined = Combined((LoRA(rank=rank, alpha=rank, targets=tuple(stacks)), {}))
-    combined.error = {}
-    for site, stack in stacks.items():
-        A, B, combined.error[site] = of_rank(rank, *stack)
-        combined[1].update({f"{site}.A": A, f"{site}.B": B})
+    widest, *narrower = _summed(parts, weights, rank)
+    if narrower:
+        most, least = widest[0].rank, narrower[-1][0].rank
+        raise ValueError(
+            f"the sum has rank {most} in one layer, and another has room for {least} only; rank={least} gives the "
+            f"nearest that fits"
+        )
+    combined = Combined(widest[:2])
+    combined.error = widest[2]
     return combined
 
 
-def of_rank(rank: int, A: Float[Tensor, "R d_in"], B: Float[Tensor, "d_out R"]) -> tuple[Tensor, Tensor, float]:
-    """A' [rank, d_in] and B' [d_out, rank] with the product nearest to B A, and ||B A - B' A'|| / ||B A||.
+def soup(models: Sequence[nn.Module], base: nn.Module) -> nn.Module:
+    """The mean of several LoRAs, and of the modules that were trained whole beside them, attached to `base`: one LoRA,
+    and another for layers that have no room for its rank.
 
-    Filled up with zeros where B A has a lower rank; else Eckart & Young 1936.
+    Args:
+        models: each with one LoRA attached, and the same modules in `train_also`.
+        base: the frozen model that all of them started from, nothing attached; it is changed in place, and returned.
+
+    Raises:
+        ValueError: no model, other modules in `train_also`, another base, or what `combine` refuses. The base is as it
+            was then.
     """
-    if (more := rank - len(A)) >= 0:
-        return F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more)), 0.0
-    (Q_1, R_1), (Q_2, R_2) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
-    U, S, Vh = torch.linalg.svd(R_1 @ R_2.T, full_matrices=False)
-    root = S[:rank].sqrt()
-    error = float(S[rank:].norm() / S.norm()) if bool(S.any()) else 0.0
-    return (root[:, None] * (Vh[:rank] @ Q_2.T)).to(A.dtype), (Q_1 @ U[:, :rank] * root).to(B.dtype), error
+    if not models or attached(base):
+        raise ValueError("a soup needs at least one model, and a base to which nothing is attached; detach(base) first")
+    parts, beside, bases = zip(*map(_apart, models), strict=True)
+    if len({str([(name, tensor.shape) for name, tensor in own.items()]) for own in beside}) > 1:
+        raise ValueError("the models trained different modules beside their LoRA (train_also); choose those that agree")
+    tensors, also = {}, attached(models[0])[0].train_also
+    for name, first in beside[0].items():  # in float64, and a BatchNorm counts in whole numbers
+        tensors[name] = torch.stack([own[name] for own in beside]).double().mean(dim=0).to(first.dtype)
+    try:
+        for recipe, factors, _ in _summed(parts, [1 / len(models)] * len(models)):
+            attach(base, recipe, train_also=also)
+            tensors, also = tensors | factors, ()
+        if {*bases} != {base_hash(base)}:
+            raise ValueError("the models were trained on other base weights; give the base that they started from")
+        load_state_dict(base, tensors)
+    except BaseException:
+        if attached(base):
+            detach(base)
+        raise
+    return base
 
 
-def _rank_of(stacks: dict[str, Factors], asked: int | None) -> int:
-    """The rank of the result, which is one for all sites."""
-    room = [min(A.shape[1], B.shape[0]) for A, B in stacks.values()]
-    own = max(min(len(A), most) for most, (A, _) in zip(room, stacks.values(), strict=True))
-    if asked is None and own > min(room):
-        raise ValueError(
-            f"the sum has rank {own} in one layer, and another has room for {min(room)} only; rank={min(room)} gives "
-            f"the nearest that fits"
-        )
-    if asked is not None and not 1 <= asked <= min(own, *room):
-        raise ValueError(f"rank={asked} must be between 1 and {min(own, *room)}; leave it out for the sum itself")
-    return asked or own
+def _summed(
+    parts: Sequence[Factors], weights: Sequence[float], rank: int | None = None
+) -> list[tuple[LoRA, dict[str, Tensor], dict[str, float]]]:
+    """The sum at the rank k (None: at its own), and layers that have no room for it at the rank that they can have."""
+    stacks = {site: _side_by_side(site, parts, weights) for site in in_order(set().union(*parts))}
+    room = {site: min(A.shape[1], B.shape[0]) for site, (A, B) in stacks.items()}
+    highest = max(min(len(A), room[site]) for site, (A, _) in stacks.items())
+    if rank is not None and not 1 <= rank <= highest:
+        raise ValueError(f"rank={rank} must be between 1 and {highest}; leave it out for the sum itself")
+    found = {}
+    for site, stack in stacks.items():
+        k = min(rank or highest, room[site])
+        tensors, error = found.setdefault(k, ({}, {}))
+        tensors[f"{site}.A"], tensors[f"{site}.B"], error[site] = nearest(k, *stack)
+    return [(LoRA(rank=k, alpha=k, targets=tuple(found[k][1])), *found[k]) for k in sorted(found, reverse=True)]
 
 
-def _side_by_side(site: str, parts: Sequence[dict[str, Factors]], weights: Sequence[float]) -> Factors:
+def _side_by_side(site: str, parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """A [R, d_in] and B [d_out, R] of the sum at one site."""
     own = [(weight, *part[site]) for weight, part in zip(weights, parts, strict=True) if site in part]
     shapes = {(A.shape[1], B.shape[0]) for _, A, B in own}
@@ -113,26 +147,47 @@ def _side_by_side(site: str, parts: Sequence[dict[str, Factors]], weights: Seque
     return torch.cat([A for _, A, _ in own]), torch.cat([weight * B for weight, _, B in own], dim=1)
 
 
-def _loaded(lora: nn.Module | str | Path | Loaded) -> tuple[dict[str, Factors], str | None]:
-    """A and s B of one LoRA by site, wherever they are, and the hash of its base where that is known."""
-    base = None
-    if isinstance(lora, nn.Module):
-        recipes, tensors, base = [entry.method for entry in attached(lora)], state_dict(lora), base_hash(lora)
-    elif isinstance(lora, (str, Path)):
-        tensors, record = read(lora)
-        recipes, base = [entry.method for entry in entries_of(lora, record)], record["base"]
-    else:
-        recipes, tensors = [lora[0]], lora[1]
-    if len(recipes) != 1 or not isinstance(recipes[0], LoRA) or isinstance(recipes[0], DoRA):
-        names = ", ".join(type(recipe).__name__ for recipe in recipes) or "nothing"
+def nearest(rank: int, A: Float[Tensor, "R d_in"], B: Float[Tensor, "d_out R"]) -> tuple[Tensor, Tensor, float]:
+    """A' [rank, d_in] and B' [d_out, rank] with the product nearest to B A, and ||B A - B' A'|| / ||B A||.
+
+    Filled up with zeros where B A has a lower rank; else Eckart & Young 1936. In the precision of A.
+    """
+    if (more := rank - len(A)) >= 0:
+        return F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more)).to(A.dtype), 0.0
+    (Q_1, R_1), (Q_2, R_2) = torch.linalg.qr(B), torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_1 @ R_2.T, full_matrices=False)
+    root, is_zero = S[:rank].sqrt(), S.norm() <= 1e-12 * R_1.norm() * R_2.norm()  # but for rounding
+    error = 0.0 if is_zero else float(S[rank:].norm() / S.norm())
+    return (root[:, None] * (Vh[:rank] @ Q_2.T)).to(A.dtype), (Q_1 @ U[:, :rank] * root).to(A.dtype), error
+
+
+def _apart(lora: nn.Module | str | Path | WithTensors) -> tuple[Factors, dict[str, Tensor], str | None]:
+    """The factors of one LoRA, wherever they are; what a model trained whole beside it; and the hash of its base."""
+    entries, tensors, base = held(lora if isinstance(lora, (nn.Module, str, Path)) else [lora])
+    if [type(entry.method) for entry in entries] != [LoRA]:
+        names = ", ".join(type(entry.method).__name__ for entry in entries)
         raise ValueError(f"only a single plain LoRA can be combined, since its update is a sum; this one holds {names}")
-    sites, r = {name.rpartition(".")[0] for name in tensors}, recipes[0].rank
-    wrong = tensors.keys() ^ {f"{site}.{factor}" for site in sites for factor in "AB"}
-    wrong = wrong or {n for n, t in tensors.items() if t.shape[n[-1] == "B"] != r or not bool(torch.isfinite(t).all())}
-    if wrong:
-        raise ValueError(
-            f"{min(wrong)} is missing, not finite, or no factor of rank {r}; what was trained whole beside a LoRA "
-            f"(train_also) cannot be combined, but peft.soup averages it"
-        )
-    factors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    return {site: (factors[f"{site}.A"], recipes[0].scale * factors[f"{site}.B"]) for site in sites}, base
+    rank, tensors = entries[0].method.rank, {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    sites = all_wrappers(lora) if isinstance(lora, nn.Module) else {name.rpartition(".")[0] for name in tensors}
+    own = {name: tensors.pop(name, None) for site in sites for name in (f"{site}.A", f"{site}.B")}
+    for name, t in own.items():
+        if t is None or t.ndim != 2 or t.shape[name[-1] == "B"] != rank or not bool(t.isfinite().all()):
+            raise ValueError(f"{name} is missing, not finite, or no factor of rank {rank}")
+    return {s: (own[f"{s}.A"], entries[0].method.scale * own[f"{s}.B"].double()) for s in sites}, tensors, base
+
+
+def held(source: Source) -> tuple[list[Attached], dict[str, Tensor], str | None]:
+    """The methods that a model, a file or a list holds, their tensors, and the hash of their base where it is known.
+
+    Raises:
+        ValueError: nothing is attached, no file of ours, or two tensors of one name.
+    """
+    if isinstance(source, nn.Module):
+        return attached(source), state_dict(source), base_hash(source)
+    if isinstance(source, str | Path):
+        tensors, record = read(source)
+        return entries_of(source, record), tensors, record["base"]
+    tensors = {name: tensor for _, own in source for name, tensor in own.items()}
+    if len(tensors) < sum(len(own) for _, own in source):
+        raise ValueError("two recipes come with a tensor of the same name; give each its own")
+    return [Attached(recipe, seed=0) for recipe, _ in source], tensors, None

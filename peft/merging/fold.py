@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from peft.attach import Attached, attached, record_anew
+from peft.attach import attached, record_anew
 from peft.functional import without_autocast
-from peft.methods.prefix import PrefixAttention
+from peft.method import Method
+from peft.methods.prefix import PrefixAttention, PrefixTuning
 from peft.sites import all_wrappers
 
 
@@ -26,14 +27,12 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError("no prefix with an MLP is attached: there is nothing to fold (PrefixTuning(reparameterize=…))")
     for wrapper in prefixes:
         _fold_one(wrapper)
-    record_anew(model, [_folded_record(record) for record in attached(model)])
+    record_anew(model, [replace(record, method=_folded(record.method)) for record in attached(model)])
     return model
 
 
-def _folded_record(record: Attached) -> Attached:
-    if getattr(record.method, "reparameterize", None) is None:
-        return record
-    return replace(record, method=replace(record.method, reparameterize=None))
+def _folded(recipe: Method) -> Method:
+    return replace(recipe, reparameterize=None) if isinstance(recipe, PrefixTuning) else recipe
 
 
 @torch.no_grad()
@@ -45,4 +44,4 @@ def _fold_one(wrapper: PrefixAttention) -> None:
         delattr(wrapper, name)
     learns = any(tensor.requires_grad for tensor in tensors.values())
     wrapper.key, wrapper.value = (nn.Parameter(part, requires_grad=learns) for part in made)
-    wrapper.recipe = replace(wrapper.recipe, reparameterize=None)
+    wrapper.recipe = _folded(wrapper.recipe)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -33,8 +34,10 @@ def main() -> None:
     models = {name: alone(model, seed, recipes) for seed, (name, recipes) in enumerate(TASKS.items())}
     bank = TaskBank(copy.deepcopy(model), models, trainable=True)
     tokens, real = rows_of(4)
-    whole, inner = (torch.compile(part, backend="aot_eager", fullgraph=True) for part in (bank, bank.model))
-    for tasks in (["lora", "mam", "hidden", None], ["hidden", "hidden", "lora", "mam"], [None, "lora", None, "mam"]):
+    counted = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(bank, backend="aot_eager", fullgraph=True)
+    inner = torch.compile(bank.model, backend=counted, fullgraph=True)
+    for tasks in (["lora", "mam", "hidden", None], ["lora"] * 4, [None, "lora", None, "mam"]):
         plain = bank(tokens, real, tasks=tasks)
         with bank.using(tasks):
             inside = inner(tokens, real)
@@ -44,6 +47,7 @@ def main() -> None:
             torch.testing.assert_close(gradients(bank, logits, real), expected, rtol=1e-3, atol=1e-4)
     with bank.using([None] * 4):
         torch.testing.assert_close(inner(tokens, real), model(tokens, real), rtol=1e-4, atol=1e-5)
+    assert counted.frame_count == 1, f"{counted.frame_count} graphs"
     wet = TaskBank(copy.deepcopy(model), {"wet": alone(model, 1, [LoRA(rank=2, dropout=0.5)])}).train()
     assert torch.compile(wet, backend="aot_eager", fullgraph=True)(tokens, tasks=["wet"] * 4).isfinite().all()
 

@@ -47,6 +47,18 @@ def test_every_form_of_a_source_gives_the_same(decoder, tmp_path, form, name):
     assert all(torch.equal(t, peft.state_dict(single)[n]) for n, t in bank.tensors("x").items())
 
 
+@each_form
+def test_a_merged_source_is_what_it_is_unmerged(decoder, tmp_path, form):
+    model = decoder().double()
+    single = alone(model, 1, TASKS["lora"])
+    tokens, _ = rows_of(2)
+    expected = single(tokens)
+    bank = TaskBank(model, {"x": form(peft.merge(single), tmp_path), "y": form(single, tmp_path)})
+    torch.testing.assert_close(bank(tokens, tasks=["x", "y"]), expected, atol=1e-11, rtol=0)
+    with bank.using([None, None]):
+        torch.testing.assert_close(bank.model(tokens), decoder().double()(tokens), atol=1e-11, rtol=0)
+
+
 OTHER_BASES = {
     "other weights": {"seed": 5},
     "narrower": {"d_model": 8},
@@ -97,13 +109,10 @@ def damaged(path):
 def unfit_sources(model, path):
     """Sources that a bank cannot take, each with what it says."""
     lora = alone(model, 1, TASKS["lora"])
-    merged = peft.merge(alone(model, 1, TASKS["lora"]))
     whole = peft.attach(copy.deepcopy(model), LoRA(rank=2), train_also=("norm",))
     torch.nn.init.constant_(whole.norm.weight, 7.0)
     tensors = peft.state_dict(lora)
     broken = {name: tensor * torch.nan for name, tensor in tensors.items()}
-    yield "merged", merged, "it is merged"
-    yield "file, merged", file_of(merged, path / "merged"), "it is merged"
     yield "whole modules", whole, "trains whole modules beside its method"
     yield "file, whole modules", file_of(whole, path / "whole"), "trains whole modules beside its method"
     yield "file, damaged", damaged(file_of(lora, path / "damaged")), "damaged"
@@ -135,7 +144,7 @@ def test_a_bank_that_cannot_be_made_leaves_the_model_as_it_was(decoder, tmp_path
     with pytest.raises(FileNotFoundError):
         TaskBank(model, {"a": good, "bad": Path("nowhere.safetensors")})
     assert_same(before, fingerprint(model))
-    refused(lambda: TaskBank(model, {}), model, "no task is given")
+    refused(lambda: TaskBank(model, {}), model, "give tasks by name")
 
 
 def test_lora_on_a_head_is_refused(tiny):

@@ -79,6 +79,28 @@ def test_a_soup_of_high_ranks_is_exact_within_the_width(n, rank):
         torch.testing.assert_close(mixed.transformer.get_submodule(site).changed_weight(), mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_models", [1, 2, 3])
+def test_each_width_has_the_rank_that_it_needs_and_not_that_of_another(n_models, tmp_path):
+    """A layer to 3 classes has room for rank 3; the others need 2 for each model. A file holds such a soup as well."""
+
+    def make(seed):
+        recipe = LoRA(rank=2, alpha=5.0, targets=("head", "query"))
+        return train_a_little(peft.attach(classifier(), recipe, seed=seed), seed)
+
+    models, base = [make(seed) for seed in range(1, n_models + 1)], classifier()
+    mixed = peft.soup(models, base)
+    assert [record.method.rank for record in peft.attached(mixed)] == [[2], [4, 3], [6, 3]][n_models - 1]
+    for site in ("head", "transformer.blocks.1.attention.query"):
+        mean = sum(model.get_submodule(site).changed_weight() for model in models) / n_models
+        torch.testing.assert_close(mixed.get_submodule(site).changed_weight(), mean, rtol=1e-4, atol=1e-5)
+    peft.save(mixed, tmp_path / "soup.safetensors")
+    assert torch.equal(peft.load(classifier(), tmp_path / "soup.safetensors")(*batch()), mixed(*batch()))
+    narrow = classifier(n_classes=2)
+    with pytest.raises(ValueError, match=r"other base weights|rank 3 exceeds"):
+        peft.soup(models, narrow)
+    assert not peft.attached(narrow)
+
+
 def test_a_trained_module_may_have_tensors_of_the_names_of_factors():
     models = []
     for seed in (1, 2):
@@ -98,8 +120,9 @@ def broken(model):
 
 BAD = {
     "none": (list, "at least one model"),
-    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "one of these has something else"),
-    "another method": (lambda: [classifier(BottleneckAdapter())], "one of these has something else"),
+    "nothing attached": (lambda: [classifier(LoRA(rank=2)), classifier()], "no method is attached"),
+    "another method": (lambda: [classifier(BottleneckAdapter())], "single plain LoRA"),
+    "two methods": (lambda: [peft.attach(classifier(LoRA(rank=2)), BottleneckAdapter())], "single plain LoRA"),
     "DoRA": (lambda: [classifier(peft.DoRA(rank=2))], "single plain LoRA"),
     "other modules beside": (
         lambda: [classifier(LoRA(rank=2)), classifier(LoRA(rank=2), also=())],

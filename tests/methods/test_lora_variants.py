@@ -378,6 +378,26 @@ def test_an_update_of_nothing_has_no_error(decoder):
     assert set(combined.error.values()) == {0.0} and not any(combined[1][f"{s}.B"].any() for s in combined.error)
 
 
+@pytest.mark.parametrize("weights", [(1.0, -1.0, 0.0), (0.1, 0.2, -0.3), (1e6, -3e6, 2e6)])
+@pytest.mark.parametrize("rank", [None, 1, 3])
+def test_a_sum_that_is_zero_is_zero_and_has_no_error(tiny, weights, rank):
+    combined = combine([two_loras(tiny)[0]] * 3, weights, rank)
+    assert set(combined.error.values()) == {0.0}
+    for site in combined.error:
+        A, B = (combined[1][f"{site}.{factor}"].double() for factor in "AB")
+        assert (B @ A).norm() <= 1e-7 * max(weights) * A.norm()
+
+
+def test_the_error_is_as_small_as_it_says_beside_a_large_sum_that_cancels(tiny):
+    """What is left of 1e6 - 1e6 is the second LoRA, of rank 3."""
+    first, second = two_loras(tiny)
+    expected, combined = combine([second], [1.0]), combine([first, second, first], [1e6, 1.0, -1e6], rank=3)
+    for site, error in expected.error.items():
+        made, wanted = (c[1][f"{site}.B"] @ c[1][f"{site}.A"] for c in (combined, expected))
+        torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-5)
+        assert error == 0.0 and combined.error[site] < 1e-6
+
+
 @pytest.mark.parametrize("rank, message", [(0, "between 1 and 5"), (6, "between 1 and 5")])
 def test_a_rank_that_the_sum_does_not_have_is_refused(tiny, rank, message):
     with pytest.raises(ValueError, match=message):

@@ -75,7 +75,7 @@ def test_a_bank_beside_another_method(decoder):
 
 def test_tasks_have_names(decoder, unchecked):
     lora = peft.attach(decoder(), peft.LoRA(rank=2))
-    with pytest.raises(ValueError, match="known by a name"):
+    with pytest.raises(ValueError, match="give tasks by name"):
         peft.TaskBank(decoder(), {None: lora})
 
 
