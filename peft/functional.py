@@ -31,21 +31,19 @@ from torch import Tensor
 from minitransformer.attention import Mask, attention_weights, fused_attention, written_out
 from minitransformer.feedforward import activate
 
-Weight, RowLengths = Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]
+Inputs, Outputs = Float[Tensor, "*rows d_in"], Float[Tensor, "*rows d_out"]
+Weight, OutputVector = Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]
 FactorA, FactorB = Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]
+Hidden, HiddenVector = Float[Tensor, "*rows d"], Float[Tensor, " d"]
 Queries, Keys, PrefixKeys = Float[Tensor, "B H T d_head"], Float[Tensor, "B H S d_head"], Float[Tensor, "B H n d_head"]
 
 
-def lora_update(
-    x: Float[Tensor, "*rows d_in"], A: FactorA, B: FactorB, scale: float | int
-) -> Float[Tensor, "*rows d_out"]:
+def lora_update(x: Inputs, A: FactorA, B: FactorB, scale: float | int) -> Outputs:
     """scale * B A x, by two thin products: what LoRA adds to W0 x. Hu et al. 2022, equation 3; scale = alpha / r."""
     return scale * F.linear(F.linear(x, A), B)
 
 
-def lora_weight(
-    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float | int
-) -> Float[Tensor, "d_out d_in"]:
+def lora_weight(A: FactorA, B: FactorB, scale: float | int) -> Weight:
     """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1.
 
     Autocast would round it to 16 bits, and every token by it.
@@ -60,13 +58,13 @@ def without_autocast(like: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def row_norms(weight: Weight) -> RowLengths:
-    """The length of each row of a weight: of what makes one output number."""
+def row_norms(weight: Weight) -> OutputVector:
+    """The length of each row of a weight: of what makes one number of the output."""
     return torch.linalg.vector_norm(weight, dim=1)
 
 
 def dora_weight(
-    frozen_weight: Weight, A: FactorA, B: FactorB, magnitude: RowLengths, norms: RowLengths, scale: float | int
+    frozen_weight: Weight, A: FactorA, B: FactorB, magnitude: OutputVector, norms: OutputVector, scale: float | int
 ) -> Weight:
     """magnitude * (W0 + ΔW) / ||W0 + ΔW||: LoRA turns the direction of each row, `magnitude` is its length.
 
@@ -147,14 +145,14 @@ def prepend(prompt: Float[Tensor, "*rows n d"], vectors: Float[Tensor, "B T d"])
 
 
 def bottleneck(
-    h: Float[Tensor, "*rows d"],
+    h: Hidden,
     down_weight: Float[Tensor, "m d"],
     down_bias: Float[Tensor, "m"],
     up_weight: Float[Tensor, "d m"],
-    up_bias: Float[Tensor, "d"],
+    up_bias: HiddenVector,
     activation: str = "relu",
     scale: float | int = 1.0,
-) -> Float[Tensor, "*rows d"]:
+) -> Hidden:
     """scale * (W_up act(W_down h + b_down) + b_up): what an adapter adds to h. Houlsby et al. 2019, section 2.1.
 
     `scale` is the s of He et al. 2022, table 6; Houlsby's adapter has s = 1.
@@ -162,13 +160,13 @@ def bottleneck(
     return scale * F.linear(activate(F.linear(h, down_weight, down_bias), activation), up_weight, up_bias)
 
 
-def rescaled(h: Float[Tensor, "*rows d"], scale: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
+def rescaled(h: Hidden, scale: HiddenVector) -> Hidden:
     """l ⊙ h: each number of an activation has a learned factor. Liu et al. 2022, section 3.3."""
     return h * scale
 
 
-def shifted(h: Float[Tensor, "*rows d"], delta_bias: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
-    """h + Δb: the change of a bias, added to what the frozen map gives. Ben Zaken et al. 2022, section 3."""
+def shifted(h: Hidden, delta_bias: HiddenVector) -> Hidden:
+    """h + Δb: the change of a bias, added to what the frozen layer gives. Ben Zaken et al. 2022, section 3."""
     return h + delta_bias
 
 

@@ -39,15 +39,11 @@ def is_known(layer: Wrapper, x: Tensor) -> bool:
 
 
 class FastLoRA(torch.autograd.Function):
-    """y = x (W0 + s B A)ᵀ + b and its gradients. Keeps x, A and B for the backward pass; W is made again.
-
-    It has no forward mode: Dynamo cannot trace a function that has one.
-    """
-
-    generate_vmap_rule = True
+    """y = x (W0 + s B A)ᵀ + b and its gradients. Keeps x, A and B for the backward pass; W is made again."""
 
     @staticmethod
     def forward(
+        ctx,
         x: Float[Tensor, "*rows d_in"],
         frozen_weight: Float[Tensor, "d_out d_in"],
         bias: Float[Tensor, " d_out"] | None,
@@ -56,14 +52,11 @@ class FastLoRA(torch.autograd.Function):
         scale: float | int,
     ) -> Float[Tensor, "*rows d_out"]:
         """W0 x + b + scale * B A x. Hu et al. 2022, equation 3; scale = alpha / r."""
-        return F.linear(x, torch.addmm(frozen_weight, B, A, alpha=scale), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, frozen_weight, _, A, B, ctx.scale = inputs
         _, weight_learns, _, A_learns, B_learns, _ = ctx.needs_input_grad
         tokens = x if weight_learns or A_learns or B_learns else None  # else no token need be kept
         ctx.save_for_backward(tokens, frozen_weight, A, B)
+        ctx.scale = scale
+        return F.linear(x, torch.addmm(frozen_weight, B, A, alpha=scale), bias)
 
     @staticmethod
     def backward(ctx, g):

@@ -30,6 +30,7 @@ from minitransformer.config import ACTIVATIONS, TransformerConfig
 from minitransformer.feedforward import FeedForward
 from peft.functional import bottleneck, in_their_precision
 from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like, unwrapped
+from peft.methods.options import Count, Factor, one_of
 from peft.sites import block_names, in_layers
 
 # What each placement wraps in a block, and how the wrapper joins it: behind it, beside it, or in front of it.
@@ -55,21 +56,10 @@ class BottleneckAdapter(LayerwiseMethod):
         ValueError: a bottleneck below 1, a scale of 0, or an unknown choice.
     """
 
-    bottleneck: int = 8
-    placement: str = "houlsby"
-    activation: str = "relu"
-    scale: float | int = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.bottleneck < 1:
-            raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if self.scale == 0:
-            raise ValueError("scale must not be 0: nothing could be learned")
+    bottleneck: Count = 8
+    placement: one_of(*PLACEMENTS) = "houlsby"
+    activation: one_of(*ACTIVATIONS) = "relu"
+    scale: Factor = 1.0
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The sublayers (or the FFN's second linear layer) of every block."""
@@ -79,10 +69,9 @@ class BottleneckAdapter(LayerwiseMethod):
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """An `Adapter` joined to the sublayer."""
-        reader = module if isinstance(module, nn.Linear) else None
-        if isinstance(module, (Attention, FeedForward)):
-            reader = unwrapped(module.query if isinstance(module, Attention) else module.up)
-        if reader is None:
+        inside = module.up if isinstance(module, FeedForward) else module
+        reader = unwrapped(module.query if isinstance(module, Attention) else inside)
+        if not isinstance(reader, nn.Linear):
             raise ValueError(f"{name} is a {type(module).__name__}, of which an adapter does not know the width")
         return Adapter(module, self, reader.in_features, generator)
 

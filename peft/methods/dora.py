@@ -5,7 +5,7 @@ Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation
     W = m (W0 + ΔW) / ||W0 + ΔW||                    ΔW = (alpha / r) B A,  row by row
 
 Shapes: m [d_out], at the start the lengths of the rows of W0; A [r, d_in] and B [d_out, r] as in LoRA. Trained: LoRA's
-numbers, and d_out for each linear map.
+parameters, and d_out for each linear layer.
 
 Differs from the paper: it speaks of the columns of W, with `y = x W`; in `[out, in]` they are rows.
 """
@@ -32,14 +32,14 @@ class DoRA(LoRA):
     """
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "DoRALinear":
-        """A `DoRALinear` round the map."""
+        """A `DoRALinear` round the layer."""
         self.check_rank(name, module)
         if bool((row_norms(module.weight.detach()) == 0).any()):
             raise ValueError(f"{name} has a row of zeros, which has no direction; DoRA cannot start there, LoRA can")
         return DoRALinear(module, self, generator)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """LoRA's, and d_out for each linear map."""
+        """LoRA's, and d_out for each linear layer."""
         return super().expected_parameters(config) + sum(d_out for _, d_out in self.targeted_shapes(config))
 
 

@@ -31,15 +31,8 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
 from peft.functional import gated_prefix, prefix_attention
-from peft.method import (
-    KeysAndValues,
-    LayerwiseMethod,
-    Wrapper,
-    dtype_of,
-    normal,
-    parameter_like,
-    unwrapped,
-)
+from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, dtype_of, normal, parameter_like, unwrapped
+from peft.methods.options import Count, Deviation, one_of
 from peft.methods.real_words import attention_input_of_words, check_start
 from peft.methods.reparameterization import made_by_mlp, mlp_start
 from peft.sites import in_layers
@@ -66,24 +59,20 @@ class PrefixTuning(LayerwiseMethod):
             option that would be ignored.
     """
 
-    length: int = 8
-    at: str = "kv"
-    init: str = "activations"
-    init_std: float | int = 1.0
+    length: Count = 8
+    at: one_of("kv", "hidden") = "kv"
+    init: one_of("activations", "normal") = "activations"
+    init_std: Deviation = 1.0
     init_tokens: tuple[int, ...] | None = None
     reparameterize: int | None = None
     gated: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        check_start(self, "activations")
-        if self.at not in ("kv", "hidden"):
-            raise ValueError(f'at={self.at!r} is unknown; choose "kv" or "hidden"')
-        if self.reparameterize is None:
-            return
-        if self.reparameterize < 1 or self.at != "kv":
+        check_start(self)
+        if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
             raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
-        if self.init != "activations" or self.init_tokens is not None:
+        if self.reparameterize is not None and (self.init != "activations" or self.init_tokens is not None):
             raise ValueError("init and init_tokens would be ignored: the MLP of reparameterize has a start of its own")
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
@@ -93,16 +82,20 @@ class PrefixTuning(LayerwiseMethod):
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
+        return PrefixAttention(module, self, self.start(module, model, generator))
+
+    def start(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors of one layer at the start, by name."""
+        n, d = self.length, attention.d_model
         if self.reparameterize is not None:
-            return PrefixAttention(module, self, mlp_start(module.d_model, self.length, self.reparameterize, generator))
+            return mlp_start(d, n, self.reparameterize, generator)
         parts = ("key", "value") if self.at == "kv" else ("hidden",)
         if self.init == "normal":
-            shape = (self.length, module.d_model)
-            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in parts})
-        hidden = attention_input_of_words(self, module, model, generator)
-        with torch.no_grad():
-            known = {"hidden": hidden, "key": unwrapped(module.key)(hidden), "value": unwrapped(module.value)(hidden)}
-        return PrefixAttention(module, self, {part: known[part][0] for part in parts})
+            return {part: normal((n, d), self.init_std, generator) for part in parts}
+        hidden = attention_input_of_words(self, attention, model, generator)
+        if self.at == "hidden":
+            return {"hidden": hidden[0]}
+        return {part: unwrapped(getattr(attention, part))(hidden)[0] for part in parts}
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""

@@ -24,6 +24,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, check
 from peft.functional import prepend
 from peft.method import Method, Wrapper, normal, parameter_like, unwrapped
+from peft.methods.options import Count, Deviation, one_of
 from peft.methods.real_words import check_start, words_to_start_from
 
 
@@ -43,14 +44,14 @@ class PromptTuning(Method):
             option that would be ignored; on attaching, a prompt as long as max_len.
     """
 
-    length: int = 8
-    init: str = "tokens"
-    init_std: float | int = 1.0
+    length: Count = 8
+    init: one_of("tokens", "normal") = "tokens"
+    init_std: Deviation = 1.0
     init_tokens: tuple[int, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        check_start(self, "tokens")
+        check_start(self)
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The embedding."""

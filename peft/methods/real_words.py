@@ -17,28 +17,6 @@ from minitransformer.transformer import Transformer
 from peft.method import Method, Wrapper, switched_off, unwrapped
 
 
-def check_start(recipe: Method, from_words: str) -> None:
-    """What the recipes of a prefix and a prompt share: `length`, and a start from words (of that name) or "normal".
-
-    Raises:
-        ValueError: a length below 1, an unknown start, a negative `init_std`, `init_tokens` that do not count `length`,
-            or one of these two where it would be ignored.
-    """
-    words = recipe.init_tokens
-    if recipe.length < 1:
-        raise ValueError(f"length must be at least 1, got {recipe.length}")
-    if recipe.init not in (from_words, "normal"):
-        raise ValueError(f'init={recipe.init!r} is unknown; choose "{from_words}" or "normal"')
-    if recipe.init_std < 0:
-        raise ValueError(f"init_std is a standard deviation, 0 or more, got {recipe.init_std}")
-    if recipe.init == "normal" and words is not None:
-        raise ValueError(f'init_tokens would be ignored: they go with init="{from_words}"')
-    if recipe.init != "normal" and recipe.init_std != 1.0:
-        raise ValueError('init_std would be ignored: it goes with init="normal"')
-    if words is not None and len(words) != recipe.length:
-        raise ValueError(f"init_tokens has {len(words)} words, but length is {recipe.length}")
-
-
 def words_to_start_from(recipe: Method, vocab_size: int, generator: torch.Generator) -> Int[Tensor, "n"]:
     """The recipe's words, or `length` drawn from the vocabulary: the same ones for every layer of one `attach`."""
     if recipe.init_tokens is not None:
@@ -71,3 +49,14 @@ def attention_input_of_words(
     finally:
         look.remove()
     return torch.cat(read, dim=1)
+
+
+def check_start(recipe: Method) -> None:
+    """Raise ValueError for `init_tokens` that do not count `length`, or an option that the start would ignore."""
+    words = recipe.init_tokens
+    if recipe.init == "normal" and words is not None:
+        raise ValueError('init_tokens would be ignored by init="normal"; leave one of them out')
+    if recipe.init != "normal" and recipe.init_std != 1.0:
+        raise ValueError('init_std would be ignored: it goes with init="normal"')
+    if words is not None and len(words) != recipe.length:
+        raise ValueError(f"init_tokens has {len(words)} words, but length is {recipe.length}")
