@@ -32,44 +32,37 @@ from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
 from peft.functional import gated_prefix, prefix_attention
 from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, dtype_of, normal, parameter_like, unwrapped
-from peft.methods.options import Count, Deviation, one_of
-from peft.methods.real_words import attention_input_of_words, check_start
+from peft.methods.options import one_of
+from peft.methods.real_words import LearnedPositions
 from peft.methods.reparameterization import made_by_mlp, mlp_start
 from peft.sites import in_layers
 
 
 @dataclass(frozen=True)
-class PrefixTuning(LayerwiseMethod):
+class PrefixTuning(LayerwiseMethod, LearnedPositions):
     """Recipe: a prefix of `length` positions in every layer's attention.
 
     Args:
-        length: n, the number of prefix positions.
         at: "kv" learns keys and values themselves; "hidden" learns inputs, from which the frozen W_k and W_v make them.
-        init: "activations" starts from the keys and values (or inputs) that `length` real words have in each layer;
-            "normal" from N(0, init_std²).
-        init_std: standard deviation of "normal".
-        init_tokens: the words of "activations", `length` word numbers; None draws them from the whole vocabulary.
+        init: "activations" starts from the keys and values (or inputs) that real words have in each layer; or "normal".
+        length, init_std, init_tokens: as in `LearnedPositions`.
         reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
             brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
-            option that would be ignored.
+        ValueError: what `LearnedPositions` and `LayerwiseMethod` refuse, a width below 1, or options that would be
+            ignored beside the MLP.
     """
 
-    length: Count = 8
-    at: one_of("kv", "hidden") = "kv"
     init: one_of("activations", "normal") = "activations"
-    init_std: Deviation = 1.0
-    init_tokens: tuple[int, ...] | None = None
+    at: one_of("kv", "hidden") = "kv"
     reparameterize: int | None = None
     gated: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        check_start(self)
         if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
             raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
         if self.reparameterize is not None and (self.init != "activations" or self.init_tokens is not None):
@@ -92,7 +85,7 @@ class PrefixTuning(LayerwiseMethod):
         parts = ("key", "value") if self.at == "kv" else ("hidden",)
         if self.init == "normal":
             return {part: normal((n, d), self.init_std, generator) for part in parts}
-        hidden = attention_input_of_words(self, attention, model, generator)
+        hidden = self.activations(attention, model, generator)
         if self.at == "hidden":
             return {"hidden": hidden[0]}
         return {part: unwrapped(getattr(attention, part))(hidden)[0] for part in parts}

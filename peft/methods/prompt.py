@@ -23,35 +23,24 @@ from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, check
 from peft.functional import prepend
-from peft.method import Method, Wrapper, normal, parameter_like, unwrapped
-from peft.methods.options import Count, Deviation, one_of
-from peft.methods.real_words import check_start, words_to_start_from
+from peft.method import Wrapper, normal, parameter_like, unwrapped
+from peft.methods.options import one_of
+from peft.methods.real_words import LearnedPositions
 
 
 @dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(LearnedPositions):
     """Recipe: a soft prompt of `length` vectors.
 
     Args:
-        length: n, the number of vectors.
-        init: "tokens" starts from the embeddings of real words (the paper's "sampled vocabulary"); "normal" from
-            N(0, init_std²).
-        init_std: standard deviation of "normal".
-        init_tokens: the words of "tokens", `length` word numbers; None draws them from the whole vocabulary.
+        init: "tokens" starts from the embeddings of real words (the paper's "sampled vocabulary"); or "normal".
+        length, init_std, init_tokens: as in `LearnedPositions`.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
-            option that would be ignored; on attaching, a prompt as long as max_len.
+        ValueError: what `LearnedPositions` refuses; on attaching, a prompt as long as max_len.
     """
 
-    length: Count = 8
     init: one_of("tokens", "normal") = "tokens"
-    init_std: Deviation = 1.0
-    init_tokens: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_start(self)
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The embedding."""
@@ -59,14 +48,14 @@ class PromptTuning(Method):
 
     def wrap(self, name: str, module: Embedding, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PromptEmbedding` round the embedding."""
-        n_words, d_model = module.token.weight.shape
         if self.length >= module.room:
             raise ValueError(f"a prompt of {self.length} vectors leaves no room for text; max_len is {module.room}")
         if self.init == "normal":
-            return PromptEmbedding(module, normal((self.length, d_model), self.init_std, generator))
-        words = words_to_start_from(self, n_words, generator).to(module.token.weight.device)
+            shape = (self.length, module.token.embedding_dim)
+            return PromptEmbedding(module, normal(shape, self.init_std, generator))
+        words = self.words(module.token, generator)
         check(module, words[None], torch.zeros_like(words)[None])
-        return PromptEmbedding(module, module.token(words).detach())
+        return PromptEmbedding(module, module.token(words))
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """n d_model."""
