@@ -44,16 +44,14 @@ PLACEMENTS = {
 
 @dataclass(frozen=True)
 class BottleneckAdapter(LayerwiseMethod):
-    """Recipe: adapters of width `bottleneck` in every block, or in those that `layers` names.
+    """Recipe: adapters of width `bottleneck` in every block.
 
     Args:
         bottleneck: m, the width between the two projections.
         placement: "houlsby" | "pfeiffer" | "parallel" | "inside_ffn", see the head of this file.
         activation: "relu" | "gelu" | "gelu_tanh".
         scale: factor on the bottleneck's output (the s of He et al. 2022; 1 in Houlsby et al. 2019).
-
-    Raises:
-        ValueError: a bottleneck below 1, a scale of 0, or an unknown choice.
+        layers: the numbers of the blocks to enter; None means all.
     """
 
     bottleneck: Count = 8
@@ -108,9 +106,7 @@ class Adapter(Joined):
 
     def __init__(self, base: nn.Module, recipe: BottleneckAdapter, d: int, generator: torch.Generator):
         super().__init__(base)
-        self.recipe = recipe
-        self.joined = PLACEMENTS[recipe.placement][1]
-        m = recipe.bottleneck
+        self.recipe, (_, self.joined), m = recipe, PLACEMENTS[recipe.placement], recipe.bottleneck
         self.down_weight = parameter_like(normal((m, d), 1 / math.sqrt(d), generator), base)
         self.down_bias = parameter_like(torch.zeros(m), base)
         self.up_weight = parameter_like(torch.zeros(d, m), base)

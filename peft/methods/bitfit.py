@@ -31,21 +31,16 @@ from peft.sites import block_names, in_layers
 
 @dataclass(frozen=True)
 class BitFit(LayerwiseMethod):
-    """Recipe: a trained change for every bias.
-
-    Args:
-        layers: the numbers of the blocks to enter; None means all, and the norms outside of the blocks as well.
-    """
+    """Recipe: a trained change for every bias in the blocks that `layers` names; None: also in norms outside."""
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
-        blocks = block_names(modules)
-        inside = tuple(f"{block}." for block in blocks)
+        blocks = tuple(f"{block}." for block in block_names(modules))
         keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
-        places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
-        owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
-        for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:
-            places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
+        places = [name for name, module in modules.items() if name.startswith(blocks) and module not in keys]
+        for name in [name for name, module in modules.items() if isinstance(module, Embedding)]:
+            owner = name.removesuffix("embedding")  # "", or "transformer."
+            places += [owner + norm for norm in ("embedding.norm", "norm") if f"{owner}blocks.0." in blocks]
         kinds = (nn.Linear, nn.LayerNorm)
         places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
         return in_layers(places, modules, self.layers)

@@ -28,7 +28,7 @@ class DoRA(LoRA):
     """Recipe: what `LoRA` changes, with a trained length for each row on top. The options are those of `LoRA`.
 
     Raises:
-        ValueError: as `LoRA`; on attaching, a frozen weight with a row of zeros.
+        ValueError: what `LoRA` refuses; on attaching, a frozen weight with a row of zeros.
     """
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "DoRALinear":
@@ -57,8 +57,8 @@ class DoRALinear(LoRALinear):
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         update = lora_update(dropped, self.A, self.B, self.scale)  # ΔW x
-        factor = self.magnitude / self.norms().detach()  # [d_out]; forward mode does not stop at no_grad
-        product = y.to(factor.dtype) if self.base.bias is None else y.to(factor.dtype) - self.base.bias  # W0 x
+        factor = self.magnitude / self.norms()  # [d_out]
+        product = y.to(factor.dtype) - (0 if self.base.bias is None else self.base.bias)  # W0 x
         # factor * (product + update) + b, written as a change of y: exactly y at the start, where factor is 1.
         return y + ((factor - 1) * product + factor * update).to(y.dtype)
 
@@ -68,6 +68,6 @@ class DoRALinear(LoRALinear):
         return dora_weight(frozen, self.A, self.B, self.magnitude, self.norms(), self.scale)
 
     def norms(self) -> Float[Tensor, " d_out"]:
-        """The lengths of the rows of W0 + ΔW, taken as constants in both modes of differentiation (section 4.3)."""
-        with torch.no_grad():
+        """The lengths of the rows of W0 + ΔW, taken as constants (section 4.3)."""
+        with torch.no_grad():  # at which forward mode does not stop
             return row_norms(self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)).detach()

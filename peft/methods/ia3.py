@@ -28,11 +28,7 @@ PLACES = {"attention.key": "output", "attention.value": "output", "feedforward.d
 
 @dataclass(frozen=True)
 class IA3(LayerwiseMethod):
-    """Recipe: a scale for the keys, the values and the hidden layer of the FFN.
-
-    Args:
-        layers: the numbers of the blocks to enter; None means all.
-    """
+    """Recipe: a scale for the keys, the values and the hidden layer of the FFN, in the blocks that `layers` names."""
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The key layer, the value layer and the FFN's second layer of every block."""

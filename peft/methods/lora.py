@@ -29,13 +29,9 @@ from peft.fast.lora import fast_lora, is_known
 from peft.functional import lora_update, lora_weight
 from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
-from peft.methods.options import Count, Factor, Probability, limited
+from peft.methods.options import Count, Factor, Probability, some_of
 
 ALL_LINEARS = ("query", "key", "value", "output", "up", "down")
-SOME = (["A"], ["B"], ["A", "B"])
-Factors = limited(
-    tuple[str, ...], lambda names: sorted(names) in SOME, '{name}={value} must name "A", "B", or each once'
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class LoRA(LinearMethod):
     rank: Count = 8
     alpha: Factor = 16.0
     dropout: Probability = 0.0
-    train: Factors = ("A", "B")
+    train: some_of("A", "B") = ("A", "B")
     rank_stabilized: bool = False
 
     @property

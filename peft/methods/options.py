@@ -1,11 +1,11 @@
-"""What the options of a recipe may be: types with a limit, which `Method` checks whenever a recipe is made."""
+"""What the options of a recipe may be: types with a limit, outside of which `Method` raises ValueError."""
 
 from collections.abc import Callable
 from typing import Annotated, Any
 
 
 def limited(kind: Any, allowed: Callable[..., bool], message: str) -> Any:
-    """The type, of which only some values are allowed; ValueError(message, with the option's name and value) else."""
+    """The type, of whose values only some are allowed; the message may say {name} and {value}."""
 
     def check(name: str, value) -> None:
         if not allowed(value):
@@ -18,6 +18,12 @@ def one_of(*names: str) -> Any:
     """One of these names."""
     choices = ", ".join(names) if len(names) > 2 else " or ".join(f'"{name}"' for name in names)
     return limited(str, names.__contains__, f"{{name}}={{value!r}} is unknown; choose one of {choices}")
+
+
+def some_of(*names: str) -> Any:
+    """One or more of these names, each once."""
+    message = f"{{name}}={{value}} must name one or more of {', '.join(names)}, each once"
+    return limited(tuple[str, ...], lambda given: 0 < len(given) == len({*given} & {*names}), message)
 
 
 Count = limited(int, lambda n: n >= 1, "{name} must be at least 1, got {value}")

@@ -1,7 +1,7 @@
 """Prefix tuning: n learned keys and values that every query of a layer may look at.
 
-Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.1 and 4.2; the
-concatenated form of He et al. 2022, equation 5.
+Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.1 and 4.2; in the
+form of He et al. 2022, equation 5.
 
     at="kv"       Attention(q, [P_k ; K], [P_v ; V])               P_k, P_v [n, d_model] in every layer
     at="hidden"   P_k = P W_kᵀ + b_k,  P_v = P W_vᵀ + b_v          P [n, d_model] in front of every layer's input
@@ -52,8 +52,7 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
         layers: the numbers of the blocks to enter; None means all.
 
     Raises:
-        ValueError: what `LearnedPositions` and `LayerwiseMethod` refuse, a width below 1, or options that would be
-            ignored beside the MLP.
+        ValueError: what `LearnedPositions` refuses, or a width below 1, or with options that the MLP would ignore.
     """
 
     init: one_of("activations", "normal") = "activations"
@@ -63,10 +62,10 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.reparameterize is not None and (self.reparameterize < 1 or self.at != "kv"):
-            raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
-        if self.reparameterize is not None and (self.init != "activations" or self.init_tokens is not None):
-            raise ValueError("init and init_tokens would be ignored: the MLP of reparameterize has a start of its own")
+        mlp, ignored = self.reparameterize, self.init == "normal" or self.init_tokens is not None
+        if mlp is not None and (mlp < 1 or self.at != "kv" or ignored):
+            start = "init and init_tokens would be ignored: the MLP has a start of its own"
+            raise ValueError(f'reparameterize is a width of at least 1, and goes with at="kv"; {start}')
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every attention layer."""
@@ -75,10 +74,11 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
-        return PrefixAttention(module, self, self.start(module, model, generator))
+        gate = {"gate": torch.zeros(module.n_heads)} if self.gated else {}
+        return PrefixAttention(module, self, self.start(module, model, generator) | gate)
 
     def start(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        """The tensors of one layer at the start, by name."""
+        """The prefix of one layer, or what makes it, at the start of training."""
         n, d = self.length, attention.d_model
         if self.reparameterize is not None:
             return mlp_start(d, n, self.reparameterize, generator)
@@ -93,24 +93,21 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
         n, d, h = self.length, config.d_model, self.reparameterize
-        per_block = n * d * (2 if self.at == "kv" else 1) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
+        per_block = n * d * (1 + (self.at == "kv")) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
         return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
 
 
 class PrefixAttention(Wrapper):
-    """Attention with `key` and `value` [n, d_model] in front, or what makes them: `hidden` [n, d_model], or an MLP's
-    tensors; and `gate` [H]."""
+    """Attention with `key` and `value` [n, d_model] in front, or what makes them (`hidden`, an MLP); and `gate` [H]."""
 
     order = 0
     position_wise = True
 
-    def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
+    def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Tensor]):
         super().__init__(base)
         self.recipe = recipe
         for name, values in start.items():
             self.register_parameter(name, parameter_like(values, base))
-        if recipe.gated and "gate" not in start:
-            self.gate = parameter_like(torch.zeros(base.n_heads), base)
 
     def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
         """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
@@ -118,8 +115,7 @@ class PrefixAttention(Wrapper):
             return made_by_mlp(self.tensors())
         if self.recipe.at == "kv":
             return self.key, self.value
-        frozen = unwrapped(self.base)
-        hidden = self.hidden[None]  # as a layer's input is, for hooks on W_k and W_v
+        frozen, hidden = unwrapped(self.base), self.hidden[None]  # as a layer's input is, for hooks on W_k and W_v
         key, value = (part(hidden.to(dtype_of(part)))[0] for part in (frozen.key, frozen.value))
         return key, value
 
