@@ -13,12 +13,10 @@ Shapes: h [..., d], W_down [m, d], b_down [m], W_up [d, m], b_up [d]; d = d_mode
 Trained: 2 d m + m + d parameters per adapter. The sum with h is the adapter's own residual; the block's comes after it.
 
 Differs from the papers: W_up and b_up start at exactly 0, so that the model is unchanged at the start (Houlsby draws
-W_up from N(0, 0.01²)); the block's LayerNorms stay frozen, where Houlsby trains them as well; Pfeiffer's extra
-LayerNorm is left out.
+W_up from N(0, 0.01²)); the block's LayerNorms stay frozen, which Houlsby trains; Pfeiffer's extra one is left out.
 """
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -61,12 +59,10 @@ class BottleneckAdapter(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The sublayers (or the FFN's second linear layer) of every block."""
-        sublayers, _ = PLACEMENTS[self.placement]
-        places = [f"{block}.{sublayer}" for block in block_names(modules) for sublayer in sublayers]
+        places = [f"{block}.{place}" for block in block_names(modules) for place in PLACEMENTS[self.placement][0]]
         return in_layers(places, modules, self.layers)
 
-    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """An `Adapter` joined to the sublayer."""
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> "Adapter":
         inside = module.up if isinstance(module, FeedForward) else module
         reader = unwrapped(module.query if isinstance(module, Attention) else inside)
         if not isinstance(reader, nn.Linear):
@@ -80,14 +76,10 @@ class BottleneckAdapter(LayerwiseMethod):
 
 
 class Joined(Wrapper):
-    """What a bottleneck adds, behind, beside or in front of a frozen module: `joined` says where, `added` how much."""
+    """A bottleneck behind, beside or in front of a frozen module: `joined` says where, `added(h)` what it adds to h."""
 
     order = 3
     joined: str
-
-    @abstractmethod
-    def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """What is added to h."""
 
     def forward(self, x: Float[Tensor, "*rows d_in"], *rest) -> Float[Tensor, "*out d_out"]:
         """The wrapped module with the bottleneck joined; further arguments are the wrapped module's."""
@@ -100,7 +92,7 @@ class Joined(Wrapper):
 
 
 class Adapter(Joined):
-    """A bottleneck behind, beside or in front of a frozen module, with explicit `down_…` and `up_…` tensors."""
+    """The bottleneck with explicit `down_weight`, `down_bias`, `up_weight` and `up_bias`."""
 
     position_wise = True
 
@@ -112,11 +104,11 @@ class Adapter(Joined):
         self.up_weight = parameter_like(torch.zeros(d, m), base)
         self.up_bias = parameter_like(torch.zeros(d), base)
 
-    def extra_repr(self) -> str:
-        m, d = self.down_weight.shape
-        return f"{d} -> {m} -> {d}, {self.recipe.activation}, joined {self.joined}"
-
     def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         """Houlsby et al. 2019, section 2.1."""
         tensors = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return in_their_precision(bottleneck, h, *tensors, self.recipe.activation, self.recipe.scale)
+
+    def extra_repr(self) -> str:
+        m, d = self.down_weight.shape
+        return f"{d} -> {m} -> {d}, {self.recipe.activation}, joined {self.joined}"

@@ -32,7 +32,6 @@ class DoRA(LoRA):
     """
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "DoRALinear":
-        """A `DoRALinear` round the layer."""
         self.check_rank(name, module)
         if bool((row_norms(module.weight.detach()) == 0).any()):
             raise ValueError(f"{name} has a row of zeros, which has no direction; DoRA cannot start there, LoRA can")
@@ -64,8 +63,8 @@ class DoRALinear(LoRALinear):
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """m (W0 + ΔW) / ||W0 + ΔW||."""
-        frozen = self.base.weight.to(self.A.dtype)
-        return dora_weight(frozen, self.A, self.B, self.magnitude, self.norms(), self.scale)
+        W0 = self.base.weight.to(self.A.dtype)
+        return dora_weight(W0, self.A, self.B, self.magnitude, self.norms(), self.scale)
 
     def norms(self) -> Float[Tensor, " d_out"]:
         """The lengths of the rows of W0 + ΔW, taken as constants (section 4.3)."""

@@ -25,11 +25,8 @@ class LinearMethod(LayerwiseMethod):
     """A method that enters linear layers.
 
     Args:
-        targets: names of linear layers, by whole parts: "query", "feedforward.up", "blocks.0.attention.query".
+        targets: names of linear layers, by whole parts, each once: "query", "attention.query", "feedforward.up".
         layers: the numbers of the blocks to enter; None means all.
-
-    Raises:
-        ValueError: a target twice, or what `LayerwiseMethod` refuses.
     """
 
     targets: Names = field(default=("query", "value"), kw_only=True)
@@ -41,12 +38,10 @@ class LinearMethod(LayerwiseMethod):
 
     def targeted_shapes(self, config: TransformerConfig) -> list[tuple[int, int]]:
         """(d_in, d_out) of each linear layer that the targets name; ValueError as in `attach`."""
-        self.n_blocks(config)
-        shapes = linear_shapes(config)
-        if self.layers is not None:
-            inside = tuple(f"blocks.{layer}." for layer in self.layers)
-            shapes = {name: shape for name, shape in shapes.items() if name.startswith(inside)}
-        return [shapes[name] for name in find(self.targets, shapes, "linear map")]
+        self.n_blocks(config)  # refuses a block that is not there
+        shapes, blocks = linear_shapes(config), tuple(f"blocks.{layer}." for layer in self.layers or ())
+        names = [name for name in shapes if self.layers is None or name.startswith(blocks)]
+        return [shapes[name] for name in find(self.targets, names, "linear map")]
 
 
 class MergeableLinear(Wrapper):
@@ -57,8 +52,7 @@ class MergeableLinear(Wrapper):
     """
 
     order = 0
-    merged_weight: Tensor | None = None  # W [d_out, d_in] while merged
-    made_of: list[tuple[int, int]]  # the versions of the tensors that W was computed of
+    merged_weight: Tensor | None = None  # W [d_out, d_in] while merged; `made_of`: the versions of what it comes from
 
     def __init_subclass__(cls, **kwargs):
         own = {*vars(cls)}
@@ -71,8 +65,7 @@ class MergeableLinear(Wrapper):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """`base(x)` while the method is off; W x + b if it is merged and nobody could tell; else `adapted(x)`.
 
-        Raises:
-            ValueError: in the backward pass, if a tensor is to be trained while it is merged: W would not follow it.
+        While it is merged, a backward pass to a tensor that learns raises ValueError: W would not follow it.
         """
         if not self.enabled:
             return self.base(x)
@@ -126,6 +119,9 @@ class MergeableLinear(Wrapper):
             return self.merged_weight, self.base.bias
         is_exact = can_hold(self.base.weight, *self.tensors().values())
         return (self.changed_weight(), self.base.bias) if is_exact else None
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", merged" * self.merged
 
 
 def versions(tensors: list[Tensor]) -> list[tuple[int, int]]:

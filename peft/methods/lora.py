@@ -8,9 +8,7 @@ Why it can work: the change that fine-tuning makes has a low *intrinsic dimensio
 of rank r << min(d_in, d_out) holds most of it.
 
 Shapes: x [..., d_in], A [r, d_in], B [d_out, r], y [..., d_out]. Trained: r (d_in + d_out) parameters, not d_in d_out.
-
-Variants: the scale alpha / sqrt(r) (`rank_stabilized`; Kalajdzievski 2023), a trained length for each row
-(`peft/methods/dora.py`), two learning rates (`peft/methods/lora_plus.py`); the sum in one product: `peft/fast/lora.py`.
+Variants: a trained length for each row (`dora.py`), two learning rates (`lora_plus.py`), one product (`fast/lora.py`).
 
 Differs from the paper: A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), as in the authors' code, where the paper says
 Gaussian; and one factor alone may be trained (`train`), see the docstring of `LoRA`.
@@ -40,20 +38,17 @@ class LoRA(LinearMethod):
 
     Args:
         rank: r, the width of the bottleneck between A and B.
-        alpha: numerator of the scale alpha / r, which is meant to spare a new learning rate for each rank (section
-            4.1); only roughly so, since with Adam the first update still falls as 1 / sqrt(r).
+        alpha: numerator of the scale alpha / r, meant to spare a new learning rate for each rank (section 4.1); only
+            roughly so, since with Adam the first update still falls as 1 / sqrt(r).
         dropout: probability with which each number that the update reads is dropped, in training only.
         train: which factors are trained. One of them starts at zero, so that the update does; the other at random.
-            ("A", "B"): B = 0, as in the paper. ("B",): B = 0, A stays random (LoRA-FA, Zhang et al. 2023): r fixed
-            directions to read. ("A",): A = 0, B stays random: r fixed directions to write (Zhu et al. 2024 compare the
-            two).
-        rank_stabilized: divide alpha by sqrt(r), not by r, with which a high rank learns ever more slowly
-            (Kalajdzievski 2023, section 3.2).
+            ("A", "B"): B = 0, as in the paper. ("B",): B = 0, and A, the r directions to read, stays random (LoRA-FA,
+            Zhang et al. 2023). ("A",): A = 0, and B, those to write, stays random (Zhu et al. 2024 compare the two).
+        rank_stabilized: divide alpha by sqrt(r): by r, a high rank learns ever more slowly (Kalajdzievski 2023, 3.2).
         targets, layers: as in `LinearMethod`.
 
     Raises:
-        ValueError: a rank below 1, an alpha of 0, a dropout outside [0, 1), a `train` without a factor or with another;
-            on attaching, a rank above min(d_in, d_out).
+        ValueError: on attaching, a rank above min(d_in, d_out).
     """
 
     rank: Count = 8
@@ -68,7 +63,6 @@ class LoRA(LinearMethod):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "LoRALinear":
-        """A `LoRALinear` round the layer."""
         self.check_rank(name, module)
         return LoRALinear(module, self, generator)
 
@@ -112,8 +106,7 @@ class LoRALinear(MergeableLinear):
         return self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)
 
     def extra_repr(self) -> str:
-        A, B, merged = list(self.A.shape), list(self.B.shape), ", merged" * self.merged
-        return f"A={A}, B={B}, scale={self.scale:g}, train={'+'.join(self.recipe.train)}{merged}"
+        return f"{super().extra_repr()}, scale={self.scale:g}, train={'+'.join(self.recipe.train)}"
 
     def frozen_tensors(self) -> set[str]:
         """The factor that `train` does not name, if any."""

@@ -3,21 +3,18 @@
 Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.1 and 4.2; in the
 form of He et al. 2022, equation 5.
 
-    at="kv"       Attention(q, [P_k ; K], [P_v ; V])               P_k, P_v [n, d_model] in every layer
+    at="kv"       Attn(q, [P_k ; K], [P_v ; V])                    P_k, P_v [n, d_model] in every layer
     at="hidden"   P_k = P W_kᵀ + b_k,  P_v = P W_vᵀ + b_v          P [n, d_model] in front of every layer's input
+    gated=True    Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v)        g [H], 0 at the start; Zhang et al. 2023
 
 *A prefix is a learned KV cache*: what the layer would remember of n words that were never written. It takes no part in
-the positions of the text, and asks no query of its own.
+the positions of the text, and asks no query of its own. Gated (LLaMA-Adapter, section 3.2), it starts as the unchanged
+model, which a plain prefix never does: even zero keys take their share of the softmax.
 
 Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
 layer for "kv", n d_model for "hidden".
 
-With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
-"LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
-a plain prefix never is: even zero keys take their share of the softmax.
-
 Differs from the paper: "hidden" joins what W_k and W_v read (in a pre-norm block, after the norm); otherwise nothing.
-The paper's MLP is in `peft/methods/reparameterization.py`, the start from real words in `peft/methods/real_words.py`.
 """
 
 from collections.abc import Callable
@@ -45,11 +42,10 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
     Args:
         at: "kv" learns keys and values themselves; "hidden" learns inputs, from which the frozen W_k and W_v make them.
         init: "activations" starts from the keys and values (or inputs) that real words have in each layer; or "normal".
-        length, init_std, init_tokens: as in `LearnedPositions`.
-        reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
-            brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
+        length, init_std, init_tokens, layers: as in `LearnedPositions` and `LayerwiseMethod`.
+        reparameterize: hidden width of the paper's MLP (`reparameterization.py`), which makes P_k and P_v while they are
+            trained, from a start of its own, and which `peft.fold` folds away; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
-        layers: the numbers of the blocks to enter; None means all.
 
     Raises:
         ValueError: what `LearnedPositions` refuses, or a width below 1, or with options that the MLP would ignore.
@@ -72,8 +68,7 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
         names = [name for name, module in modules.items() if isinstance(module, Attention)]
         return in_layers(names, modules, self.layers)
 
-    def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `PrefixAttention` round the layer."""
+    def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> "PrefixAttention":
         gate = {"gate": torch.zeros(module.n_heads)} if self.gated else {}
         return PrefixAttention(module, self, self.start(module, model, generator) | gate)
 
@@ -110,7 +105,7 @@ class PrefixAttention(Wrapper):
             self.register_parameter(name, parameter_like(values, base))
 
     def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
-        """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
+        """P_k and P_v, computed afresh in every pass: a stored result would cut the gradient."""
         if self.recipe.reparameterize is not None:
             return made_by_mlp(self.tensors())
         if self.recipe.at == "kv":

@@ -22,16 +22,13 @@ from peft.methods.options import Count, Deviation
 
 @dataclass(frozen=True)
 class LearnedPositions(Method):
-    """A method that learns what stands at n positions in front of the text, from real words on or from random numbers.
+    """A method that learns what stands at n positions in front of the text. ValueError for an option without effect.
 
     Args:
         length: n, the number of positions.
         init: "normal" starts from N(0, init_std²); any other choice of the method from real words.
         init_std: standard deviation of "normal".
         init_tokens: the real words, `length` word numbers; None draws them from the whole vocabulary.
-
-    Raises:
-        ValueError: `init_tokens` of another length, or an option that would be ignored.
     """
 
     length: Count = 8
@@ -58,14 +55,8 @@ class LearnedPositions(Method):
         return torch.tensor(words, device=table.weight.device)
 
     @torch.no_grad()
-    def activations(
-        self, attention: Attention, model: nn.Module, generator: torch.Generator
-    ) -> Float[Tensor, "1 n d_model"]:
-        """What that attention layer reads at each of the words.
-
-        Raises:
-            ValueError: no Transformer is round the layer, or it does not have these words.
-        """
+    def activations(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> Float[Tensor, "1 n d"]:
+        """What that attention layer reads at each word; ValueError if no Transformer is round it, or lacks a word."""
         around = [m for m in model.modules() if isinstance(m, Transformer) and any(p is attention for p in m.modules())]
         if not around:
             raise ValueError('no minitransformer Transformer is round this attention layer; choose init="normal"')

@@ -9,7 +9,6 @@ directions a layer reads, and how much of each it writes. So the rank may be hig
 
 Shapes: x [..., d_in], A [r, d_in], B [d_out, r], d [r], b [d_out]. Where layers differ in shape, A and B have the
 largest sides, and each layer takes the first d_in columns and d_out rows. Trained: r + d_out parameters a layer.
-
 Start: A and B from Kaiming's uniform distribution, d = 0.1, b = 0, so that the update is zero (sections 3.2 and 4.1).
 
 Differs from the paper: A and B are kept in the file, once, where the paper keeps the seed that they can be drawn from.
@@ -30,15 +29,13 @@ from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
 from peft.methods.options import Count, Factor
 
-RankVector = Float[Tensor, " r"]
 
-
-def vera_update(x: Inputs, A: FactorA, B: FactorB, d: RankVector, b: OutputVector) -> Outputs:
+def vera_update(x: Inputs, A: FactorA, B: FactorB, d: Float[Tensor, " r"], b: OutputVector) -> Outputs:
     """b ⊙ B (d ⊙ A x): what VeRA adds to a linear layer's output. Kopiczko et al. 2024, equation 2."""
     return b * F.linear(d * F.linear(x, A), B)
 
 
-def vera_weight(A: FactorA, B: FactorB, d: RankVector, b: OutputVector) -> Weight:
+def vera_weight(A: FactorA, B: FactorB, d: Float[Tensor, " r"], b: OutputVector) -> Weight:
     """ΔW = diag(b) B diag(d) A: the same update as a change of the weight."""
     with without_autocast(A):
         return b[:, None] * ((B * d) @ A)
@@ -52,13 +49,10 @@ class VeRA(LinearMethod):
         rank: r, how many random directions the layers share.
         initial_d: the start of every number in d.
         targets, layers: as in `LinearMethod`.
-
-    Raises:
-        ValueError: a rank below 1, or an `initial_d` of 0 (with b = 0 as well, nothing could be learned).
     """
 
     rank: Count = 128
-    initial_d: Factor = 0.1
+    initial_d: Factor = 0.1  # with b = 0 as well, nothing could be learned
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "VeRALinear":
         """A `VeRALinear` with an A and a B that no other layer shares."""
@@ -102,9 +96,6 @@ class VeRALinear(MergeableLinear):
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W0 + ΔW, in the precision of the vectors."""
         return self.base.weight.to(self.A.dtype) + vera_weight(*self.factors())
-
-    def extra_repr(self) -> str:
-        return f"d={list(self.d.shape)}, b={list(self.b.shape)}{', merged' * self.merged}"
 
     def frozen_tensors(self) -> set[str]:
         """The shared matrices."""
