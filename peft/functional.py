@@ -97,7 +97,7 @@ def gated_prefix(
 ) -> Queries:
     """own + tanh(gate) Attn(q, P_k, P_v): the prefix has a softmax of its own, and each head a gate for it.
 
-    Zhang et al. 2023, section 3.2; the tanh is in their code. Gate 0 leaves `own`, the attention over the text, as it is.
+    Zhang et al. 2023, section 3.2; the tanh is in their code. Where it is 0, `own`, the attention over the text, stays.
     """
     return own + torch.tanh(gate)[:, None, None] * (attention_weights(q, prefix_k) @ prefix_v)
 

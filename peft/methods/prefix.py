@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention, Context, Mask
+from minitransformer.attention import Attention, Context, Hidden, Mask
 from minitransformer.config import TransformerConfig
 from peft.functional import gated_prefix, prefix_attention
 from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, dtype_of, normal, parameter_like, unwrapped
@@ -43,8 +43,8 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
         at: "kv" learns keys and values themselves; "hidden" learns inputs, from which the frozen W_k and W_v make them.
         init: "activations" starts from the keys and values (or inputs) that real words have in each layer; or "normal".
         length, init_std, init_tokens, layers: as in `LearnedPositions` and `LayerwiseMethod`.
-        reparameterize: hidden width of the paper's MLP (`reparameterization.py`), which makes P_k and P_v while they are
-            trained, from a start of its own, and which `peft.fold` folds away; None trains P_k and P_v directly.
+        reparameterize: hidden width of the paper's MLP (`reparameterization.py`), which makes P_k and P_v in training,
+            from a start of its own, and which `peft.fold` folds away; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
 
     Raises:
@@ -65,8 +65,7 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every attention layer."""
-        names = [name for name, module in modules.items() if isinstance(module, Attention)]
-        return in_layers(names, modules, self.layers)
+        return in_layers([n for n, module in modules.items() if isinstance(module, Attention)], modules, self.layers)
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> "PrefixAttention":
         gate = {"gate": torch.zeros(module.n_heads)} if self.gated else {}
@@ -114,9 +113,7 @@ class PrefixAttention(Wrapper):
         key, value = (part(hidden.to(dtype_of(part)))[0] for part in (frozen.key, frozen.value))
         return key, value
 
-    def forward(
-        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    def forward(self, x: Hidden, mask: Mask = None, context: Context | None = None) -> Hidden:
         """Attention over [P_k ; K] and [P_v ; V]: the frozen layer, with the prefix as its context."""
         if not self.enabled:
             return self.base(x, mask, context)
