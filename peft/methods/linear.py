@@ -107,7 +107,8 @@ class MergeableLinear(Wrapper):
 
     def is_replaceable(self, x: Tensor) -> bool:
         """Whether another weight may stand in for that of `base`, on the way from x, so that nobody could tell."""
-        return type(self.base) is nn.Linear and may_stand_in(x, self.base)
+        base = self.base
+        return type(base) is nn.Linear and may_stand_in(x, base)
 
     def as_linear(self) -> LinearMap | None:
         """Weight and bias by which the layer acts in evaluation; None if a weight could not hold the change."""
