@@ -37,9 +37,9 @@ class BitFit(LayerwiseMethod):
         blocks = tuple(f"{block}." for block in block_names(modules))
         keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
         places = [name for name, module in modules.items() if name.startswith(blocks) and module not in keys]
-        for name in [name for name, module in modules.items() if isinstance(module, Embedding)]:
-            owner = name.removesuffix("embedding")  # "", or "transformer."
-            places += [owner + norm for norm in ("embedding.norm", "norm") if f"{owner}blocks.0." in blocks]
+        owners = [n[: n.rfind(".") + 1] for n, module in modules.items() if isinstance(module, Embedding)]
+        for owner in [o for o in owners if any(b.startswith(o) and b.count(".") == o.count(".") + 2 for b in blocks)]:
+            places += [f"{owner}embedding.norm", f"{owner}norm"]
         kinds = (nn.Linear, nn.LayerNorm)
         places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
         return in_layers(places, modules, self.layers)
