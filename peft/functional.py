@@ -6,17 +6,7 @@ twin, value and gradient. A method added in one file, as VeRA is, has its functi
 
 Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
 
-    lora_update        (alpha / r) B A x                                   Hu et al. 2022, section 4.1
-    row_norms          ||W||, the length of each row                       what DoRA divides by
-    dora_weight        m (W0 + ΔW) / ||W0 + ΔW||, row by row               Liu et al. 2024 (DoRA), equation 5
-    prefix_attention   softmax(q [P_k ; K]ᵀ / sqrt(d_head)) [P_v ; V]      Li & Liang 2021, section 4; He et al. 2022
-    gated_attention    (1 - lambda) Attn(K, V) + lambda Attn(P_k, P_v)     He et al. 2022, equation 7
-    gated_prefix       Attn(K, V) + tanh(g) Attn(P_k, P_v)                 Zhang et al. 2023, section 3.2
-    prefix_mlp         tanh(P' W_hᵀ + b_h) W_oᵀ + b_o                      Li & Liang 2021, section 4.3
-    prepend            [P ; E(tokens)]                                     Lester et al. 2021, section 2
-    bottleneck         W_up act(W_down h + b_down) + b_up                  Houlsby et al. 2019, section 2.1
-    rescaled           l ⊙ h                                               Liu et al. 2022 (IA3), section 3.3
-    shifted            h + Δb                                              Ben Zaken et al. 2022 (BitFit), section 3
+In this order: LoRA, DoRA, a prefix (concatenated, as a mixture, gated, from an MLP), a prompt, adapters, IA3, BitFit.
 """
 
 import math
@@ -31,47 +21,35 @@ from torch import Tensor
 from minitransformer.attention import Mask, attention_weights, fused_attention, written_out
 from minitransformer.feedforward import activate
 
-Weight, RowLengths = Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]
+Inputs, Outputs = Float[Tensor, "*rows d_in"], Float[Tensor, "*rows d_out"]
+Weight, OutputVector = Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]
 FactorA, FactorB = Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]
+Hidden, HiddenVector = Float[Tensor, "*rows d"], Float[Tensor, " d"]
 Queries, Keys, PrefixKeys = Float[Tensor, "B H T d_head"], Float[Tensor, "B H S d_head"], Float[Tensor, "B H n d_head"]
 
 
-def lora_update(
-    x: Float[Tensor, "*rows d_in"], A: FactorA, B: FactorB, scale: float | int
-) -> Float[Tensor, "*rows d_out"]:
+def lora_update(x: Inputs, A: FactorA, B: FactorB, scale: float | int) -> Outputs:
     """scale * B A x, by two thin products: what LoRA adds to W0 x. Hu et al. 2022, equation 3; scale = alpha / r."""
     return scale * F.linear(F.linear(x, A), B)
 
 
-def lora_weight(
-    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float | int
-) -> Float[Tensor, "d_out d_in"]:
-    """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1.
-
-    Autocast would round it to 16 bits, and every token by it.
-    """
-    with without_autocast(A):
+def lora_weight(A: FactorA, B: FactorB, scale: float | int) -> Weight:
+    """ΔW = scale * B A: the same update as a change of the weight. Hu et al. 2022, section 4.1."""
+    with without_autocast(A):  # which would round it to 16 bits, and every token by it
         return scale * (B @ A)
 
 
-def without_autocast(like: Tensor) -> AbstractContextManager:
-    """Inside, products are computed in the precision of their factors, on the device of `like`."""
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def row_norms(weight: Weight) -> RowLengths:
-    """The length of each row of a weight: of what makes one output number."""
+def row_norms(weight: Weight) -> OutputVector:
+    """The length of each row of a weight: of what makes one number of the output."""
     return torch.linalg.vector_norm(weight, dim=1)
 
 
 def dora_weight(
-    frozen_weight: Weight, A: FactorA, B: FactorB, magnitude: RowLengths, norms: RowLengths, scale: float | int
+    frozen_weight: Weight, A: FactorA, B: FactorB, magnitude: OutputVector, norms: OutputVector, scale: float | int
 ) -> Weight:
     """magnitude * (W0 + ΔW) / ||W0 + ΔW||: LoRA turns the direction of each row, `magnitude` is its length.
 
-    Liu et al. 2024, equation 5. `norms`, the lengths of those rows, are handed in: no gradient passes through them
-    (their section 4.3).
+    Liu et al. 2024, equation 5. `norms`, the lengths of those rows, take no part in the gradient (section 4.3).
     """
     return (magnitude / norms)[:, None] * (frozen_weight + lora_weight(A, B, scale))
 
@@ -102,21 +80,16 @@ def prefix_attention(
 def gated_attention(
     q: Queries, k: Keys, v: Keys, prefix_k: PrefixKeys, prefix_v: PrefixKeys, mask: Mask = None
 ) -> tuple[Queries, Float[Tensor, "B H T 1"]]:
-    """The same output as `prefix_attention`, written as a mixture, and its gate lambda.
-
-        (1 - lambda) Attn(q, K, V) + lambda Attn(q, P_k, P_v)
+    """The same output as a mixture, (1 - lambda) Attn(q, K, V) + lambda Attn(q, P_k, P_v), and its gate lambda.
 
     lambda is the share of the softmax's mass that falls on the prefix. He et al. 2022, equation 7.
     """
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores = q @ k.transpose(-2, -1) * scale  # [B, H, T, S]
+    scores, prefix_scores = (q @ keys.mT / math.sqrt(q.shape[-1]) for keys in (k, prefix_k))  # [B, H, T, S], […, n]
     if mask is not None:
         scores = scores.masked_fill(~written_out(mask, k), -math.inf)
-    prefix_scores = q @ prefix_k.transpose(-2, -1) * scale  # [B, H, T, n]
-    mass, prefix_mass = scores.logsumexp(-1, keepdim=True), prefix_scores.logsumexp(-1, keepdim=True)
-    gate = torch.sigmoid(prefix_mass - mass)  # [B, H, T, 1]
-    own = scores.softmax(dim=-1) @ v
-    return (1 - gate) * own + gate * (prefix_scores.softmax(dim=-1) @ prefix_v), gate
+    gate = torch.sigmoid(prefix_scores.logsumexp(-1, keepdim=True) - scores.logsumexp(-1, keepdim=True))
+    own, front = scores.softmax(dim=-1) @ v, prefix_scores.softmax(dim=-1) @ prefix_v
+    return (1 - gate) * own + gate * front, gate
 
 
 def gated_prefix(
@@ -124,8 +97,7 @@ def gated_prefix(
 ) -> Queries:
     """own + tanh(gate) Attn(q, P_k, P_v): the prefix has a softmax of its own, and each head a gate for it.
 
-    Zhang et al. 2023 (LLaMA-Adapter), section 3.2; the tanh is in their code. `own` is the attention over the text:
-    with gate = 0 it comes out unchanged, bit for bit, whatever the prefix holds.
+    Zhang et al. 2023, section 3.2; the tanh is in their code. Where it is 0, `own`, the attention over the text, stays.
     """
     return own + torch.tanh(gate)[:, None, None] * (attention_weights(q, prefix_k) @ prefix_v)
 
@@ -147,31 +119,37 @@ def prepend(prompt: Float[Tensor, "*rows n d"], vectors: Float[Tensor, "B T d"])
 
 
 def bottleneck(
-    h: Float[Tensor, "*rows d"],
+    h: Hidden,
     down_weight: Float[Tensor, "m d"],
     down_bias: Float[Tensor, "m"],
     up_weight: Float[Tensor, "d m"],
-    up_bias: Float[Tensor, "d"],
+    up_bias: HiddenVector,
     activation: str = "relu",
     scale: float | int = 1.0,
-) -> Float[Tensor, "*rows d"]:
-    """scale * (W_up act(W_down h + b_down) + b_up): what an adapter adds to h. Houlsby et al. 2019, section 2.1.
+) -> Hidden:
+    """scale * (W_up act(W_down h + b_down) + b_up): what an adapter adds to h.
 
-    `scale` is the s of He et al. 2022, table 6; Houlsby's adapter has s = 1.
+    Houlsby et al. 2019, section 2.1, where the scale is 1; it is the s of He et al. 2022, table 6.
     """
     return scale * F.linear(activate(F.linear(h, down_weight, down_bias), activation), up_weight, up_bias)
 
 
-def rescaled(h: Float[Tensor, "*rows d"], scale: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
+def rescaled(h: Hidden, scale: HiddenVector) -> Hidden:
     """l ⊙ h: each number of an activation has a learned factor. Liu et al. 2022, section 3.3."""
     return h * scale
 
 
-def shifted(h: Float[Tensor, "*rows d"], delta_bias: Float[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
-    """h + Δb: the change of a bias, added to what the frozen map gives. Ben Zaken et al. 2022, section 3."""
+def shifted(h: Hidden, delta_bias: HiddenVector) -> Hidden:
+    """h + Δb: the change of a bias, added to what the frozen layer gives. Ben Zaken et al. 2022, section 3."""
     return h + delta_bias
 
 
 def in_their_precision(function: Callable[..., Tensor], h: Tensor, *tensors) -> Tensor:
     """function(h, *tensors), computed in the precision of a method's tensors and given back in that of h."""
     return function(h.to(tensors[0].dtype), *tensors).to(h.dtype)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """Inside, products are computed in the precision of their factors, on the device of `like`."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -108,19 +108,23 @@ class Method(ABC):
     Python's, and lists become tuples: that is what a file gives back.
 
     Raises:
-        ValueError: a value of another type than its field says, or not finite; on defining a class, another one
-            of its name: a file would not know which it means.
+        ValueError: a value of another type than its field says, not finite, or outside of its limit
+            (`Annotated[type, check]`); on defining a class, another one of its name: a file would not know which it
+            means.
     """
 
     registry: ClassVar[dict[str, type["Method"]]] = {}
 
     def __post_init__(self):
         for f in fields(self):
-            value = plain(getattr(self, f.name))
-            if not fits(value, f.type):
-                kind = f.type.__name__ if isinstance(f.type, type) else f.type
+            value, limits = plain(getattr(self, f.name)), getattr(f.type, "__metadata__", ())  # of Annotated[…]
+            hint = f.type.__origin__ if limits else f.type
+            if not fits(value, hint):
+                kind = hint.__name__ if isinstance(hint, type) else hint
                 example = f"; one in a tuple is ({value!r},)" if isinstance(value, str) else ""
                 raise ValueError(f"{f.name} must be {kind}, finite and of 64 bits, got {value!r}{example}")
+            for check in limits:
+                check(f.name, value)
             object.__setattr__(self, f.name, value)
 
     def __init_subclass__(cls, **kwargs):

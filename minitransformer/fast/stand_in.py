@@ -21,12 +21,24 @@ def may_stand_in(x: Tensor, *modules: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_function_stack():
         return False
-    if RECORDS in CALL.told or not _is_ordinary(x) or torch.is_autocast_enabled(x.device.type):
+    if RECORDS in CALL.told or torch.is_autocast_enabled(x.device.type):
         return False
     forward = of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks
     if forward or of_all_modules._global_backward_hooks or of_all_modules._global_backward_pre_hooks:
         return False
-    return all([_is_plain(module) for module in modules])
+    tensors = [x]
+    for module in modules:  # written out in one function: it is asked in every layer of every pass
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        kind = type(module)
+        if hooks or module._backward_pre_hooks or kind.__call__ is not nn.Module.__call__:
+            return False
+        if not _methods(kind).isdisjoint(module.__dict__):
+            return False
+        tensors += module._parameters.values()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.layout is not torch.strided):
+            return False
+    return True
 
 
 def says(module: nn.Module, name: str) -> bool:
@@ -34,19 +46,6 @@ def says(module: nn.Module, name: str) -> bool:
     return vars(type(module)).get(name, False)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooks or type(module).__call__ is not nn.Module.__call__:
-        return False
-    if not _methods(type(module)).isdisjoint(module.__dict__):
-        return False
-    return all([tensor is None or _is_ordinary(tensor) for tensor in module._parameters.values()])
-
-
 @cache
 def _methods(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.layout is torch.strided

@@ -2,14 +2,12 @@
 
 Source: Hu et al. 2022, section 4.1, equation 3; the gradients follow from it by the chain rule.
 
-The plain form adds `lora_update` to what the frozen map gives: two thin products and a sum, each a pass over all
-tokens. This form puts the sum into the weight first, where no token is:
+The plain form adds `lora_update` to what the frozen layer gives: two thin products and a sum, each a pass over all
+tokens. This form puts the sum into the weight first, where no token is. Left to autograd, that would cost more than it
+saves: a gradient of W, as large as W, would be made from all tokens, to be multiplied by A and B afterwards. By hand it
+is never formed; with g = dL/dy, and tokens as rows:
 
     W = W0 + s B A                      y = x Wᵀ + b
-
-Left to autograd, that would cost more than it saves: a gradient of W, as large as W, would be made from all tokens, to
-be multiplied by A and B afterwards. By hand it is never formed; with g = dL/dy, and tokens as rows:
-
     dL/dx = g W            dL/dA = s (g B)ᵀ x            dL/dB = s gᵀ (x Aᵀ)
 
 Shapes: x [N, d_in], g [N, d_out], W0 [d_out, d_in], A [r, d_in], B [d_out, r]; s = alpha / r. If W0 and b
@@ -20,18 +18,15 @@ Differs from the plain form: in rounding only. It has no dropout, which would fa
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.fast.stand_in import may_stand_in
+from peft.functional import FactorA, FactorB, Inputs, Outputs, OutputVector, Weight
 from peft.method import Wrapper
 
 
 def is_known(layer: Wrapper, x: Tensor) -> bool:
-    """Whether the fast form may stand in for a LoRA layer's plain one here, so that nobody could tell.
-
-    It may round a plain linear layer of the factors' own precision, where no dropout falls on x.
-    """
+    """Whether it may stand in for the plain form: round a plain linear layer in one precision, without dropout."""
     base = layer.base
     if type(base) is not nn.Linear or (layer.training and layer.recipe.dropout) or not may_stand_in(x, layer, base):
         return False
@@ -39,31 +34,18 @@ def is_known(layer: Wrapper, x: Tensor) -> bool:
 
 
 class FastLoRA(torch.autograd.Function):
-    """y = x (W0 + s B A)ᵀ + b and its gradients. Keeps x, A and B for the backward pass; W is made again.
-
-    It has no forward mode: Dynamo cannot trace a function that has one.
-    """
-
-    generate_vmap_rule = True
+    """y = x (W0 + s B A)ᵀ + b and its gradients. Keeps x, A and B for the backward pass; W is made again."""
 
     @staticmethod
     def forward(
-        x: Float[Tensor, "*rows d_in"],
-        frozen_weight: Float[Tensor, "d_out d_in"],
-        bias: Float[Tensor, " d_out"] | None,
-        A: Float[Tensor, "r d_in"],
-        B: Float[Tensor, "d_out r"],
-        scale: float | int,
-    ) -> Float[Tensor, "*rows d_out"]:
+        ctx, x: Inputs, frozen_weight: Weight, bias: OutputVector | None, A: FactorA, B: FactorB, scale: float | int
+    ) -> Outputs:
         """W0 x + b + scale * B A x. Hu et al. 2022, equation 3; scale = alpha / r."""
-        return F.linear(x, torch.addmm(frozen_weight, B, A, alpha=scale), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, frozen_weight, _, A, B, ctx.scale = inputs
         _, weight_learns, _, A_learns, B_learns, _ = ctx.needs_input_grad
         tokens = x if weight_learns or A_learns or B_learns else None  # else no token need be kept
         ctx.save_for_backward(tokens, frozen_weight, A, B)
+        ctx.scale = scale
+        return F.linear(x, torch.addmm(frozen_weight, B, A, alpha=scale), bias)
 
     @staticmethod
     def backward(ctx, g):

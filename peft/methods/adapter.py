@@ -13,12 +13,10 @@ Shapes: h [..., d], W_down [m, d], b_down [m], W_up [d, m], b_up [d]; d = d_mode
 Trained: 2 d m + m + d parameters per adapter. The sum with h is the adapter's own residual; the block's comes after it.
 
 Differs from the papers: W_up and b_up start at exactly 0, so that the model is unchanged at the start (Houlsby draws
-W_up from N(0, 0.01²)); the block's LayerNorms stay frozen, where Houlsby trains them as well; Pfeiffer's extra
-LayerNorm is left out.
+W_up from N(0, 0.01²)); the block's LayerNorms stay frozen, which Houlsby trains; Pfeiffer's extra one is left out.
 """
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +28,7 @@ from minitransformer.config import ACTIVATIONS, TransformerConfig
 from minitransformer.feedforward import FeedForward
 from peft.functional import bottleneck, in_their_precision
 from peft.method import LayerwiseMethod, Wrapper, normal, parameter_like, unwrapped
+from peft.methods.options import Count, Factor, one_of
 from peft.sites import block_names, in_layers
 
 # What each placement wraps in a block, and how the wrapper joins it: behind it, beside it, or in front of it.
@@ -43,46 +42,30 @@ PLACEMENTS = {
 
 @dataclass(frozen=True)
 class BottleneckAdapter(LayerwiseMethod):
-    """Recipe: adapters of width `bottleneck` in every block, or in those that `layers` names.
+    """Recipe: adapters of width `bottleneck` in every block.
 
     Args:
         bottleneck: m, the width between the two projections.
         placement: "houlsby" | "pfeiffer" | "parallel" | "inside_ffn", see the head of this file.
         activation: "relu" | "gelu" | "gelu_tanh".
         scale: factor on the bottleneck's output (the s of He et al. 2022; 1 in Houlsby et al. 2019).
-
-    Raises:
-        ValueError: a bottleneck below 1, a scale of 0, or an unknown choice.
+        layers: the numbers of the blocks to enter; None means all.
     """
 
-    bottleneck: int = 8
-    placement: str = "houlsby"
-    activation: str = "relu"
-    scale: float | int = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.bottleneck < 1:
-            raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement={self.placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if self.scale == 0:
-            raise ValueError("scale must not be 0: nothing could be learned")
+    bottleneck: Count = 8
+    placement: one_of(*PLACEMENTS) = "houlsby"
+    activation: one_of(*ACTIVATIONS) = "relu"
+    scale: Factor = 1.0
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The sublayers (or the FFN's second linear layer) of every block."""
-        sublayers, _ = PLACEMENTS[self.placement]
-        places = [f"{block}.{sublayer}" for block in block_names(modules) for sublayer in sublayers]
+        places = [f"{block}.{place}" for block in block_names(modules) for place in PLACEMENTS[self.placement][0]]
         return in_layers(places, modules, self.layers)
 
-    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """An `Adapter` joined to the sublayer."""
-        reader = module if isinstance(module, nn.Linear) else None
-        if isinstance(module, (Attention, FeedForward)):
-            reader = unwrapped(module.query if isinstance(module, Attention) else module.up)
-        if reader is None:
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> "Adapter":
+        inside = module.up if isinstance(module, FeedForward) else module
+        reader = unwrapped(module.query if isinstance(module, Attention) else inside)
+        if not isinstance(reader, nn.Linear):
             raise ValueError(f"{name} is a {type(module).__name__}, of which an adapter does not know the width")
         return Adapter(module, self, reader.in_features, generator)
 
@@ -93,14 +76,10 @@ class BottleneckAdapter(LayerwiseMethod):
 
 
 class Joined(Wrapper):
-    """What a bottleneck adds, behind, beside or in front of a frozen module: `joined` says where, `added` how much."""
+    """A bottleneck behind, beside or in front of a frozen module: `joined` says where, `added(h)` what it adds to h."""
 
     order = 3
     joined: str
-
-    @abstractmethod
-    def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """What is added to h."""
 
     def forward(self, x: Float[Tensor, "*rows d_in"], *rest) -> Float[Tensor, "*out d_out"]:
         """The wrapped module with the bottleneck joined; further arguments are the wrapped module's."""
@@ -113,25 +92,23 @@ class Joined(Wrapper):
 
 
 class Adapter(Joined):
-    """A bottleneck behind, beside or in front of a frozen module, with explicit `down_…` and `up_…` tensors."""
+    """The bottleneck with explicit `down_weight`, `down_bias`, `up_weight` and `up_bias`."""
 
     position_wise = True
 
     def __init__(self, base: nn.Module, recipe: BottleneckAdapter, d: int, generator: torch.Generator):
         super().__init__(base)
-        self.recipe = recipe
-        self.joined = PLACEMENTS[recipe.placement][1]
-        m = recipe.bottleneck
+        self.recipe, (_, self.joined), m = recipe, PLACEMENTS[recipe.placement], recipe.bottleneck
         self.down_weight = parameter_like(normal((m, d), 1 / math.sqrt(d), generator), base)
         self.down_bias = parameter_like(torch.zeros(m), base)
         self.up_weight = parameter_like(torch.zeros(d, m), base)
         self.up_bias = parameter_like(torch.zeros(d), base)
 
-    def extra_repr(self) -> str:
-        m, d = self.down_weight.shape
-        return f"{d} -> {m} -> {d}, {self.recipe.activation}, joined {self.joined}"
-
     def added(self, h: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         """Houlsby et al. 2019, section 2.1."""
         tensors = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return in_their_precision(bottleneck, h, *tensors, self.recipe.activation, self.recipe.scale)
+
+    def extra_repr(self) -> str:
+        m, d = self.down_weight.shape
+        return f"{d} -> {m} -> {d}, {self.recipe.activation}, joined {self.joined}"

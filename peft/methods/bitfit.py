@@ -7,10 +7,9 @@ Language-models", section 3.
 
 Every bias of a block gets an explicit change Δb [d_out] in a wrapper of its own, so that the frozen bias stays where it
 is: `disabled` and `detach` give it back bit for bit. The same holds for LayerNorm, y = norm(x) g + b + Δb.
-
 Trained: per block 6 d_model + d_ff parameters, and d_model for a norm outside of the blocks.
 
-Differs from the paper: the key map's bias is left out. Adding c to every key adds q·c to all scores of a query, which
+Differs from the paper: the key layer's bias is left out. Adding c to every key adds q·c to all scores of a query, which
 the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. Biases of
 heads are left out too; a fresh head is trained whole (`train_also`).
 """
@@ -31,27 +30,21 @@ from peft.sites import block_names, in_layers
 
 @dataclass(frozen=True)
 class BitFit(LayerwiseMethod):
-    """Recipe: a trained change for every bias.
-
-    Args:
-        layers: the numbers of the blocks to enter; None means all, and the norms outside of the blocks as well.
-    """
+    """Recipe: a trained change for every bias in the blocks that `layers` names; None: also in norms outside."""
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
-        blocks = block_names(modules)
-        inside = tuple(f"{block}." for block in blocks)
+        blocks = tuple(f"{block}." for block in block_names(modules))
         keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
-        places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
-        owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
-        for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:
-            places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
+        places = [name for name, module in modules.items() if name.startswith(blocks) and module not in keys]
+        owners = [n[: n.rfind(".") + 1] for n, module in modules.items() if isinstance(module, Embedding)]
+        for owner in [o for o in owners if any(b.startswith(o) and b.count(".") == o.count(".") + 2 for b in blocks)]:
+            places += [f"{owner}embedding.norm", f"{owner}norm"]
         kinds = (nn.Linear, nn.LayerNorm)
         places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
         return in_layers(places, modules, self.layers)
 
-    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `ShiftedBias` round the layer or norm."""
+    def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> "ShiftedBias":
         return ShiftedBias(module)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
@@ -70,14 +63,14 @@ class ShiftedBias(Wrapper):
         super().__init__(base)
         self.delta_bias = parameter_like(torch.zeros_like(base.bias), base)
 
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Ben Zaken et al. 2022, section 3."""
+        y = self.base(x)
+        return in_their_precision(shifted, y, self.delta_bias) if self.enabled else y
+
     def as_linear(self) -> LinearMap | None:
         """W and b + Δb, if it is a linear layer whose precision can hold the change."""
         base = linear_map(self.base)
         if not self.enabled or base is None:
             return base
         return (base[0], base[1] + self.delta_bias) if can_hold(base[0], self.delta_bias) else None
-
-    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """Ben Zaken et al. 2022, section 3."""
-        y = self.base(x)
-        return in_their_precision(shifted, y, self.delta_bias) if self.enabled else y

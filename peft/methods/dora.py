@@ -5,7 +5,7 @@ Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation
     W = m (W0 + ΔW) / ||W0 + ΔW||                    ΔW = (alpha / r) B A,  row by row
 
 Shapes: m [d_out], at the start the lengths of the rows of W0; A [r, d_in] and B [d_out, r] as in LoRA. Trained: LoRA's
-numbers, and d_out for each linear map.
+parameters, and d_out for each linear layer.
 
 Differs from the paper: it speaks of the columns of W, with `y = x W`; in `[out, in]` they are rows.
 """
@@ -28,18 +28,17 @@ class DoRA(LoRA):
     """Recipe: what `LoRA` changes, with a trained length for each row on top. The options are those of `LoRA`.
 
     Raises:
-        ValueError: as `LoRA`; on attaching, a frozen weight with a row of zeros.
+        ValueError: what `LoRA` refuses; on attaching, a frozen weight with a row of zeros.
     """
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "DoRALinear":
-        """A `DoRALinear` round the map."""
         self.check_rank(name, module)
         if bool((row_norms(module.weight.detach()) == 0).any()):
             raise ValueError(f"{name} has a row of zeros, which has no direction; DoRA cannot start there, LoRA can")
         return DoRALinear(module, self, generator)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """LoRA's, and d_out for each linear map."""
+        """LoRA's, and d_out for each linear layer."""
         return super().expected_parameters(config) + sum(d_out for _, d_out in self.targeted_shapes(config))
 
 
@@ -57,17 +56,17 @@ class DoRALinear(LoRALinear):
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         update = lora_update(dropped, self.A, self.B, self.scale)  # ΔW x
-        factor = self.magnitude / self.norms().detach()  # [d_out]; forward mode does not stop at no_grad
-        product = y.to(factor.dtype) if self.base.bias is None else y.to(factor.dtype) - self.base.bias  # W0 x
+        factor = self.magnitude / self.norms()  # [d_out]
+        product = y.to(factor.dtype) - (0 if self.base.bias is None else self.base.bias)  # W0 x
         # factor * (product + update) + b, written as a change of y: exactly y at the start, where factor is 1.
         return y + ((factor - 1) * product + factor * update).to(y.dtype)
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """m (W0 + ΔW) / ||W0 + ΔW||."""
-        frozen = self.base.weight.to(self.A.dtype)
-        return dora_weight(frozen, self.A, self.B, self.magnitude, self.norms(), self.scale)
+        W0 = self.base.weight.to(self.A.dtype)
+        return dora_weight(W0, self.A, self.B, self.magnitude, self.norms(), self.scale)
 
     def norms(self) -> Float[Tensor, " d_out"]:
-        """The lengths of the rows of W0 + ΔW, taken as constants in both modes of differentiation (section 4.3)."""
-        with torch.no_grad():
+        """The lengths of the rows of W0 + ΔW, taken as constants (section 4.3)."""
+        with torch.no_grad():  # at which forward mode does not stop
             return row_norms(self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)).detach()

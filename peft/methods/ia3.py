@@ -28,19 +28,14 @@ PLACES = {"attention.key": "output", "attention.value": "output", "feedforward.d
 
 @dataclass(frozen=True)
 class IA3(LayerwiseMethod):
-    """Recipe: a scale for the keys, the values and the hidden layer of the FFN.
-
-    Args:
-        layers: the numbers of the blocks to enter; None means all.
-    """
+    """Recipe: a scale for the keys, the values and the hidden layer of the FFN, in the blocks that `layers` names."""
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The key layer, the value layer and the FFN's second layer of every block."""
         places = [f"{block}.{place}" for block in block_names(modules) for place in PLACES]
         return in_layers(places, modules, self.layers)
 
-    def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `Rescaled` round the layer."""
+    def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "Rescaled":
         return Rescaled(module, PLACES[".".join(name.split(".")[-2:])])
 
     def expected_parameters(self, config: TransformerConfig) -> int:
@@ -57,11 +52,15 @@ class Rescaled(Wrapper):
     def __init__(self, base: nn.Linear, side: str):
         super().__init__(base)
         self.side = side
-        d = base.out_features if side == "output" else base.in_features
-        self.scale = parameter_like(torch.ones(d), base)
+        self.scale = parameter_like(torch.ones(base.out_features if side == "output" else base.in_features), base)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()} on its {self.side}"
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Liu et al. 2022, section 3.3."""
+        if not self.enabled:
+            return self.base(x)
+        if self.side == "input":
+            return self.base(in_their_precision(rescaled, x, self.scale))
+        return in_their_precision(rescaled, self.base(x), self.scale)
 
     def as_linear(self) -> LinearMap | None:
         """W with scaled rows (and b) or columns, if its precision can hold the change."""
@@ -75,10 +74,5 @@ class Rescaled(Wrapper):
             return weight * self.scale, bias
         return weight * self.scale[:, None], None if bias is None else bias * self.scale
 
-    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """Liu et al. 2022, section 3.3."""
-        if not self.enabled:
-            return self.base(x)
-        if self.side == "input":
-            return self.base(in_their_precision(rescaled, x, self.scale))
-        return in_their_precision(rescaled, self.base(x), self.scale)
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()} on its {self.side}"

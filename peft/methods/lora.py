@@ -7,10 +7,8 @@ Source: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", se
 Why it can work: the change that fine-tuning makes has a low *intrinsic dimension* (Aghajanyan et al. 2021), so a matrix
 of rank r << min(d_in, d_out) holds most of it.
 
-Shapes: x [..., d_in], A [r, d_in], B [d_out, r], y [..., d_out]. Trained: r (d_in + d_out) numbers, not d_in d_out.
-
-Variants: the scale alpha / sqrt(r) (`rank_stabilized`; Kalajdzievski 2023), a trained length for each row
-(`peft/methods/dora.py`), two learning rates (`peft/methods/lora_plus.py`); the sum in one product: `peft/fast/lora.py`.
+Shapes: x [..., d_in], A [r, d_in], B [d_out, r], y [..., d_out]. Trained: r (d_in + d_out) parameters, not d_in d_out.
+Variants: a trained length for each row (`dora.py`), two learning rates (`lora_plus.py`), one product (`fast/lora.py`).
 
 Differs from the paper: A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), as in the authors' code, where the paper says
 Gaussian; and one factor alone may be trained (`train`), see the docstring of `LoRA`.
@@ -29,47 +27,35 @@ from peft.fast.lora import fast_lora, is_known
 from peft.functional import lora_update, lora_weight
 from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
+from peft.methods.options import Count, Factor, Probability, some_of
 
 ALL_LINEARS = ("query", "key", "value", "output", "up", "down")
 
 
 @dataclass(frozen=True)
 class LoRA(LinearMethod):
-    """Recipe: low-rank updates of the linear maps that `targets` names.
+    """Recipe: low-rank updates of the linear layers that `targets` names.
 
     Args:
         rank: r, the width of the bottleneck between A and B.
-        alpha: numerator of the scale alpha / r, which is meant to spare a new learning rate for each rank (section
-            4.1); only roughly so, since with Adam the first update still falls as 1 / sqrt(r).
-        dropout: probability with which each input number of the update is dropped, in training only.
-        train: which factors are trained. One of them starts at zero, so that the update does, and faces random numbers.
-            ("A", "B"): A random, B = 0, as in the paper. ("B",): A random and frozen, B = 0 (LoRA-FA, Zhang et al.
-            2023): r fixed directions to read. ("A",): A = 0, B random and frozen: r fixed directions to write (Zhu et
-            al. 2024 compare the two).
-        rank_stabilized: divide alpha by sqrt(r), not by r, with which a high rank learns ever more slowly
-            (Kalajdzievski 2023, section 3.2).
+        alpha: numerator of the scale alpha / r, meant to spare a new learning rate for each rank (section 4.1); only
+            roughly so, since with Adam the first update still falls as 1 / sqrt(r).
+        dropout: probability with which each number that the update reads is dropped, in training only.
+        train: which factors are trained. One of them starts at zero, so that the update does; the other at random.
+            ("A", "B"): B = 0, as in the paper. ("B",): B = 0, and A, the r directions to read, stays random (LoRA-FA,
+            Zhang et al. 2023). ("A",): A = 0, and B, those to write, stays random (Zhu et al. 2024 compare the two).
+        rank_stabilized: divide alpha by sqrt(r): by r, a high rank learns ever more slowly (Kalajdzievski 2023, 3.2).
         targets, layers: as in `LinearMethod`.
 
     Raises:
-        ValueError: a rank below 1, an alpha of 0, a dropout outside [0, 1), a `train` without a factor or with another.
+        ValueError: on attaching, a rank above min(d_in, d_out).
     """
 
-    rank: int = 8
-    alpha: float | int = 16.0
-    dropout: float | int = 0.0
-    train: tuple[str, ...] = ("A", "B")
+    rank: Count = 8
+    alpha: Factor = 16.0
+    dropout: Probability = 0.0
+    train: some_of("A", "B") = ("A", "B")
     rank_stabilized: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
-        if self.alpha == 0:
-            raise ValueError("alpha must be another number than 0, with which nothing could be learned")
-        if not self.train or not set(self.train) <= {"A", "B"}:
-            raise ValueError(f'train={self.train!r} must name "A", "B" or both')
 
     @property
     def scale(self) -> float:
@@ -77,7 +63,6 @@ class LoRA(LinearMethod):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "LoRALinear":
-        """A `LoRALinear` round the map."""
         self.check_rank(name, module)
         return LoRALinear(module, self, generator)
 
@@ -102,31 +87,27 @@ class LoRALinear(MergeableLinear):
         super().__init__(base)
         self.recipe, self.scale = recipe, recipe.scale
         d_in, d_out, r = base.in_features, base.out_features, recipe.rank
-        A, B = torch.zeros(r, d_in), torch.zeros(d_out, r)
-        if "B" in recipe.train:
-            A = uniform((r, d_in), 1 / math.sqrt(d_in), generator)
-        else:
-            B = uniform((d_out, r), 1 / math.sqrt(r), generator)
-        self.A = parameter_like(A, base, requires_grad="A" in recipe.train)
-        self.B = parameter_like(B, base, requires_grad="B" in recipe.train)
+        A_learns, B_learns = "A" in recipe.train, "B" in recipe.train
+        A = uniform((r, d_in), 1 / math.sqrt(d_in), generator) if B_learns else torch.zeros(r, d_in)
+        B = torch.zeros(d_out, r) if B_learns else uniform((d_out, r), 1 / math.sqrt(r), generator)
+        self.A, self.B = parameter_like(A, base, A_learns), parameter_like(B, base, B_learns)
         self.many = d_in * d_in * d_out / (d_in + d_out)  # numbers in x from which on B A costs less than two products
-
-    def extra_repr(self) -> str:
-        A, B, merged = list(self.A.shape), list(self.B.shape), ", merged" * self.merged
-        return f"A={A}, B={B}, scale={self.scale:g}, train={'+'.join(self.recipe.train)}{merged}"
-
-    def frozen_tensors(self) -> set[str]:
-        """The factor that `train` does not name, if any."""
-        return {"A", "B"} - set(self.recipe.train)
 
     def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """W0 x + b + (alpha / r) B A dropout(x). Hu et al. 2022, equation 3."""
         if type(self) is LoRALinear and x.numel() >= self.many and is_known(self, x):
             return fast_lora(x, self.base.weight, self.base.bias, self.A, self.B, self.scale)
-        dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         y = self.base(x)
+        dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         return y + lora_update(dropped, self.A, self.B, self.scale).to(y.dtype)
 
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W0 + ΔW, in the precision of the factors."""
         return self.base.weight.to(self.A.dtype) + lora_weight(self.A, self.B, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale:g}, train={'+'.join(self.recipe.train)}"
+
+    def frozen_tensors(self) -> set[str]:
+        """The factor that `train` does not name, if any."""
+        return {"A", "B"} - set(self.recipe.train)

@@ -4,8 +4,8 @@ Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models
 
     A <- A - eta g_A            B <- B - (ratio * eta) g_B             g: what the optimizer makes of the gradient
 
-With one rate for both factors, that of A is too large or that of B too small once the model is wide. Nothing about the
-tensors differs from LoRA: all there is to do is to give the optimizer two groups.
+With one rate for both factors, that of A is too large or that of B too small once the model is wide. The tensors are
+those of LoRA: all there is to do is to give the optimizer two groups.
 
 Differs from the paper: nothing.
 """
@@ -25,11 +25,9 @@ def lora_plus_groups(model: nn.Module, learning_rate: float, ratio: float = 16.0
     """
     if not learning_rate > 0 or not ratio > 0:
         raise ValueError(f"learning_rate={learning_rate} and ratio={ratio} must be above 0")
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    writers = {id(m.B) for m in model.modules() if isinstance(m, LoRALinear) and m.B.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    writers = {m.B for m in model.modules() if isinstance(m, LoRALinear)} & {*trained}
     if not writers:
         raise ValueError("the model trains no B of a LoRA, so there is nothing to give a rate of its own")
-    return [
-        {"params": [p for _, p in trainable if id(p) not in writers], "lr": learning_rate},
-        {"params": [p for _, p in trainable if id(p) in writers], "lr": learning_rate * ratio},
-    ]
+    slow, fast = ([p for p in trained if (p in writers) == is_fast] for is_fast in (False, True))
+    return [{"params": slow, "lr": learning_rate}, {"params": fast, "lr": ratio * learning_rate}]

@@ -1,23 +1,20 @@
 """Prefix tuning: n learned keys and values that every query of a layer may look at.
 
-Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.1 and 4.2; the
-concatenated form of He et al. 2022, equation 5.
+Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.1 and 4.2; in the
+form of He et al. 2022, equation 5.
 
-    at="kv"       Attention(q, [P_k ; K], [P_v ; V])               P_k, P_v [n, d_model] in every layer
+    at="kv"       Attn(q, [P_k ; K], [P_v ; V])                    P_k, P_v [n, d_model] in every layer
     at="hidden"   P_k = P W_kᵀ + b_k,  P_v = P W_vᵀ + b_v          P [n, d_model] in front of every layer's input
+    gated=True    Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v)        g [H], 0 at the start; Zhang et al. 2023
 
 *A prefix is a learned KV cache*: what the layer would remember of n words that were never written. It takes no part in
-the positions of the text, and asks no query of its own.
+the positions of the text, and asks no query of its own. Gated (LLaMA-Adapter, section 3.2), it starts as the unchanged
+model, which a plain prefix never does: even zero keys take their share of the softmax.
 
 Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
 layer for "kv", n d_model for "hidden".
 
-With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
-"LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
-a plain prefix never is: even zero keys take their share of the softmax.
-
 Differs from the paper: "hidden" joins what W_k and W_v read (in a pre-norm block, after the norm); otherwise nothing.
-The paper's MLP is in `peft/methods/reparameterization.py`, the start from real words in `peft/methods/real_words.py`.
 """
 
 from collections.abc import Callable
@@ -28,118 +25,95 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention, Context, Mask
+from minitransformer.attention import Attention, Context, Hidden, Mask
 from minitransformer.config import TransformerConfig
 from peft.functional import gated_prefix, prefix_attention
-from peft.method import (
-    KeysAndValues,
-    LayerwiseMethod,
-    Wrapper,
-    dtype_of,
-    normal,
-    parameter_like,
-    unwrapped,
-)
-from peft.methods.real_words import attention_input_of_words, check_start
+from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, dtype_of, normal, parameter_like, unwrapped
+from peft.methods.options import one_of
+from peft.methods.real_words import LearnedPositions
 from peft.methods.reparameterization import made_by_mlp, mlp_start
 from peft.sites import in_layers
 
 
 @dataclass(frozen=True)
-class PrefixTuning(LayerwiseMethod):
+class PrefixTuning(LayerwiseMethod, LearnedPositions):
     """Recipe: a prefix of `length` positions in every layer's attention.
 
     Args:
-        length: n, the number of prefix positions.
         at: "kv" learns keys and values themselves; "hidden" learns inputs, from which the frozen W_k and W_v make them.
-        init: "activations" starts from the keys and values (or inputs) that `length` real words have in each layer;
-            "normal" from N(0, init_std²).
-        init_std: standard deviation of "normal".
-        init_tokens: the words of "activations", `length` word numbers; None draws them from the whole vocabulary.
-        reparameterize: hidden width of the MLP that stands in for P_k and P_v while they are trained (at="kv" only; it
-            brings its own initialisation) and is folded away by `peft.fold`; None trains P_k and P_v directly.
+        init: "activations" starts from the keys and values (or inputs) that real words have in each layer; or "normal".
+        length, init_std, init_tokens, layers: as in `LearnedPositions` and `LayerwiseMethod`.
+        reparameterize: hidden width of the paper's MLP (`reparameterization.py`), which makes P_k and P_v in training,
+            from a start of its own, and which `peft.fold` folds away; None trains P_k and P_v directly.
         gated: put a gate in front of the prefix that starts at zero, one for each head.
-        layers: the numbers of the blocks to enter; None means all.
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
-            option that would be ignored.
+        ValueError: what `LearnedPositions` refuses, or a width below 1, or with options that the MLP would ignore.
     """
 
-    length: int = 8
-    at: str = "kv"
-    init: str = "activations"
-    init_std: float | int = 1.0
-    init_tokens: tuple[int, ...] | None = None
+    init: one_of("activations", "normal") = "activations"
+    at: one_of("kv", "hidden") = "kv"
     reparameterize: int | None = None
     gated: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        check_start(self, "activations")
-        if self.at not in ("kv", "hidden"):
-            raise ValueError(f'at={self.at!r} is unknown; choose "kv" or "hidden"')
-        if self.reparameterize is None:
-            return
-        if self.reparameterize < 1 or self.at != "kv":
-            raise ValueError('reparameterize is a width of at least 1, and goes with at="kv"')
-        if self.init != "activations" or self.init_tokens is not None:
-            raise ValueError("init and init_tokens would be ignored: the MLP of reparameterize has a start of its own")
+        mlp, ignored = self.reparameterize, self.init == "normal" or self.init_tokens is not None
+        if mlp is not None and (mlp < 1 or self.at != "kv" or ignored):
+            start = "init and init_tokens would be ignored: the MLP has a start of its own"
+            raise ValueError(f'reparameterize is a width of at least 1, and goes with at="kv"; {start}')
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every attention layer."""
-        names = [name for name, module in modules.items() if isinstance(module, Attention)]
-        return in_layers(names, modules, self.layers)
+        return in_layers([n for n, module in modules.items() if isinstance(module, Attention)], modules, self.layers)
 
-    def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `PrefixAttention` round the layer."""
+    def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> "PrefixAttention":
+        gate = {"gate": torch.zeros(module.n_heads)} if self.gated else {}
+        return PrefixAttention(module, self, self.start(module, model, generator) | gate)
+
+    def start(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """The prefix of one layer, or what makes it, at the start of training."""
+        n, d = self.length, attention.d_model
         if self.reparameterize is not None:
-            return PrefixAttention(module, self, mlp_start(module.d_model, self.length, self.reparameterize, generator))
+            return mlp_start(d, n, self.reparameterize, generator)
         parts = ("key", "value") if self.at == "kv" else ("hidden",)
         if self.init == "normal":
-            shape = (self.length, module.d_model)
-            return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in parts})
-        hidden = attention_input_of_words(self, module, model, generator)
-        with torch.no_grad():
-            known = {"hidden": hidden, "key": unwrapped(module.key)(hidden), "value": unwrapped(module.value)(hidden)}
-        return PrefixAttention(module, self, {part: known[part][0] for part in parts})
+            return {part: normal((n, d), self.init_std, generator) for part in parts}
+        hidden = self.activations(attention, model, generator)
+        if self.at == "hidden":
+            return {"hidden": hidden[0]}
+        return {part: unwrapped(getattr(attention, part))(hidden)[0] for part in parts}
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
         n, d, h = self.length, config.d_model, self.reparameterize
-        per_block = n * d * (2 if self.at == "kv" else 1) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
+        per_block = n * d * (1 + (self.at == "kv")) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
         return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
 
 
 class PrefixAttention(Wrapper):
-    """Attention with `key` and `value` [n, d_model] in front, or what makes them: `hidden` [n, d_model], or an MLP's
-    tensors; and `gate` [H]."""
+    """Attention with `key` and `value` [n, d_model] in front, or what makes them (`hidden`, an MLP); and `gate` [H]."""
 
     order = 0
     position_wise = True
 
-    def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Float[Tensor, "n d_model"]]):
+    def __init__(self, base: Attention, recipe: PrefixTuning, start: dict[str, Tensor]):
         super().__init__(base)
         self.recipe = recipe
         for name, values in start.items():
             self.register_parameter(name, parameter_like(values, base))
-        if recipe.gated and "gate" not in start:
-            self.gate = parameter_like(torch.zeros(base.n_heads), base)
 
     def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
-        """P_k and P_v. Computed afresh in every pass: a stored result would cut the gradient."""
+        """P_k and P_v, computed afresh in every pass: a stored result would cut the gradient."""
         if self.recipe.reparameterize is not None:
             return made_by_mlp(self.tensors())
         if self.recipe.at == "kv":
             return self.key, self.value
-        frozen = unwrapped(self.base)
-        hidden = self.hidden[None]  # as a layer's input is, for hooks on W_k and W_v
+        frozen, hidden = unwrapped(self.base), self.hidden[None]  # as a layer's input is, for hooks on W_k and W_v
         key, value = (part(hidden.to(dtype_of(part)))[0] for part in (frozen.key, frozen.value))
         return key, value
 
-    def forward(
-        self, x: Float[Tensor, "B T d_model"], mask: Mask = None, context: Context | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    def forward(self, x: Hidden, mask: Mask = None, context: Context | None = None) -> Hidden:
         """Attention over [P_k ; K] and [P_v ; V]: the frozen layer, with the prefix as its context."""
         if not self.enabled:
             return self.base(x, mask, context)

@@ -5,10 +5,8 @@ Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt T
     x = [P ; E(tokens)]                                  P [n, d_model], E(tokens) [B, T, d_model]
 
 The prompt passes through every layer like words do: it takes the positions 0 to n - 1, the text starts at n, and both
-together must fit into max_len. Outputs are those of the text.
-
-Trained: n d_model numbers in all, a prefix's share of one half layer. The paper's finding is that this is enough for
-models of ten billion parameters, and not for small ones.
+together must fit into max_len. Outputs are those of the text. Trained: n d_model parameters in all, a prefix's share of
+one half layer. The paper's finding is that this is enough for models of ten billion parameters, and not for small ones.
 
 Differs from the paper: T5's relative positions are learned absolute ones here, so the text's positions move.
 """
@@ -16,56 +14,41 @@ Differs from the paper: T5's relative positions are learned absolute ones here, 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
-from minitransformer.embedding import Embedding, check
+from minitransformer.embedding import Embedding, Real, Tokens, check
 from peft.functional import prepend
-from peft.method import Method, Wrapper, normal, parameter_like, unwrapped
-from peft.methods.real_words import check_start, words_to_start_from
+from peft.method import Wrapper, normal, parameter_like, unwrapped
+from peft.methods.options import one_of
+from peft.methods.real_words import LearnedPositions
 
 
 @dataclass(frozen=True)
-class PromptTuning(Method):
-    """Recipe: a soft prompt of `length` vectors.
-
-    Args:
-        length: n, the number of vectors.
-        init: "tokens" starts from the embeddings of real words (the paper's "sampled vocabulary"); "normal" from
-            N(0, init_std²).
-        init_std: standard deviation of "normal".
-        init_tokens: the words of "tokens", `length` word numbers; None draws them from the whole vocabulary.
+class PromptTuning(LearnedPositions):
+    """Recipe: a soft prompt of `length` vectors. The options are those of `LearnedPositions`: init="tokens" starts from
+    the embeddings of real words, the paper's "sampled vocabulary".
 
     Raises:
-        ValueError: a length below 1, an unknown choice, a negative `init_std`, `init_tokens` of another length, an
-            option that would be ignored; on attaching, a prompt as long as max_len.
+        ValueError: what `LearnedPositions` refuses; on attaching, a prompt as long as max_len.
     """
 
-    length: int = 8
-    init: str = "tokens"
-    init_std: float | int = 1.0
-    init_tokens: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_start(self, "tokens")
+    init: one_of("tokens", "normal") = "tokens"
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The embedding."""
         return [name for name, module in modules.items() if isinstance(module, Embedding)]
 
-    def wrap(self, name: str, module: Embedding, model: nn.Module, generator: torch.Generator) -> Wrapper:
-        """A `PromptEmbedding` round the embedding."""
-        n_words, d_model = module.token.weight.shape
+    def wrap(self, name: str, module: Embedding, model: nn.Module, generator: torch.Generator) -> "PromptEmbedding":
         if self.length >= module.room:
             raise ValueError(f"a prompt of {self.length} vectors leaves no room for text; max_len is {module.room}")
         if self.init == "normal":
-            return PromptEmbedding(module, normal((self.length, d_model), self.init_std, generator))
-        words = words_to_start_from(self, n_words, generator).to(module.token.weight.device)
+            return PromptEmbedding(module, normal((self.length, module.token.embedding_dim), self.init_std, generator))
+        words = self.words(module.token, generator)
         check(module, words[None], torch.zeros_like(words)[None])
-        return PromptEmbedding(module, module.token(words).detach())
+        return PromptEmbedding(module, module.token(words))
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """n d_model."""
@@ -90,11 +73,7 @@ class PromptEmbedding(Wrapper):
         return unwrapped(self.base).room - len(self.prompt) * self.enabled
 
     def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        real: Bool[Tensor, "B T"] | None = None,
-        segments: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
+        self, tokens: Tokens, real: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B nT d_model"]:
         """[P ; E(tokens)] with positions; behind a cache that holds the prompt already, E(tokens) alone."""
         if not self.enabled:

@@ -7,6 +7,8 @@ Activations are those of the frozen model, with every method off, so it makes no
 are drawn from the whole vocabulary: the model does not know what in it is none (padding, say); `init_tokens` does.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -15,59 +17,55 @@ from minitransformer.attention import Attention
 from minitransformer.modes import evaluation_mode
 from minitransformer.transformer import Transformer
 from peft.method import Method, Wrapper, switched_off, unwrapped
+from peft.methods.options import Count, Deviation
 
 
-def check_start(recipe: Method, from_words: str) -> None:
-    """What the recipes of a prefix and a prompt share: `length`, and a start from words (of that name) or "normal".
+@dataclass(frozen=True)
+class LearnedPositions(Method):
+    """A method that learns what stands at n positions in front of the text. ValueError for an option without effect.
 
-    Raises:
-        ValueError: a length below 1, an unknown start, a negative `init_std`, `init_tokens` that do not count `length`,
-            or one of these two where it would be ignored.
+    Args:
+        length: n, the number of positions.
+        init: "normal" starts from N(0, init_std²); any other choice of the method from real words.
+        init_std: standard deviation of "normal".
+        init_tokens: the real words, `length` word numbers; None draws them from the whole vocabulary.
     """
-    words = recipe.init_tokens
-    if recipe.length < 1:
-        raise ValueError(f"length must be at least 1, got {recipe.length}")
-    if recipe.init not in (from_words, "normal"):
-        raise ValueError(f'init={recipe.init!r} is unknown; choose "{from_words}" or "normal"')
-    if recipe.init_std < 0:
-        raise ValueError(f"init_std is a standard deviation, 0 or more, got {recipe.init_std}")
-    if recipe.init == "normal" and words is not None:
-        raise ValueError(f'init_tokens would be ignored: they go with init="{from_words}"')
-    if recipe.init != "normal" and recipe.init_std != 1.0:
-        raise ValueError('init_std would be ignored: it goes with init="normal"')
-    if words is not None and len(words) != recipe.length:
-        raise ValueError(f"init_tokens has {len(words)} words, but length is {recipe.length}")
 
+    length: Count = 8
+    init: str = "normal"
+    init_std: Deviation = 1.0
+    init_tokens: tuple[int, ...] | None = None
 
-def words_to_start_from(recipe: Method, vocab_size: int, generator: torch.Generator) -> Int[Tensor, "n"]:
-    """The recipe's words, or `length` drawn from the vocabulary: the same ones for every layer of one `attach`."""
-    if recipe.init_tokens is not None:
-        return torch.tensor(recipe.init_tokens, device="cpu")
-    again = torch.Generator().manual_seed(generator.initial_seed())
-    return torch.randint(vocab_size, (recipe.length,), generator=again, device="cpu")
+    def __post_init__(self):
+        super().__post_init__()
+        words = self.init_tokens
+        if self.init == "normal" and words is not None:
+            raise ValueError('init_tokens would be ignored by init="normal"; leave one of them out')
+        if self.init != "normal" and self.init_std != 1.0:
+            raise ValueError('init_std would be ignored: it goes with init="normal"')
+        if words is not None and len(words) != self.length:
+            raise ValueError(f"init_tokens has {len(words)} words, but length is {self.length}")
 
+    def words(self, table: nn.Embedding, generator: torch.Generator) -> Int[Tensor, "n"]:
+        """The numbers of the real words in a table of word vectors: the same ones for every layer of one `attach`."""
+        words = self.init_tokens
+        if words is None:
+            again = torch.Generator().manual_seed(generator.initial_seed())
+            words = torch.randint(len(table.weight), (self.length,), generator=again, device="cpu").tolist()
+        return torch.tensor(words, device=table.weight.device)
 
-@torch.no_grad()
-def attention_input_of_words(
-    recipe: Method, attention: Attention, model: nn.Module, generator: torch.Generator
-) -> Float[Tensor, "1 n d_model"]:
-    """What that attention layer reads at each of the words.
-
-    Raises:
-        ValueError: no Transformer is round the layer, or it does not have these words.
-    """
-    around = [m for m in model.modules() if isinstance(m, Transformer) and any(p is attention for p in m.modules())]
-    if not around:
-        raise ValueError('no minitransformer Transformer is round this attention layer; choose init="normal"')
-    embedding = unwrapped(around[0].embedding)
-    words = words_to_start_from(recipe, len(embedding.token.weight), generator).to(embedding.token.weight.device)
-    read: list[Tensor] = []
-    look = attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    wrappers = [module for module in model.modules() if isinstance(module, Wrapper)]
-    try:
-        with evaluation_mode(model), switched_off(*wrappers):
-            for piece in words.split(embedding.room):  # a prefix may be longer than any text
-                around[0].hidden(piece[None])
-    finally:
-        look.remove()
-    return torch.cat(read, dim=1)
+    @torch.no_grad()
+    def activations(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> Float[Tensor, "1 n d"]:
+        """What that attention layer reads at each word; ValueError if no Transformer is round it, or lacks a word."""
+        around = [m for m in model.modules() if isinstance(m, Transformer) and any(p is attention for p in m.modules())]
+        if not around:
+            raise ValueError('no minitransformer Transformer is round this attention layer; choose init="normal"')
+        embedding, read = unwrapped(around[0].embedding), []
+        look = attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            with evaluation_mode(model), switched_off(*[m for m in model.modules() if isinstance(m, Wrapper)]):
+                for piece in self.words(embedding.token, generator).split(embedding.room):  # it may exceed max_len
+                    around[0].hidden(piece[None])
+        finally:
+            look.remove()
+        return torch.cat(read, dim=1)

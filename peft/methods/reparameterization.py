@@ -4,7 +4,7 @@ Source: Li & Liang 2021, section 4.3 and appendix C: P_k and P_v trained directl
 
     P = tanh(P' W_hᵀ + b_h) W_oᵀ + b_o                P' [n, d_model] -> hidden [n, h] -> P_k, P_v [n, d_model]
 
-is trained instead; afterwards P' and the network are thrown away and P_k, P_v stay. `fold` does that.
+is trained instead; afterwards `fold` throws P' and the network away, and P_k, P_v stay.
 
 Differs from the paper: each layer has its own P' and hidden layer, where the paper shares one for all layers (its
 output layer, the largest part, is as wide in sum).
@@ -22,15 +22,11 @@ from peft.method import normal, uniform
 
 def mlp_start(d: int, n: int, h: int, generator: torch.Generator) -> dict[str, Tensor]:
     """P' and the network's weights and biases at the start of training: d_model = d, n positions, hidden width h."""
-    return {
-        "source": normal((n, d), 1.0, generator),
-        "hidden_weight": uniform((h, d), 1 / math.sqrt(d), generator),
-        "hidden_bias": torch.zeros(h),
-        "key_weight": uniform((d, h), 1 / math.sqrt(h), generator),
-        "key_bias": torch.zeros(d),
-        "value_weight": uniform((d, h), 1 / math.sqrt(h), generator),
-        "value_bias": torch.zeros(d),
-    }
+    start = {"source": normal((n, d), 1.0, generator)}
+    for layer, d_out, d_in in (("hidden", h, d), ("key", d, h), ("value", d, h)):
+        start[f"{layer}_weight"] = uniform((d_out, d_in), 1 / math.sqrt(d_in), generator)
+        start[f"{layer}_bias"] = torch.zeros(d_out)
+    return start
 
 
 def made_by_mlp(tensors: dict[str, Tensor]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:

@@ -4,12 +4,11 @@ Source: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", sec
 
     y = W0 x + b0 + b ⊙ B (d ⊙ A x)                      ΔW = diag(b) B diag(d) A
 
-A and B are drawn once, shared by all maps, and never trained: the vectors d and b choose which of the random directions
-a layer reads, and how much of each it writes. So the rank may be high, and costs one number more for each.
+A and B are drawn once, shared by all layers, and never trained: the vectors d and b choose which of the random
+directions a layer reads, and how much of each it writes. So the rank may be high: one more costs one parameter a layer.
 
-Shapes: x [..., d_in], A [r, d_in], B [d_out, r], d [r], b [d_out]. Where maps differ in shape, A and B have the largest
-sides, and each map takes the first d_in columns and d_out rows. Trained: r + d_out numbers a map.
-
+Shapes: x [..., d_in], A [r, d_in], B [d_out, r], d [r], b [d_out]. Where layers differ in shape, A and B have the
+largest sides, and each layer takes the first d_in columns and d_out rows. Trained: r + d_out parameters a layer.
 Start: A and B from Kaiming's uniform distribution, d = 0.1, b = 0, so that the update is zero (sections 3.2 and 4.1).
 
 Differs from the paper: A and B are kept in the file, once, where the paper keeps the seed that they can be drawn from.
@@ -25,25 +24,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from peft.functional import without_autocast
+from peft.functional import FactorA, FactorB, Inputs, Outputs, OutputVector, Weight, without_autocast
 from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
+from peft.methods.options import Count, Factor
 
 
-def vera_update(
-    x: Float[Tensor, "*rows d_in"],
-    A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    d: Float[Tensor, " r"],
-    b: Float[Tensor, " d_out"],
-) -> Float[Tensor, "*rows d_out"]:
-    """b ⊙ B (d ⊙ A x): what VeRA adds to a linear map's output. Kopiczko et al. 2024, equation 2."""
+def vera_update(x: Inputs, A: FactorA, B: FactorB, d: Float[Tensor, " r"], b: OutputVector) -> Outputs:
+    """b ⊙ B (d ⊙ A x): what VeRA adds to a linear layer's output. Kopiczko et al. 2024, equation 2."""
     return b * F.linear(d * F.linear(x, A), B)
 
 
-def vera_weight(
-    A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], d: Float[Tensor, " r"], b: Float[Tensor, " d_out"]
-) -> Float[Tensor, "d_out d_in"]:
+def vera_weight(A: FactorA, B: FactorB, d: Float[Tensor, " r"], b: OutputVector) -> Weight:
     """ΔW = diag(b) B diag(d) A: the same update as a change of the weight."""
     with without_autocast(A):
         return b[:, None] * ((B * d) @ A)
@@ -51,45 +43,33 @@ def vera_weight(
 
 @dataclass(frozen=True)
 class VeRA(LinearMethod):
-    """Recipe: two trained vectors for each linear map that `targets` names.
+    """Recipe: two trained vectors for each linear layer that `targets` names.
 
     Args:
         rank: r, how many random directions the layers share.
         initial_d: the start of every number in d.
         targets, layers: as in `LinearMethod`.
-
-    Raises:
-        ValueError: a rank below 1, or an `initial_d` of 0 (with b = 0 as well, nothing could be learned).
     """
 
-    rank: int = 128
-    initial_d: float | int = 0.1
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.initial_d == 0:
-            raise ValueError("initial_d must be another number than 0")
+    rank: Count = 128
+    initial_d: Factor = 0.1  # with b = 0 as well, nothing could be learned
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "VeRALinear":
-        """A `VeRALinear` with an A and a B that no other map shares."""
+        """A `VeRALinear` with an A and a B that no other layer shares."""
         return self.wrappers({name: module}, model, generator)[name]
 
     def wrappers(
         self, modules: dict[str, nn.Linear], model: nn.Module, generator: torch.Generator
     ) -> dict[str, "VeRALinear"]:
-        """A `VeRALinear` round each map; all of them hold the same A and B."""
-        d_in = max(module.in_features for module in modules.values())
-        d_out = max(module.out_features for module in modules.values())
-        like = next(iter(modules.values()))
-        A = parameter_like(uniform((self.rank, d_in), math.sqrt(6 / d_in), generator), like, requires_grad=False)
-        B = uniform((d_out, self.rank), math.sqrt(6 / self.rank), generator)
-        B = parameter_like(B, like, requires_grad=False)
+        """A `VeRALinear` round each layer; all of them hold the same A and B."""
+        layers, r = [*modules.values()], self.rank
+        d_in, d_out = max(layer.in_features for layer in layers), max(layer.out_features for layer in layers)
+        A = parameter_like(uniform((r, d_in), math.sqrt(6 / d_in), generator), layers[0], requires_grad=False)
+        B = parameter_like(uniform((d_out, r), math.sqrt(6 / r), generator), layers[0], requires_grad=False)
         return {name: VeRALinear(module, self, A, B) for name, module in modules.items()}
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """maps * r + the sum of their d_out; ValueError as in `attach`."""
+        """layers * r + the sum of their d_out; ValueError as in `attach`."""
         return sum(self.rank + d_out for _, d_out in self.targeted_shapes(config))
 
 
@@ -104,15 +84,8 @@ class VeRALinear(MergeableLinear):
         self.d = parameter_like(torch.full((recipe.rank,), float(recipe.initial_d)), base)
         self.b = parameter_like(torch.zeros(base.out_features), base)
 
-    def extra_repr(self) -> str:
-        return f"d={list(self.d.shape)}, b={list(self.b.shape)}{', merged' * self.merged}"
-
-    def frozen_tensors(self) -> set[str]:
-        """The shared matrices."""
-        return {"A", "B"}
-
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A [r, d_in], B [d_out, r], d and b of this map."""
+        """A [r, d_in], B [d_out, r], d and b of this layer."""
         return self.A[:, : self.base.in_features], self.B[: self.base.out_features], self.d, self.b
 
     def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
@@ -123,3 +96,7 @@ class VeRALinear(MergeableLinear):
     def changed_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W0 + ΔW, in the precision of the vectors."""
         return self.base.weight.to(self.A.dtype) + vera_weight(*self.factors())
+
+    def frozen_tensors(self) -> set[str]:
+        """The shared matrices."""
+        return {"A", "B"}

@@ -1,5 +1,8 @@
 """LoRA's fast form against the plain one and the NumPy twin, value and gradient; and where it must not be used."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from reference import numpy_peft
 from torch import nn
 
+import minitransformer
 import peft
 from peft import LoRA
 from peft.fast.lora import fast_lora
@@ -16,6 +20,7 @@ from peft.methods import lora as lora_module
 from peft.methods.lora import LoRALinear
 
 D_IN, D_OUT, R, SCALE = 5, 7, 3, 1.5
+OURS = tuple(str(Path(package.__file__).parent) for package in (peft, minitransformer))
 
 
 def tensors(*rows, dtype=torch.float64):
@@ -233,10 +238,39 @@ def test_dora_does_not_take_the_fast_form_of_lora():
     torch.testing.assert_close(dora(X), F.linear(X, dora.changed_weight(), base.bias))
 
 
-def test_it_vectorises_over_adapters():
+def test_a_layer_vectorises_over_adapters():
     """torch.func sees through it: many adapters at once, each as alone."""
-    x, weight, bias, A, B = (t.detach() for t in tensors(4))
+    (x, weight, bias, A, B), form = (t.detach() for t in tensors(4)), layer_form()
     many_A, many_B = torch.stack([A, 2 * A]), torch.stack([B, -B])
-    together = torch.func.vmap(lambda A, B: fast_lora(x, weight, bias, A, B, SCALE))(many_A, many_B)
+    together = torch.func.vmap(lambda A, B: form(x, weight, bias, A, B))(many_A, many_B)
     for i in range(2):
         torch.testing.assert_close(together[i], fast_lora(x, weight, bias, many_A[i], many_B[i], SCALE))
+
+
+def calls_of(run):
+    """The functions that a run calls, as (file, name)."""
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code) if event == "call" else None)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return [(code.co_filename, code.co_name) for code in calls]
+
+
+@pytest.mark.parametrize("kind, at_most", [("plain", 22), ("lora", 35), ("merged", 40)])
+def test_a_block_takes_few_calls(decoder, kind, at_most):
+    """Counted, since times are noise: calls of our own functions in one block more, with LoRA on query and value."""
+    ours, tokens = [], torch.randint(23, (4, 12))
+    for n_layers in (1, 2):
+        model = decoder(n_layers=n_layers)
+        if kind != "plain":
+            peft.attach(model, LoRA(rank=2))
+        if kind == "merged":
+            peft.merge(model)
+        model(tokens)
+        calls = calls_of(lambda model=model: model(tokens))
+        ours.append(sum(file.startswith(OURS) for file, _ in calls))
+        assert "bind_default_args" not in {name for _, name in calls}  # PyTorch's, longer than all the rest
+        assert kind != "lora" or (peft.fast.lora.__file__, "forward") in calls
+    assert 10 < ours[1] - ours[0] <= at_most
