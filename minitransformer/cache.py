@@ -9,6 +9,7 @@ Shapes: per layer, key and value [B, H, S, d_head]; which of the S positions hol
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -50,12 +51,11 @@ class KVCache:
     def extend(self, n_new: int, real: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B S"] | None:
         """Note which of the newest T positions are real (None: all of them); returns that for all S so far."""
         before, self.n_keys = self.n_keys, self.n_keys + n_new
-        if real is None and self.real_keys is None:
-            return None
-        known = self.real_keys if real is None else real
-        earlier = known.new_ones(len(known), before) if self.real_keys is None else self.real_keys
-        newest = known.new_ones(len(known), n_new) if real is None else real
-        self.real_keys = torch.cat([earlier, newest], dim=1)
+        if self.real_keys is not None:
+            newest = self.real_keys.new_ones(len(self.real_keys), n_new) if real is None else real
+            self.real_keys = torch.cat([self.real_keys, newest], dim=1)
+        elif real is not None:
+            self.real_keys = F.pad(real, (before, 0), value=True)
         return self.real_keys
 
     def count(self, n_new: int, real: Bool[Tensor, "B T"] | None) -> None:

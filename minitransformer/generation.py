@@ -27,7 +27,7 @@ def next_word(
     Of equally good words the first ones are taken.
     """
     if temperature == 0.0:
-        return logits.argmax(dim=-1)
+        return logits.max(dim=-1).indices  # as argmax, in less time
     if top_k is not None:
         left_out = logits.sort(dim=-1, descending=True, stable=True).indices[:, top_k:]
         logits = logits.scatter(1, left_out, -math.inf)
@@ -62,46 +62,43 @@ def generate(
         ValueError: an encoder, tokens that are no batch of texts, a text that would outgrow max_len, right padding, or
             an option that is bad or would be ignored.
     """
-    _check(model, tokens, max_new_tokens, padding_mask)
-    _check_options(temperature, top_k, seed)
+    _check(model, tokens, max_new_tokens, padding_mask, temperature, top_k, seed)
     generator = torch.Generator(device=tokens.device).manual_seed(seed) if temperature else None
     real = None if padding_mask is None or bool(padding_mask.all()) else padding_mask  # no padding, no mask
     cache = KVCache(model.config.n_layers) if use_cache else None
     fast = None  # the plain form reads the beginning
     with evaluation_mode(model):
         for left in range(max_new_tokens, 0, -1):
-            if fast is not None:
-                logits = fast(tokens[:, -1:])
-            else:
+            if fast is None:
                 unread = tokens if cache is None or cache.is_empty else tokens[:, -1:]
                 hidden = model.hidden(unread, None if real is None else real[:, -unread.shape[1] :], cache=cache)
                 logits = model.lm_head(hidden[:, -1])
-                if cache is not None and left == max_new_tokens:
-                    fast = fast_steps(model, cache, left - 1)
+            else:
+                logits = fast(tokens[:, -1:])
+            if cache is not None and left == max_new_tokens:
+                fast = fast_steps(model, cache, left - 1)
             word = next_word(logits, temperature, top_k, generator)[:, None]
             tokens = torch.cat([tokens, word], dim=1)
             real = None if real is None else F.pad(real, (0, 1), value=True)
     return tokens
 
 
-def _check(model: nn.Module, tokens: Tensor, max_new_tokens: int, padding_mask: Tensor | None) -> None:
+def _check(
+    model: nn.Module, tokens: Tensor, max_new_tokens: int, padding_mask: Tensor | None, temperature, top_k, seed
+) -> None:
     check_text(tokens, padding_mask)
     if not model.config.causal:
         raise ValueError("an encoder (causal=False) cannot generate: it reads in both directions; use a decoder")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    room = model.embedding.room
-    if tokens.shape[1] + max_new_tokens > room:
+    room, length = model.embedding.room, tokens.shape[1]
+    if length + max_new_tokens > room:
         taken = "" if room == model.config.max_len else f", of which a prompt leaves {room}"
-        raise ValueError(
-            f"{tokens.shape[1]} tokens and {max_new_tokens} new ones exceed max_len {model.config.max_len}{taken}; "
-            f"ask for at most {max(0, room - tokens.shape[1])} new tokens, or shorten the beginning"
-        )
+        cure = f"ask for at most {max(0, room - length)} new tokens, or shorten the beginning"
+        there = f"{length} tokens and {max_new_tokens} new ones exceed max_len {model.config.max_len}"
+        raise ValueError(f"{there}{taken}; {cure}")
     if padding_mask is not None and not bool(padding_mask[:, -1].all()):
         raise ValueError("generation goes on from the last column, so pad on the left (the mask ends in False)")
-
-
-def _check_options(temperature: float, top_k: int | None, seed: int) -> None:
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or more, and finite, got {temperature}")
     if top_k is not None and top_k < 1:

@@ -62,9 +62,7 @@ class SequenceClassifier(nn.Module):
             raise ValueError(f'pool={pool!r} is unknown; choose "mean" or "first"')
         if n_classes < 2 or not 0.0 <= dropout < 1.0:
             raise ValueError(f"n_classes must be at least 2, got {n_classes}, and dropout in [0, 1), got {dropout}")
-        self.transformer = transformer
-        self.pool = pool
-        self.dropout = dropout
+        self.transformer, self.pool, self.dropout = transformer, pool, dropout
         device = next(transformer.parameters()).device
         with random_state_restored(device):  # PyTorch's own draw is overwritten below
             self.head = nn.Linear(transformer.config.d_model, n_classes, device=device)

@@ -11,9 +11,6 @@ from collections.abc import Iterable, Sequence
 from jaxtyping import Int
 from torch import Tensor
 
-PAD = "<pad>"
-BOS = "<bos>"
-
 TOKEN_PATTERN = re.compile(r"<\w+>|\w+|[^\w\s]")
 
 
@@ -29,7 +26,7 @@ class Vocabulary:
     pad_id, bos_id = 0, 1
 
     def __init__(self, words: Sequence[str]):
-        self.words = (PAD, BOS, *words)
+        self.words = ("<pad>", "<bos>", *words)
         self._ids = {word: index for index, word in enumerate(self.words)}
         if len(self._ids) < len(self.words):
             twice = sorted({word for word in self.words if self.words.count(word) > 1})

@@ -43,9 +43,8 @@ def at_position(
     block: nn.Module, x: Hidden, mask: Mask, context: Context | None, asked: Int[Tensor, "B"]
 ) -> Float[Tensor, "B 1 d_model"]:
     """`block(x, mask, context)` at one position of each row."""
-    parts = list(block.modules())
-    known = type(block) is Block and context is None and all(map(is_position_wise, parts))
-    if not known or not may_stand_in(x, *parts):
+    known = type(block) is Block and context is None and all(map(is_position_wise, block.modules()))
+    if not known or not may_stand_in(x, *block.modules()):
         return picked(block(x, mask, context), asked)
     key, value = block.attention.keys_and_values(block.norm_attention(x) if block.pre_norm else x)
     if isinstance(mask, str):  # "causal"

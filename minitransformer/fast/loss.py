@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = 2**20  # logits at a time: 4 MiB
-WORTH_IT = 2**20  # logits in all: with fewer the plain form is as good
+WORTH_IT = CHUNK  # logits in all: with fewer the plain form is as good
 
 
 def pays(hidden: Tensor, embedding: Tensor) -> bool:
@@ -74,9 +74,6 @@ class FastCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor, _):
         if torch.is_grad_enabled():  # create_graph=True: the gradients would be taken for constants
-            raise RuntimeError(
-                "the fast form of the loss cannot be differentiated twice; take the plain one, "
-                "torch.nn.functional.cross_entropy(model.lm_head(hidden), targets)"
-            )
-        gradients = (None if gradient is None else factor * gradient for gradient in ctx.saved_tensors)
-        return *gradients, None, None, None, None
+            cure = "take the plain one, torch.nn.functional.cross_entropy(model.lm_head(hidden), targets)"
+            raise RuntimeError(f"the fast form of the loss cannot be differentiated twice; {cure}")
+        return *(None if own is None else factor * own for own in ctx.saved_tensors), None, None, None, None

@@ -7,7 +7,7 @@ from torch import nn
 
 from minitransformer import Transformer, TransformerConfig, generation
 from minitransformer.cache import KVCache
-from minitransformer.fast.generation import ThinLinear, fast_steps
+from minitransformer.fast.generation import fast_steps, joined
 
 CONFIG = {"vocab_size": 23, "max_len": 40, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24}
 TOKENS = torch.tensor([[3, 1, 4, 1], [0, 0, 5, 9], [0, 0, 0, 2]])
@@ -59,7 +59,7 @@ def test_weights_that_are_laid_out_anew_give_the_same(n_rows, more):
     model = decoder()
     tokens = torch.randint(23, (n_rows, 4), generator=torch.Generator().manual_seed(1))
     fast, cache = steps(model, tokens, more=more)
-    assert fast.blocks[0].up.weight.is_contiguous() == (n_rows == 9 and more == 16)
+    assert fast.blocks[0].up.keywords["mat2"].is_contiguous() == (n_rows == 9 and more == 16)
     for _ in range(more):
         words = torch.randint(23, (n_rows, 1))
         torch.testing.assert_close(fast(words), plainly(model, words, cache, None), rtol=1e-11, atol=1e-11)
@@ -69,7 +69,7 @@ def test_a_single_weight_is_not_copied_where_that_does_not_pay():
     model = decoder()
     fast, _ = steps(model)
     own = model.blocks[1].feedforward.up.weight
-    assert fast.blocks[1].up.weight.data_ptr() == own.data_ptr()
+    assert fast.blocks[1].up.keywords["mat2"].data_ptr() == own.data_ptr()
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_k": 3}], ids=str)
@@ -227,7 +227,7 @@ def test_layers_without_a_bias_stand_beside_layers_with_one():
     torch.manual_seed(0)
     one, other, x = nn.Linear(3, 4), nn.Linear(3, 2, bias=False), torch.randn(5, 3)
     for relaid in (False, True):
-        both = ThinLinear((one.weight, one.bias), (other.weight, None), relaid=relaid)
+        both = joined((one.weight, one.bias), (other.weight, None), relaid=relaid)
         torch.testing.assert_close(both(x), torch.cat([one(x), other(x)], dim=1))
-        alone = ThinLinear((other.weight, None), relaid=relaid)
+        alone = joined((other.weight, None), relaid=relaid)
         torch.testing.assert_close(alone(x), other(x))
