@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(config.max_len, config.d_model)
         self.segment = nn.Embedding(config.n_segments, config.d_model) if config.n_segments else None
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.embedding_norm else None
-        self.dropout, self.room = config.dropout, config.max_len  # how many tokens a text may have
+        self.dropout = config.dropout
 
     def forward(
         self, tokens: Tokens, real: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
@@ -47,6 +47,11 @@ class Embedding(nn.Module):
         place = positions(tokens, real, cache)
         check(self, tokens, place, segments)
         return self.summed(self.token(tokens), place, segments)
+
+    @property
+    def room(self) -> int:
+        """How many tokens a text may have."""
+        return self.position.num_embeddings
 
     def summed(
         self, vectors: Float[Tensor, "B T d_model"], positions: Int[Tensor, "#B T"], segments: Tokens | None = None
