@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from minitransformer.call import CALL, RECORDS, is_transformed, telling
+from minitransformer.call import CALL, RECORDS, telling
 from minitransformer.config import TransformerConfig
 
 Hidden = Float[Tensor, "B T d_model"]
@@ -72,10 +73,8 @@ def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: fl
 
     It knows "causal", and leaves out the blocks of scores that nobody may see.
     """
-    causal = isinstance(mask, str)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if causal else mask, dropout_p=dropout, is_causal=causal
-    )
+    mask, causal = (None, True) if isinstance(mask, str) else (mask, False)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class Attention(nn.Module):
@@ -118,10 +117,21 @@ class Attention(nn.Module):
 
     def attend(self, q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
         """Scaled dot-product attention in the implementation that the config names."""
-        record(self, q, k, mask)
-        fused = self.implementation == "fused" and not is_transformed()  # not every transform knows the kernel
+        for layers, weights in CALL.told.get(RECORDS, ()):
+            if self in layers and torch._C._current_graph_task_id() == -1:  # no backward pass computes it again
+                weights.append(attention_weights(q.detach(), k.detach(), mask))
+        fused = self.implementation == "fused" and not is_transformed()
         attention = fused_attention if fused else written_out_attention
         return attention(q, k, v, mask, self.dropout if self.training else 0.0)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work on what is computed.
+
+    Not all of them know a fused kernel, and values can not be read: of an example in `vmap` there are none.
+    """
+    active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return active and not torch.compiler.is_compiling()
 
 
 @contextmanager
@@ -134,14 +144,6 @@ def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
     layers = {module for module in model.modules() if isinstance(module, Attention)}
     with telling({RECORDS: (*CALL.told.get(RECORDS, ()), (layers, weights))}):
         yield weights
-
-
-def record(attention: Attention, q: Tensor, k: Tensor, mask: Mask) -> None:
-    """Note the weights for those who record this layer; not once more where it is computed again for a gradient."""
-    for layers, weights in CALL.told.get(RECORDS, ()):
-        if attention in layers and torch._C._current_graph_task_id() == -1:  # no backward pass is running
-            with torch.no_grad():
-                weights.append(attention_weights(q, k, mask))
 
 
 def written_out(mask: Mask, k: Keys) -> Bool[Tensor, "#B #H #T S"] | None:
@@ -164,10 +166,9 @@ def attention_mask(
         return None
     if real_keys is None and n_queries == n_keys:
         return "causal"
-    may_look = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    may_look = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)
     if causal:
         may_look = may_look.tril(diagonal=n_keys - n_queries)
-    may_look = may_look[None, None]  # [1, 1, T, S]
     if real_keys is None:
         return may_look
     is_self = torch.eye(n_keys, dtype=torch.bool, device=device)[n_keys - n_queries :]  # [T, S]

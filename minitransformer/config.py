@@ -55,17 +55,17 @@ class TransformerConfig:
         for name in ("vocab_size", "max_len", "d_model", "n_heads", "n_layers", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.n_heads:
-            cure = "choose d_model as a multiple of n_heads"
-            raise ValueError(f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads; {cure}")
-        if self.n_segments < 0:
-            raise ValueError(f"n_segments must be 0 (no segment table) or more, got {self.n_segments}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
-        if self.norm_eps <= 0.0 or self.logit_scale <= 0.0:
-            raise ValueError(f"norm_eps and logit_scale must be above 0, got {self.norm_eps} and {self.logit_scale}")
-        if self.lm_head == "bert" and self.logit_scale != 1.0:
-            raise ValueError(f'lm_head="bert" has no logit_scale, got {self.logit_scale}; leave it at 1.0')
+        d, heads, eps, scale = self.d_model, self.n_heads, self.norm_eps, self.logit_scale
+        cure = "choose d_model as a multiple of n_heads"
+        fits = {
+            f"d_model={d} does not divide into n_heads={heads} heads; {cure}": d % heads == 0,
+            f"n_segments must be 0 (no segment table) or more, got {self.n_segments}": self.n_segments >= 0,
+            f"dropout is a probability in [0, 1), got {self.dropout}": 0.0 <= self.dropout < 1.0,
+            f"norm_eps and logit_scale must be above 0, got {eps} and {scale}": eps > 0.0 and scale > 0.0,
+            f'lm_head="bert" has no logit_scale, got {scale}; leave it at 1.0': self.lm_head != "bert" or scale == 1.0,
+        }
+        for message in [message for message, holds in fits.items() if not holds]:
+            raise ValueError(message)
 
     @property
     def d_head(self) -> int:

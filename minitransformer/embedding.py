@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from minitransformer.attention import is_transformed
 from minitransformer.cache import KVCache
-from minitransformer.call import is_transformed
 from minitransformer.config import TransformerConfig
 
 Tokens = Int[Tensor, "B T"]
@@ -77,14 +77,6 @@ def positions(tokens: Tokens, real: Real = None, cache: KVCache | None = None) -
     return (before + real.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def without_padding(
-    tokens: Int[Tensor, "*rows T"], padding_mask: Bool[Tensor, "*rows T"]
-) -> tuple[Int[Tensor, "*rows W"], Bool[Tensor, "*rows W"]]:
-    """The same texts without the columns on the right that are padding in all of them."""
-    width = int(padding_mask.flatten(0, -2).any(dim=0).nonzero().max()) + 1
-    return tokens[..., :width], padding_mask[..., :width]
-
-
 def values_are_read(tensor: Tensor) -> bool:
     """Whether a check may look at the values: there are some, and nobody traces or transforms what is computed."""
     return tensor.numel() > 0 and not (tensor.is_meta or torch.compiler.is_compiling() or is_transformed())
@@ -95,42 +87,33 @@ def check_text(tokens: Tensor, padding_mask: Tensor | None) -> None:
     if tokens.numel() == 0:
         raise ValueError(f"tokens is empty, shape {tuple(tokens.shape)}; give at least one row of one token")
     if tokens.dim() != 2:
-        raise ValueError(
-            f"tokens must be [B, T], got shape {tuple(tokens.shape)}; tokens[None] makes a batch of one row"
-        )
+        shape = tuple(tokens.shape)
+        raise ValueError(f"tokens must be [B, T], got shape {shape}; tokens[None] makes a batch of one row")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens are word numbers, torch.int64 or torch.int32, got {tokens.dtype}; use tokens.long()")
     if padding_mask is not None and (padding_mask.shape != tokens.shape or padding_mask.dtype != torch.bool):
-        raise ValueError(
-            f"padding_mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got "
-            f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
-        )
+        got = f"{padding_mask.dtype} {tuple(padding_mask.shape)}; mask.bool() turns a mask of 0 and 1 into one"
+        raise ValueError(f"padding_mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got {got}")
 
 
 def check(embedding: Embedding, tokens: Tensor, positions: Tensor, segments: Tensor | None = None) -> None:
     """Raise ValueError, with the cure, for numbers that one of the tables does not have."""
     if segments is not None and embedding.segment is None:
-        raise ValueError(
-            "segments were given, but this model has no segment table (config.n_segments is 0); leave them out"
-        )
+        raise ValueError("segments are given to a model with no segment table (config.n_segments is 0); leave them out")
     if segments is not None and segments.shape != tokens.shape:
         raise ValueError(f"segments must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(segments.shape)}")
     if not values_are_read(tokens):
         return
     cure = "encode the text with the vocabulary the model was trained with"
-    _check_range("tokens", tokens, embedding.token.num_embeddings, "the vocabulary has {} words", cure)
+    _check_range("tokens", tokens, embedding.token, f"the vocabulary has {{}} words (0 to {{}}); {cure}")
     if segments is not None:
-        cure = "number the segments from 0"
-        _check_range("segments", segments, embedding.segment.num_embeddings, "the model has {}", cure)
-    if int(positions.max()) >= embedding.position.num_embeddings:
-        raise ValueError(
-            f"the sequence has {int(positions.max()) + 1} positions, but max_len is "
-            f"{embedding.position.num_embeddings}; shorten the text (or the prompt in front of it), or build the "
-            f"model with a larger max_len"
-        )
+        _check_range("segments", segments, embedding.segment, "the model has {} (0 to {}); number the segments from 0")
+    if (n := int(positions.max()) + 1) > embedding.room:
+        cure = "shorten the text (or the prompt in front of it), or build the model with a larger max_len"
+        raise ValueError(f"the sequence has {n} positions, but max_len is {embedding.room}; {cure}")
 
 
-def _check_range(name: str, values: Tensor, n: int, there_are: str, cure: str) -> None:
-    low, high = int(values.min()), int(values.max())
+def _check_range(name: str, values: Tensor, table: nn.Embedding, there_are: str) -> None:
+    low, high, n = int(values.min()), int(values.max()), table.num_embeddings
     if low < 0 or high >= n:
-        raise ValueError(f"{name} range from {low} to {high}, but {there_are.format(n)} (0 to {n - 1}); {cure}")
+        raise ValueError(f"{name} range from {low} to {high}, but {there_are.format(n, n - 1)}")

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import attention_mask, recorded
+from minitransformer.attention import attention_mask, is_transformed, recorded
 from minitransformer.block import Block
 from minitransformer.cache import KVCache
-from minitransformer.call import checkpointed, is_transformed
+from minitransformer.call import checkpointed
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, Real, Tokens, check_text, values_are_read
 from minitransformer.fast.last_position import at_position
@@ -30,12 +30,7 @@ from minitransformer.randomness import random_state_restored
 
 
 class Transformer(nn.Module):
-    """A decoder (GPT) or an encoder (BERT), as its config says.
-
-    Args:
-        config: shape and arithmetic.
-        seed: of the fresh weights; the same seed gives the same weights.
-    """
+    """A decoder (GPT) or an encoder (BERT), as its config says; the same seed gives the same fresh weights."""
 
     is_plain = True  # what a fast form knows; a subclass is not, unless it says so as well
 
@@ -112,13 +107,12 @@ class Transformer(nn.Module):
 
         As with the logits of `forward`, which are never there all at once. ValueError as in `hidden`, or for no word.
         """
-        hidden = self.hidden(tokens, padding_mask)
-        if not values_are_read(targets):
-            return F.cross_entropy(self.lm_head(hidden).flatten(0, 1), targets.flatten())
-        wanted = targets != -100
-        if not bool(wanted.any()):
-            raise ValueError("targets ask for no word: all are -100, so there is no mean; give at least one word")
-        return self.word_loss(hidden[wanted], targets[wanted])[0]
+        hidden, targets = self.hidden(tokens, padding_mask).flatten(0, 1), targets.flatten()
+        if values_are_read(targets):
+            hidden, targets = hidden[targets != -100], targets[targets != -100]
+            if len(targets) == 0:
+                raise ValueError("targets ask for no word: all are -100, so there is no mean; give at least one word")
+        return self.word_loss(hidden, targets)[0]
 
     def word_loss(
         self, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]
@@ -139,9 +133,7 @@ class Transformer(nn.Module):
             self.hidden(tokens, padding_mask)
         return weights
 
-    def generate(self, tokens: Tokens, max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
-        """Continue each row by `max_new_tokens` words; see `minitransformer.generation.generate` for the options."""
-        return generate(self, tokens, max_new_tokens, **options)
+    generate = generate
 
 
 def check(
@@ -158,9 +150,7 @@ def check(
     if asked is not None and not 0 <= int(asked.min()) <= int(asked.max()) < tokens.shape[1]:
         raise ValueError(f"asked positions run from 0 to {tokens.shape[1] - 1}, got {asked.tolist()}")
     # Behind a cache a row may well receive padding only: its real tokens came earlier.
-    if padding_mask is not None and cache is None and not bool(padding_mask.any(dim=1).all()):
-        empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"padding_mask hides every token of row {empty[0]} ({len(empty)} such rows); True marks a real token: "
-            f"drop the empty rows, or invert the mask if it marks padding"
-        )
+    if padding_mask is not None and cache is None and not bool((rows := padding_mask.any(dim=1)).all()):
+        empty = f"row {int(rows.long().argmin())} ({int((~rows).sum())} such rows)"
+        cure = "drop the empty rows, or invert the mask if it marks padding"
+        raise ValueError(f"padding_mask hides every token of {empty}; True marks a real token: {cure}")
