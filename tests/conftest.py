@@ -9,6 +9,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 from reference import checked_shapes
+from reference.kinds import kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,16 +38,8 @@ def pytest_collection_modifyitems():
     torch.set_num_threads(1)
 
 
-# Causal or not and pre- or post-norm are independent of each other: two kinds show all four, the others are slow.
-KINDS = [
-    pytest.param((True, "pre"), id="causal-pre"),
-    pytest.param((False, "post"), id="encoder-post"),
-    pytest.param((True, "post"), id="causal-post", marks=pytest.mark.slow),
-    pytest.param((False, "pre"), id="encoder-pre", marks=pytest.mark.slow),
-]
-
-
-@pytest.fixture(params=KINDS)
+# Causal or not and pre- or post-norm are independent of each other: two kinds show all four.
+@pytest.fixture(params=kinds("causal-pre", "encoder-post"))
 def tiny(request):
     """A tiny model of each kind: `tiny(activation="relu", ...)`; decoders and encoders, pre- and post-norm."""
     from reference.random_weights import randomize
