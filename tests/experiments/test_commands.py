@@ -138,6 +138,7 @@ def test_a_folder_that_cannot_be_and_a_damaged_file_are_refused_before_any_run(f
     assert (tmp_path / "sentiment.csv").read_text() == "a,b\n1,2\n"
 
 
+@pytest.mark.slow
 def test_a_second_command_in_the_process_gives_what_the_first_one_gave(few_runs, tmp_path):
     for folder, methods in (("first", "BitFit"), ("between", "full"), ("again", "BitFit")):
         main([*SENTIMENT, "--methods", methods, "--seeds", "1", "--out", str(tmp_path / folder)])

@@ -14,7 +14,7 @@ import jaxtyping
 from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
 
-open_scope = jaxtyping.jaxtyped
+SCOPE = jaxtyping.jaxtyped("context")  # it holds nothing itself: each `with` binds names anew
 
 
 def install(*packages: str) -> None:
@@ -42,7 +42,7 @@ def _checked(thing: Callable) -> Callable:
         try:
             if not shaped:
                 return typed(*args, **kwargs)
-            with open_scope("context"):
+            with SCOPE:
                 return typed(*args, **kwargs)
         except BeartypeCallHintViolation as violation:
             raise jaxtyping.TypeCheckError(str(violation)) from None
