@@ -8,9 +8,8 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-import torch
-from jaxtyping import install_import_hook
-from reference.random_weights import randomize
+from reference import checked_shapes
+from reference.kinds import kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,22 +28,22 @@ def _refuse_another_peft() -> None:
 _refuse_another_peft()
 if any(name.split(".")[0] in ("minitransformer", "peft") for name in sys.modules):
     raise RuntimeError("the packages were imported before their shapes could be checked; look for a plugin that does")
-install_import_hook(["minitransformer", "peft"], "beartype.beartype")
-# Tiny tensors gain nothing from a second thread, and on a busy machine waiting for it costs ten times the work.
-torch.set_num_threads(1)
-
-# Causal or not and pre- or post-norm are independent of each other: two kinds show all four, the others are slow.
-KINDS = [
-    pytest.param((True, "pre"), id="causal-pre"),
-    pytest.param((False, "post"), id="encoder-post"),
-    pytest.param((True, "post"), id="causal-post", marks=pytest.mark.slow),
-    pytest.param((False, "pre"), id="encoder-pre", marks=pytest.mark.slow),
-]
+checked_shapes.install("minitransformer", "peft")
 
 
-@pytest.fixture(params=KINDS)
+def pytest_collection_modifyitems():
+    """Tiny tensors gain nothing from a second thread, and on a busy machine waiting for it costs ten times the work."""
+    import torch  # not on top: the process that only hands out the tests to others can start without it
+
+    torch.set_num_threads(1)
+
+
+# Causal or not and pre- or post-norm are independent of each other: two kinds show all four.
+@pytest.fixture(params=kinds("causal-pre", "encoder-post"))
 def tiny(request):
     """A tiny model of each kind: `tiny(activation="relu", ...)`; decoders and encoders, pre- and post-norm."""
+    from reference.random_weights import randomize
+
     from minitransformer import Transformer, TransformerConfig
 
     causal, norm = request.param

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("minitransformer", "peft")
 SEAMS = [  # the only files outside of a `fast` folder that hand over to a fast form
@@ -156,6 +158,10 @@ def test_nothing_needs_the_experiments_or_matplotlib():
         [entry for entry in outside if within(entry.module, "peft.experiments", "matplotlib")],
         "Only peft/experiments/ and peft/__main__.py may: a method is understood and used without them",
     )
+
+
+@pytest.mark.slow
+def test_importing_peft_imports_none_of_what_takes_long():
     code = f"import sys, peft; print(*(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

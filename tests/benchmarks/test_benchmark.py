@@ -169,6 +169,7 @@ def test_every_job_of_ours_can_be_done(job, monkeypatch):
     ours.JOBS[job]()()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_noticed(tmp_path):
     with pytest.raises(RuntimeError, match="ended early"):
         benchmark.Worker(sys.executable, "ours.py", benchmark.REPOSITORY, "no number", tmp_path / "none")

@@ -17,7 +17,7 @@ SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*
 class Exercise:
     notebook: str
     check: str  # the checker's name
-    imports: str  # those of the notebook so far
+    imports: tuple[str, ...]  # those of the notebook so far
     stub: str  # the cell without its last line
     call: str  # the last line: the checker on the answer
     solution: str
@@ -38,7 +38,7 @@ def exercises_of(path: Path) -> list[Exercise]:
             assert folded, f"{path.name}: the exercise before {ast.unparse(last)} has no folded solution below it"
             call = ast.unparse(last.value)
             name = ast.unparse(last.value.func)
-            found.append(Exercise(path.stem, name, "\n".join(imports), stub, call, folded.group(1)))
+            found.append(Exercise(path.stem, name, tuple(imports), stub, call, folded.group(1)))
     return found
 
 
@@ -46,10 +46,17 @@ EXERCISES = [exercise for path in NOTEBOOKS for exercise in exercises_of(path)]
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: f"{e.notebook}-{e.check}")
 
 
+def needed(imports: tuple[str, ...], *code: str) -> list[str]:
+    """Those of the imports that the code uses: a notebook has others, which take longer than all of its exercises."""
+    used = {node.id for source in code for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    names = [{(a.asname or a.name).split(".")[0] for a in ast.parse(line).body[0].names} for line in imports]
+    return [line for line, bound in zip(imports, names, strict=True) if bound & used]
+
+
 def verdict(exercise: Exercise, *answers: str):
     """What the checker says when the answers are run after the stub."""
     space: dict = {}
-    for source in (exercise.imports, exercise.stub, *answers):
+    for source in (*needed(exercise.imports, exercise.stub, *answers, exercise.call), exercise.stub, *answers):
         exec(source, space)
     return eval(exercise.call, space)
 

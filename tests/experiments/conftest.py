@@ -14,14 +14,14 @@ def first_rows(split: Split, n: int) -> Split:
 
 @pytest.fixture(scope="session")
 def task(splits):
-    """Sentiment with forty rows in each split."""
+    """Sentiment with sixteen rows in each split."""
     whole = splits("sentiment")
-    return replace(whole, **{name: first_rows(getattr(whole, name), 40) for name in ("train", "validation", "test")})
+    return replace(whole, **{name: first_rows(getattr(whole, name), 16) for name in ("train", "validation", "test")})
 
 
 @pytest.fixture
 def short(task, monkeypatch):
-    """The comparison on sentiment with those forty rows, and with entries of two steps."""
+    """The comparison on sentiment with those rows, and with entries of two steps."""
     own = TASKS["sentiment"]
     entries = {name: replace(entry, steps=2) for name, entry in own.entries.items()}
     monkeypatch.setitem(TASKS, "sentiment", replace(own, splits=lambda: task, entries=entries))

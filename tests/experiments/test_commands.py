@@ -19,10 +19,11 @@ SENTIMENT = ("compare", "--task", "sentiment")
 
 @pytest.fixture
 def few_runs(short, monkeypatch):
-    """Every entry has two steps and one rate."""
+    """Every entry has two steps and one rate, and no step is timed: that has a test of its own."""
     own = TASKS["sentiment"]
     entries = {name: replace(entry, learning_rates=entry.learning_rates[:1]) for name, entry in own.entries.items()}
     monkeypatch.setitem(TASKS, "sentiment", replace(own, entries=entries))
+    monkeypatch.setattr(compare, "step_seconds", lambda models, *_, **__: dict.fromkeys(models, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,8 @@ def test_what_a_task_does_not_have_is_refused_before_any_run(short, task, tmp_pa
         main(["compare", "--task", "quiz", "--random-backbone", "--out", str(tmp_path)])
     assert "quiz has no random backbone; it has pretrained" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([*SENTIMENT, "--examples", "41", "--out", str(tmp_path)])
-    assert "examples=41: choose between 1 and the 40" in capsys.readouterr().err
+        main([*SENTIMENT, "--examples", "17", "--out", str(tmp_path)])
+    assert "examples=17: choose between 1 and the 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,7 @@ def test_a_folder_that_cannot_be_and_a_damaged_file_are_refused_before_any_run(f
     assert (tmp_path / "sentiment.csv").read_text() == "a,b\n1,2\n"
 
 
+@pytest.mark.slow
 def test_a_second_command_in_the_process_gives_what_the_first_one_gave(few_runs, tmp_path):
     for folder, methods in (("first", "BitFit"), ("between", "full"), ("again", "BitFit")):
         main([*SENTIMENT, "--methods", methods, "--seeds", "1", "--out", str(tmp_path / folder)])

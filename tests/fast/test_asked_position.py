@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference.method_cases import SETS, batch, train_a_little
+from reference.method_cases import SETS, batch, each_of, train_a_little
 
 import peft
 from minitransformer.attention import Attention, recorded
@@ -34,7 +34,7 @@ def check(model, tokens, mask):
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", SETS)
+@each_of("name", {name: name for name in SETS})
 @pytest.mark.parametrize("padded", [True, False])
 def test_every_method_gives_the_same_at_the_asked_position(decoder, name, padded):
     model = decoder().double()

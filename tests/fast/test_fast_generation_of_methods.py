@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference.method_cases import SETS, train_a_little
+from reference.method_cases import SETS, each_of, train_a_little
 from reference.random_weights import randomize
 
 import peft
@@ -44,12 +44,12 @@ def compare(model, real=None):
 
 
 @pytest.mark.parametrize("real", [None, REAL], ids=["no padding", "left padding"])
-@pytest.mark.parametrize("name", SETS)
+@each_of("name", {name: name for name in SETS})
 def test_methods_that_end_in_linear_maps_or_keys_keep_the_fast_form(name, real):
     assert compare(with_methods(name), real) == (not any(slow in name for slow in SLOW))
 
 
-@pytest.mark.parametrize("name", SETS)
+@each_of("name", {name: name for name in SETS})
 def test_words_are_those_of_the_plain_form(name):
     model = with_methods(name)
     words = model.generate(TOKENS, 8, padding_mask=REAL)

@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 import torch
 import torch.nn.functional as F
-from reference.method_cases import RECIPES, SETS, train_a_little
+from reference.method_cases import RECIPES, SETS, each_of, train_a_little
 from reference.random_weights import randomize
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -212,7 +212,7 @@ def test_a_sparse_weight_is_not_ordinary():
     assert not may_stand_in(torch.ones(2), layer) and not may_stand_in(torch.eye(3).to_sparse())
 
 
-@pytest.mark.parametrize("name", SETS)
+@each_of("name", {name: name for name in SETS})
 def test_every_method_says_that_it_works_position_by_position(name):
     model = decoder()
     for recipe in SETS[name]:

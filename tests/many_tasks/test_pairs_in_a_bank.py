@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from reference.bank_cases import alone, assert_gradients_equal, loss_of_rows, rows_of
+from reference.kinds import of_kind
 from reference.method_cases import RECIPES
 
 import peft
@@ -43,6 +44,7 @@ def single_rows(models, order, name):
     return torch.tensor([row for row, task in enumerate(order) if task == name])
 
 
+@of_kind("causal-pre")
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("recipes", [SOME, ALL])
 def test_a_pair_is_what_it_is_alone_in_value_and_gradient(tiny, recipes, checkpointing):

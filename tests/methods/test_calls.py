@@ -5,7 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from reference.method_cases import RECIPES, SETS, batch, train_a_little
+from reference.kinds import of_kind
+from reference.method_cases import RECIPES, SETS, batch, each_of, train_a_little
 
 import peft
 from peft.sites import named_tensors
@@ -13,6 +14,7 @@ from peft.sites import named_tensors
 N = 40
 
 
+@of_kind("causal-pre")
 @pytest.mark.parametrize("name", ["lora", "prefix kv", "houlsby", "prompt"])
 def test_off_in_one_thread_is_on_in_another(tiny, name):
     model = peft.attach(tiny(), RECIPES[name])
@@ -33,7 +35,8 @@ def test_off_in_one_thread_is_on_in_another(tiny, name):
             assert torch.equal(was_off.result(), off) and torch.equal(was_on.result(), on)
 
 
-@pytest.mark.parametrize("name", SETS)
+@of_kind("causal-pre")
+@each_of("name", {name: name for name in SETS})
 def test_a_recomputation_sees_what_the_pass_saw(tiny, name):
     """The input's gradient of a disabled pass is the frozen model's, also where blocks are computed again later."""
     plain = tiny(gradient_checkpointing=True)

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from reference.kinds import of_kind
 from reference.method_cases import RECIPES, SETS, assert_same, each_of, fingerprint, outputs, train_a_little
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,7 @@ def refused(model, path, message):
     assert_same(before, fingerprint(model))
 
 
+@of_kind("encoder-post")
 @each_of("recipes", SETS)
 def test_a_saved_method_gives_the_same_outputs_in_another_model(tiny, tmp_path, recipes):
     model = tiny()

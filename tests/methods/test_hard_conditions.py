@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.kinds import ALL, of_kind
 from reference.method_cases import RECIPES, SETS, batch, each_of, loss_of, outputs, train_a_little
 
 import peft
@@ -59,8 +60,16 @@ def test_the_tied_head_and_embedding_stay_one_tensor(decoder, recipes):
     assert table.grad is None
 
 
+# A causal row sees padding on its left alone; one that is read from both ends, that on its right as well.
+SIDES = [
+    pytest.param(kind, side, id=f"{side}-{name}", marks=[] if name == fast else [pytest.mark.slow])
+    for side, fast in (("left", "causal-pre"), ("right", "encoder-post"))
+    for name, kind in ALL.items()
+]
+
+
 @every_set
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("tiny", "side"), SIDES, indirect=["tiny"])
 def test_padding_on_either_side_changes_no_real_output(tiny, recipes, side):
     model, (tokens, _) = attach_all(tiny(), recipes), batch(length=5)
     filler = torch.full((3, 3), 7)
@@ -82,6 +91,7 @@ def test_one_row_alone_gives_what_it_gives_in_a_batch(tiny, recipes):
         torch.testing.assert_close(together[row : row + 1, : alone.shape[1]], alone, rtol=1e-5, atol=1e-5)
 
 
+@of_kind("causal-pre")
 @every_set
 def test_a_single_token_has_an_output_and_gives_every_trained_tensor_a_finite_gradient(tiny, recipes):
     model = attach_all(tiny(), recipes)
@@ -126,6 +136,7 @@ def test_in_bfloat16_the_outputs_are_those_of_float32_up_to_its_rounding(tiny, r
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in peft.trainable_parameters(half).values())
 
 
+@of_kind("encoder-post")
 @every_recipe
 def test_a_model_in_float64_has_methods_in_float64(tiny, recipe):
     model = peft.attach(tiny().double(), recipe)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.kinds import of_kind
 from reference.method_cases import (
     RECIPES,
     SETS,
@@ -37,7 +38,9 @@ def layers_of(recipes):
     return (0, 1) if None in chosen else {layer for layers in chosen for layer in layers}
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(False, id="eval"), pytest.param(True, id="train", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", UNCHANGED_AT_THE_START)
 def test_lora_and_adapters_leave_the_output_bit_equal_at_the_start(tiny, name, training):
     model = tiny().train(training)
@@ -63,6 +66,7 @@ def test_even_a_prefix_of_zeros_changes_the_output_because_it_dilutes_the_softma
     assert not torch.allclose(outputs(model), before, atol=1e-3)
 
 
+@of_kind("encoder-post")
 @every_set
 @pytest.mark.parametrize(
     "checkpointing",
@@ -92,6 +96,7 @@ def test_declared_tensors_of_every_layer_learn_and_all_others_stay(tiny, recipes
             assert torch.equal(p, frozen[name]), name
 
 
+@of_kind("encoder-post")
 @every_set
 def test_gradient_checkpointing_changes_no_gradient(tiny, recipes):
     gradients = []
@@ -103,6 +108,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, recipes):
         torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
 
 
+@of_kind("causal-pre")
 @every_set
 def test_the_audit_agrees_and_leaves_the_model_as_it_was(tiny, recipes):
     model = attach_all(tiny(), recipes)
@@ -146,6 +152,7 @@ assert torch.equal(model.hidden(wanted["tokens"], wanted["mask"]).detach(), want
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_with_another_seed_reproduces_the_outputs_from_the_file(tmp_path):
     model = Transformer(TransformerConfig(23, 12, 16, 2, 2, 24, causal=False, norm="post"), seed=0).eval()
     torch.save(model.state_dict(), tmp_path / "base.pt")
@@ -163,6 +170,7 @@ def test_a_fresh_process_with_another_seed_reproduces_the_outputs_from_the_file(
     assert done.returncode == 0, done.stderr
 
 
+@of_kind("causal-pre")
 @every_recipe
 def test_the_same_seed_gives_the_same_tensors_and_the_callers_random_state_is_left_alone(tiny, recipe):
     state = torch.get_rng_state()
@@ -184,6 +192,7 @@ def test_a_method_attached_in_training_mode_starts_the_same_whatever_dropout_dra
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
 
 
+@of_kind("causal-pre")
 @every_set
 def test_state_dict_is_a_copy_named_by_site_and_tensor(tiny, recipes):
     model = attach_all(tiny(), recipes)
@@ -208,6 +217,7 @@ def test_a_deep_copy_is_independent(tiny, recipes):
     assert len(peft.attached(model)) == len(recipes) and torch.equal(outputs(model), before)
 
 
+@of_kind("encoder-post")
 @every_set
 def test_disabled_computes_the_base_bit_for_bit(tiny, recipes):
     model = tiny()

@@ -66,7 +66,7 @@ def test_the_probe_scores_are_the_recorded_ones_and_high(backbone, record):
 
 
 def test_a_random_model_fails_the_probes():
-    scores = probe_scores(Transformer(backbone_config(), seed=3), n_rows=100)
+    scores = probe_scores(Transformer(backbone_config(), seed=3), n_rows=50)
     assert scores["opinion"] < 0.7
     assert max(scores[probe] for probe in ("person", "object", "holder")) < 0.4
 
@@ -147,7 +147,7 @@ def test_the_next_stage_begins_when_the_probes_say_so(monkeypatch):
 
 def test_pretraining_learns_and_puts_the_threads_back():
     before = torch.get_num_threads()
-    recipe = replace(SMALL, steps=60, n_rows=4, warmup=5, probe_every=60)
+    recipe = replace(SMALL, steps=60, warmup=5, probe_every=60)
     model, history = pretrain(recipe, progress=False)
     assert torch.get_num_threads() == before
     assert history[-1]["loss"] < history[0]["loss"] < 5.2
