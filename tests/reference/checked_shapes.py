@@ -1,4 +1,4 @@
-"""Shapes and types checked at every call, as jaxtyping's import hook does, at a third of its cost.
+"""Shapes and types checked at every call, as jaxtyping's import hook does, at a fraction of its cost.
 
 `jaxtyping.jaxtyped` binds the signature and walks all arguments twice, for every function, whether or not it knows any
 tensor; on models as small as those of the tests this takes as long as everything else. Here beartype checks arguments
@@ -24,19 +24,19 @@ def install(*packages: str) -> None:
 
 
 def _as_the_hook_calls_it(*, typechecker: Callable) -> Callable:
-    return _checked
+    return checked
 
 
-def _checked(thing: Callable) -> Callable:
+def checked(thing: Callable) -> Callable:
     """A function that checks its calls; a class as it is, once the one that a dataclass is built by does."""
     if inspect.isclass(thing):
         if "__dataclass_fields__" in vars(thing) and "__init__" in vars(thing):
-            thing.__init__ = _checked(thing.__init__)
+            thing.__init__ = checked(thing.__init__)
         return thing
     typed, shaped = beartype(thing), any(map(_names_shapes, thing.__annotations__.values()))
 
     @functools.wraps(thing)
-    def checked(*args, **kwargs):
+    def call(*args, **kwargs):
         if jaxtyping.config.jaxtyping_disable:
             return thing(*args, **kwargs)
         try:
@@ -47,7 +47,7 @@ def _checked(thing: Callable) -> Callable:
         except BeartypeCallHintViolation as violation:
             raise jaxtyping.TypeCheckError(str(violation)) from None
 
-    return checked
+    return call
 
 
 def _names_shapes(annotation: object) -> bool:
