@@ -14,7 +14,14 @@ KINDS = [
     pytest.param({"causal": False}, id="encoder-pre", marks=pytest.mark.slow),
 ]
 # The Llama family, with the biases of Qwen2, so that a method on biases finds some.
-LLAMA = {"position": "rotary", "norm_type": "rms", "gated": True, "activation": "silu", "n_kv_heads": 1, "bias": "qkv"}
+LLAMA = {
+    "position": "rotary",
+    "norm_type": "rms",
+    "gated": True,
+    "activation": "silu",
+    "n_kv_heads": 1,
+    "bias": "query+key+value",
+}
 KINDS_AND_LLAMA = [*KINDS, pytest.param(LLAMA, id="llama")]
 
 

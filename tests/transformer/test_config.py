@@ -15,7 +15,7 @@ def test_the_width_of_a_head_is_its_share_of_d_model():
 
 def test_heads_of_another_width_need_not_divide_d_model():
     config = TransformerConfig(**SIZES, d_model=10, n_heads=4, head_dim=6, n_kv_heads=2)
-    assert (config.d_head, config.d_query, config.d_kv) == (6, 24, 12)
+    assert (config.d_head, config.d_kv) == (6, 12)
 
 
 def test_a_config_cannot_be_changed_afterwards():
@@ -41,7 +41,10 @@ def test_sizes_are_at_least_1(name):
         ({"lm_head": "free"}, "lm_head='free' is unknown; choose one of tied, untied, bert, none"),
         ({"position": "alibi"}, "position='alibi' is unknown; choose one of learned, rotary"),
         ({"norm_type": "none"}, "norm_type='none' is unknown; choose one of layer, rms"),
-        ({"bias": "some"}, "bias='some' is unknown; choose one of all, attention, qkv, feedforward, none"),
+        (
+            {"bias": "some"},
+            "bias='some' is unknown; choose one of all, none, query.key.value, query.key.value.output, gate.up.down",
+        ),
         ({"n_kv_heads": 3}, r"n_kv_heads=3 must divide n_heads=4 \(or be 0: as many\)"),
         ({"n_kv_heads": 8}, "n_kv_heads=8 must divide n_heads=4"),
         ({"n_kv_heads": -2}, "n_kv_heads=-2 must divide"),

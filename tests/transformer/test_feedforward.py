@@ -31,7 +31,7 @@ def test_the_network_is_two_linear_maps_round_the_activation(name):
     np.testing.assert_allclose(network(x).detach(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("bias", ["none", "feedforward"])
+@pytest.mark.parametrize("bias", ["none", "gate+up+down"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_gate_multiplies_the_hidden_layer(name, bias):
     """Shazeer 2020, equation 6, in value and gradient."""

@@ -5,13 +5,16 @@ from reference.numpy_transformer import layer_norm, rms_norm
 
 from minitransformer import TransformerConfig
 from minitransformer.norm import RMSNorm, norm_of
-from minitransformer.norm import rms_norm as ours
 
 CONFIG = {"vocab_size": 5, "max_len": 9, "d_model": 6, "n_heads": 1, "norm_eps": 0.01}
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ours(x, gain, eps):
+    return torch.func.functional_call(RMSNorm(len(gain), eps), {"weight": gain}, x)
 
 
 def test_rms_norm_agrees_with_its_formula_in_value_and_gradient():
@@ -42,4 +45,3 @@ def test_the_config_names_the_norm(kind, twin):
     x = normal(2, 6)
     weights = [p.detach().numpy() for p in norm.parameters()]
     np.testing.assert_allclose(norm(x).detach(), twin(x.numpy(), *weights, 0.01), atol=1e-12)
-    assert "6" in repr(norm) and "eps=0.01" in repr(norm)
