@@ -91,20 +91,17 @@ class Attention(nn.Module):
     Weights: `query`, `key`, `value` [H d_head, d_model] and `output` [d_model, H d_head], each with a bias.
     """
 
-    rope_theta: float | None = None  # of rotary positions, by which a context turns its queries and keys
-
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.d_model = config.d_model
         self.n_heads = config.n_heads
         self.dropout = config.dropout
         self.implementation = config.attention
-        d_query = config.n_heads * config.d_head
-        self.query = nn.Linear(config.d_model, d_query, config.has_bias("query"))
+        self.query = nn.Linear(config.d_model, config.n_heads * config.d_head, config.has_bias("query"))
         self.key = nn.Linear(config.d_model, config.d_kv, config.has_bias("key"))
         self.value = nn.Linear(config.d_model, config.d_kv, config.has_bias("value"))
-        self.output = nn.Linear(d_query, config.d_model, config.has_bias("output"))
-        if config.position == "rotary":
+        self.output = nn.Linear(config.n_heads * config.d_head, config.d_model, config.has_bias("output"))
+        if config.position == "rotary":  # then a context turns queries and keys
             self.rope_theta = config.rope_theta
 
     def extra_repr(self) -> str:
@@ -143,7 +140,7 @@ class GroupedQueryAttention(Attention):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        self.d_head = config.d_head
+        self.d_head, self.d_kv = config.d_head, config.d_kv
 
     def split_heads(self, x: Float[Tensor, "B S d"]) -> Keys:
         """Cut the last axis into heads, as many as it holds, and put the heads before the positions."""
@@ -192,8 +189,7 @@ def attention_mask(
     if real_keys is None and n_queries == n_keys:
         return "causal"
     may_look = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)
-    if causal:
-        may_look = may_look.tril(diagonal=n_keys - n_queries)
+    may_look = may_look.tril(diagonal=n_keys - n_queries) if causal else may_look
     if real_keys is None:
         return may_look
     is_self = torch.eye(n_keys, dtype=torch.bool, device=device)[n_keys - n_queries :]  # [T, S]

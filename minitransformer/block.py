@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.pre_norm = config.norm == "pre"
         self.dropout = config.dropout
         self.norm_attention = norm_of(config)
-        self.attention = (GroupedQueryAttention if config.n_kv_heads else Attention)(config)
+        self.attention = (GroupedQueryAttention if config.n_kv_heads or config.head_dim else Attention)(config)
         self.norm_feedforward = norm_of(config)
         self.feedforward = (GatedFeedForward if config.gated else FeedForward)(config)
 

@@ -5,8 +5,7 @@ Source: Vaswani et al. 2017, sections 3.4 and 3.5; learned positions as in GPT (
 
     x_t = E[token_t] + P[position_t] (+ S[segment_t])          [B, T, d_model]
 
-A position counts the real tokens in front of a token, so padding on either side changes nothing. Where positions are
-rotary (`position.py`), there is no P.
+A position counts the real tokens in front of a token, so padding on either side changes nothing. Rotary ones have no P.
 
 Differs from the paper: positions are learned, and the embeddings are not multiplied by sqrt(d_model).
 """

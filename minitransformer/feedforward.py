@@ -3,12 +3,9 @@
 Source: Vaswani et al. 2017, section 3.3, equation 2.
 
     FFN(x) = W_down act(W_up x + b_up) + b_down
+    FFN(x) = W_down (act(W_gate x) ⊙ W_up x)              gated (Shazeer 2020, equation 6); with "silu" it is SwiGLU
 
 Shapes: x [B, T, d_model] -> hidden [B, T, d_ff] -> [B, T, d_model].
-
-Gated, as in the Llama family (Shazeer 2020, "GLU Variants Improve Transformer", equation 6; with "silu" it is SwiGLU):
-
-    FFN(x) = W_down (act(W_gate x) ⊙ W_up x)
 
 Differs from the paper: the activation may be GELU (Hendrycks & Gimpel 2016), as in BERT and GPT-2, instead of ReLU.
 """

@@ -6,8 +6,7 @@ Source: Su et al. 2021, "RoFormer", section 3.2.2, equations 14 and 15 (34 is th
     R(t) turns each pair (a_i, b_i) by its angle:  (a cos - b sin,  b cos + a sin)
     (R(t) q) · (R(s) k)  depends on t - s alone
 
-A pair is (x_i, x_{i + d_head / 2}), one number of each half, as in Hugging Face's checkpoints. Values are not turned,
-and no table is learned. A position counts the real tokens in front of a token, as in `embedding.py`.
+A pair is (x_i, x_{i + d_head / 2}), one number of each half, as in Hugging Face's checkpoints. Values are not turned.
 
 Shapes: q [B, H, T, d_head], k [B, H_kv, T, d_head], cos and sin [B, 1, T, d_head / 2].
 
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.attention import Attention, Context, Mask
@@ -53,15 +52,9 @@ class Rotary(Context):
         return attend(rotated(q, *self.angles), rotated(k, *self.angles), v, mask)
 
 
-def newest(real_keys: Bool[Tensor, "B S"] | None, n_keys: int, n: int, device: torch.device) -> Int[Tensor, "#B n"]:
-    """The positions of the last n of so many keys; `real_keys` is False at padding (None: there is none)."""
-    counted = torch.arange(n_keys, device=device)[None] if real_keys is None else real_keys.cumsum(dim=1) - 1
-    return counted[:, n_keys - n :]
-
-
 def in_front(attention: Attention, keys: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n d"]:
     """An attention layer's keys of n words as a text behind them sees them: turned to the positions -n … -1."""
-    if attention.rope_theta is None:
+    if not hasattr(attention, "rope_theta"):
         return keys
     heads, before = attention.split_heads(keys), torch.arange(-keys.shape[1], 0, device=keys.device)[None]
     return rotated(heads, *rotary(before, heads.shape[-1], attention.rope_theta)).transpose(1, 2).flatten(2)

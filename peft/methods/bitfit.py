@@ -11,9 +11,8 @@ is: `disabled` and `detach` give it back bit for bit. The same holds for LayerNo
 Trained: per block 6 d_model + d_ff parameters, and d_model for a norm outside of the blocks.
 
 Differs from the paper: the key map's bias is left out. Adding c to every key adds q·c to all scores of a query, which
-the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. (Rotary
-positions turn c, so that nothing cancels, and it is trained.) Biases of heads are left out too; a fresh head is trained
-whole (`train_also`).
+the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing; but where
+rotary positions turn c, it is trained. Biases of heads are left out too; a fresh head is trained whole (`train_also`).
 """
 
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class BitFit(LayerwiseMethod):
         blocks = block_names(modules)
         inside = tuple(f"{block}." for block in blocks)
         layers = [module for module in modules.values() if isinstance(module, Attention)]
-        keys = [unwrapped(layer.key) for layer in layers if layer.rope_theta is None]
+        keys = [unwrapped(layer.key) for layer in layers if not hasattr(layer, "rope_theta")]
         places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
         owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
         for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:
@@ -59,10 +58,8 @@ class BitFit(LayerwiseMethod):
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks; less if biases are absent."""
         left_out = () if config.position == "rotary" else ("key",)
-        shapes = {
-            n.rpartition(".")[2]: shape for n, shape in linear_shapes(config).items() if n.startswith("blocks.0.")
-        }
-        biases = sum(d_out for n, (_, d_out) in shapes.items() if config.has_bias(n) and n not in left_out)
+        block = [(n.rpartition(".")[2], d_out) for n, (_, d_out) in linear_shapes(config).items() if ".0." in n]
+        biases = sum(d_out for name, d_out in block if config.has_bias(name) and name not in left_out)
         norm = config.d_model if config.norm_type == "layer" else 0
         outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
         return self.n_blocks(config) * (biases + 2 * norm) + outside * norm or _refuse()

@@ -97,7 +97,7 @@ class PrefixTuning(LayerwiseMethod):
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
-        d, d_kv = module.d_model, unwrapped(module.key).out_features
+        d, d_kv = module.d_model, getattr(module, "d_kv", module.d_model)
         if self.reparameterize is not None:
             return PrefixAttention(module, self, mlp_start(d, self.length, self.reparameterize, generator, d_kv))
         parts = ("key", "value") if self.at == "kv" else ("hidden",)

@@ -21,8 +21,7 @@ from peft.method import normal, uniform
 
 
 def mlp_start(d: int, n: int, h: int, generator: torch.Generator, d_kv: int) -> dict[str, Tensor]:
-    """P' and the network's weights and biases at the start of training: d_model = d, n positions, hidden width h; keys
-    and values are d_kv wide."""
+    """P' [n, d] and the network's weights and biases at the start: hidden width h, keys and values d_kv wide."""
     return {
         "source": normal((n, d), 1.0, generator),
         "hidden_weight": uniform((h, d), 1 / math.sqrt(d), generator),
