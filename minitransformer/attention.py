@@ -93,10 +93,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.d_model = config.d_model
-        self.n_heads = config.n_heads
-        self.dropout = config.dropout
-        self.implementation = config.attention
+        self.d_model, self.n_heads = config.d_model, config.n_heads
+        self.dropout, self.implementation = config.dropout, config.attention
         self.query = nn.Linear(config.d_model, config.n_heads * config.d_head, config.has_bias("query"))
         self.key = nn.Linear(config.d_model, config.d_kv, config.has_bias("key"))
         self.value = nn.Linear(config.d_model, config.d_kv, config.has_bias("value"))

@@ -23,8 +23,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.pre_norm = config.norm == "pre"
-        self.dropout = config.dropout
+        self.pre_norm, self.dropout = config.norm == "pre", config.dropout
         self.norm_attention = norm_of(config)
         self.attention = (GroupedQueryAttention if config.n_kv_heads or config.head_dim else Attention)(config)
         self.norm_feedforward = norm_of(config)

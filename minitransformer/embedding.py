@@ -12,10 +12,10 @@ Differs from the paper: positions are learned, and the embeddings are not multip
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import is_transformed
+from minitransformer.attention import Hidden, is_transformed
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
 from minitransformer.norm import norm_of
@@ -39,13 +39,11 @@ class Embedding(nn.Module):
 
     def forward(
         self, tokens: Tokens, real: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    ) -> Hidden:
         """Look the tokens up and add what each position (and segment; 0 if left out) means.
 
         `real` is False at padding (None: there is none); behind a `cache` positions go on counting from there.
-
-        Raises:
-            ValueError: a number that one of the tables does not have, or segments without a table.
+        ValueError for a number that one of the tables does not have, or for segments without a table.
         """
         place = positions(tokens, real, cache)
         check(self, tokens, place, segments)
@@ -56,9 +54,7 @@ class Embedding(nn.Module):
         """How many tokens a text may have."""
         return self.max_len if self.position is None else self.position.num_embeddings
 
-    def summed(
-        self, vectors: Float[Tensor, "B T d_model"], positions: Int[Tensor, "#B T"], segments: Tokens | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    def summed(self, vectors: Hidden, positions: Int[Tensor, "#B T"], segments: Tokens | None = None) -> Hidden:
         """Word vectors, wherever they come from, with positions and segments added, normalised, dropped out."""
         x = vectors if self.position is None else vectors + self.position(positions)
         if self.segment is not None:

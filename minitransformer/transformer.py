@@ -51,10 +51,7 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tokens, padding_mask: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T V"]:
-        """Scores for every word at every position (for a decoder: of the word that comes next).
-
-        Args and errors as in `hidden`.
-        """
+        """Scores for every word at every position (for a decoder: of the next one). Args and errors as in `hidden`."""
         return self.lm_head(self.hidden(tokens, padding_mask, segments, cache))
 
     def hidden(

@@ -38,7 +38,7 @@ Parts = tuple[Attention, tuple[Tensor, Tensor] | None, list[Linear]]
 
 def fast_steps(model: nn.Module, cache: KVCache, more: int) -> "FastSteps | None":
     """The fast form of `more` steps behind this cache; None where the plain one is needed, or as good."""
-    known = says(model, "is_plain") and model.config.attention == "fused" and model.config.position == "learned"
+    known = says(model, "is_plain") and model.config.attention == "fused"
     if more < FEWEST_STEPS or not known or len(model.blocks) != len(cache.layers):
         return None
     if any(layer.key is None for layer in cache.layers):  # what stands in the block's place keeps none
@@ -58,7 +58,7 @@ def parts_of(block: nn.Module) -> Parts | None:
         return None
     own, ffn = block.attention, block.feedforward
     found = (own, None) if type(own) is Attention else getattr(own, "as_attention", lambda: None)()
-    if found is None:
+    if found is None or hasattr(found[0], "rope_theta"):  # whose queries and keys are turned
         return None
     attention = found[0]
     layers = attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down

@@ -41,8 +41,7 @@ class BitFit(LayerwiseMethod):
         """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
         blocks = block_names(modules)
         inside = tuple(f"{block}." for block in blocks)
-        layers = [module for module in modules.values() if isinstance(module, Attention)]
-        keys = [unwrapped(layer.key) for layer in layers if not hasattr(layer, "rope_theta")]
+        keys = [unwrapped(m.key) for m in modules.values() if isinstance(m, Attention) and not hasattr(m, "rope_theta")]
         places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
         owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
         for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:

@@ -74,3 +74,11 @@ def test_a_text_that_is_too_long_is_refused_without_a_table_as_well():
     assert model.embedding.room == 12
     with pytest.raises(ValueError, match="13 positions, but max_len is 12; shorten the text"):
         model(torch.ones(1, 13, dtype=torch.long))
+
+
+def test_no_fast_form_takes_turned_layers_for_plain_ones():
+    """But for the positions this is GPT-2's shape, which generation and the asked position know a fast form of."""
+    model, tokens = tiny_of({"position": "rotary", "max_len": 40})(), torch.arange(50).view(10, 5) % 23
+    asked = torch.tensor([1, 4, 2, 0, 3] * 2)
+    assert torch.equal(model.generate(tokens, 30), model.generate(tokens, 30, use_cache=False))
+    torch.testing.assert_close(model.hidden(tokens, asked=asked)[:, 0], model.hidden(tokens)[torch.arange(10), asked])
