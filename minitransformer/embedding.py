@@ -5,19 +5,20 @@ Source: Vaswani et al. 2017, sections 3.4 and 3.5; learned positions as in GPT (
 
     x_t = E[token_t] + P[position_t] (+ S[segment_t])          [B, T, d_model]
 
-A position counts the real tokens in front of a token, so padding on either side changes nothing.
+A position counts the real tokens in front of a token, so padding on either side changes nothing. Rotary ones have no P.
 
 Differs from the paper: positions are learned, and the embeddings are not multiplied by sqrt(d_model).
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import is_transformed
+from minitransformer.attention import Hidden, is_transformed
 from minitransformer.cache import KVCache
 from minitransformer.config import TransformerConfig
+from minitransformer.norm import norm_of
 
 Tokens = Int[Tensor, "B T"]
 Real = Bool[Tensor, "B T"] | None  # False at padding; None: there is none
@@ -29,20 +30,20 @@ class Embedding(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.token = nn.Embedding(config.vocab_size, config.d_model)
-        self.position = nn.Embedding(config.max_len, config.d_model)
+        self.position = nn.Embedding(config.max_len, config.d_model) if config.position == "learned" else None
+        if self.position is None:
+            self.max_len = config.max_len
         self.segment = nn.Embedding(config.n_segments, config.d_model) if config.n_segments else None
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.embedding_norm else None
+        self.norm = norm_of(config) if config.embedding_norm else None
         self.dropout = config.dropout
 
     def forward(
         self, tokens: Tokens, real: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    ) -> Hidden:
         """Look the tokens up and add what each position (and segment; 0 if left out) means.
 
         `real` is False at padding (None: there is none); behind a `cache` positions go on counting from there.
-
-        Raises:
-            ValueError: a number that one of the tables does not have, or segments without a table.
+        ValueError for a number that one of the tables does not have, or for segments without a table.
         """
         place = positions(tokens, real, cache)
         check(self, tokens, place, segments)
@@ -51,13 +52,11 @@ class Embedding(nn.Module):
     @property
     def room(self) -> int:
         """How many tokens a text may have."""
-        return self.position.num_embeddings
+        return self.max_len if self.position is None else self.position.num_embeddings
 
-    def summed(
-        self, vectors: Float[Tensor, "B T d_model"], positions: Int[Tensor, "#B T"], segments: Tokens | None = None
-    ) -> Float[Tensor, "B T d_model"]:
+    def summed(self, vectors: Hidden, positions: Int[Tensor, "#B T"], segments: Tokens | None = None) -> Hidden:
         """Word vectors, wherever they come from, with positions and segments added, normalised, dropped out."""
-        x = vectors + self.position(positions)
+        x = vectors if self.position is None else vectors + self.position(positions)
         if self.segment is not None:
             x = x + self.segment(positions.new_zeros(1, 1) if segments is None else segments)
         if self.norm is not None:

@@ -1,6 +1,7 @@
 """The Transformer: embedding, a stack of blocks, a last norm, and scores for every word.
 
-Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2019 (BERT: `causal=False, norm="post"`).
+Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2019 (BERT: `causal=False, norm="post"`);
+Touvron et al. 2023 (Llama: `position="rotary"`, `norm_type="rms"`, `gated=True`, `activation="silu"`, `bias="none"`).
 
     h = norm(block_L(… block_1(embedding(tokens))))        [B, T, d_model]   (no last norm where norms come "post")
     logits = lm_head(h)                                    [B, T, V]
@@ -23,14 +24,16 @@ from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.fast.stand_in import may_stand_in, says
 from minitransformer.generation import generate
-from minitransformer.heads import LMHead, MaskedLMHead
+from minitransformer.heads import LMHead, MaskedLMHead, UntiedLMHead
 from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
+from minitransformer.norm import norm_of
+from minitransformer.position import Rotary, rotary
 from minitransformer.randomness import random_state_restored
 
 
 class Transformer(nn.Module):
-    """A decoder (GPT) or an encoder (BERT), as its config says; the same seed gives the same fresh weights."""
+    """A decoder (GPT, Llama) or an encoder (BERT), as its config says; the same seed gives the same fresh weights."""
 
     is_plain = True  # what a fast form knows; a subclass is not, unless it says so as well
 
@@ -40,18 +43,15 @@ class Transformer(nn.Module):
         with random_state_restored(torch.get_default_device()):  # PyTorch's own draws are overwritten below
             self.embedding = Embedding(config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-            self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
-            heads = {"tied": LMHead, "bert": MaskedLMHead, "none": lambda _: None}
+            self.norm = norm_of(config) if config.norm == "pre" else nn.Identity()
+            heads = {"tied": LMHead, "untied": UntiedLMHead, "bert": MaskedLMHead, "none": lambda _: None}
             self.head = heads[config.lm_head](config)
         initialize(self, config.init, config.n_layers, seed)
 
     def forward(
         self, tokens: Tokens, padding_mask: Real = None, segments: Tokens | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T V"]:
-        """Scores for every word at every position (for a decoder: of the word that comes next).
-
-        Args and errors as in `hidden`.
-        """
+        """Scores for every word at every position (for a decoder: of the next one). Args and errors as in `hidden`."""
         return self.lm_head(self.hidden(tokens, padding_mask, segments, cache))
 
     def hidden(
@@ -85,6 +85,11 @@ class Transformer(nn.Module):
             real_keys = cache.extend(n_keys, real_keys)
             n_keys = cache.n_keys
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
+        contexts = [None] * len(self.blocks) if cache is None else cache.layers
+        if self.config.position == "rotary":
+            place = torch.arange(n_keys, device=x.device)[None] if real_keys is None else real_keys.cumsum(dim=1) - 1
+            angles = rotary(place[:, -x.shape[1] :], self.config.d_head, self.config.rope_theta)
+            contexts = [Rotary(*angles, context) for context in contexts]
         steps = list(self.blocks)
         if asked is not None:
             steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)
@@ -92,8 +97,7 @@ class Transformer(nn.Module):
         impossible = cache is not None or is_transformed()
         recompute = self.config.gradient_checkpointing and torch.is_grad_enabled() and not impossible
         for i, step in enumerate(steps):
-            context = None if cache is None else cache.layers[i]
-            x = checkpointed(step, x, mask, context) if recompute else step(x, mask, context)
+            x = checkpointed(step, x, mask, contexts[i]) if recompute else step(x, mask, contexts[i])
         return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:

@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from minitransformer.config import TransformerConfig
 from minitransformer.files import fingerprint, unpack
 from peft.attach import Attached, declared
 from peft.method import Method
@@ -103,7 +104,10 @@ def _written(value: object) -> object:
     if isinstance(value, Tensor):
         return None if isinstance(value, nn.Parameter) else fingerprint({"": value})  # which counts by its own name
     if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        return {name: part for name, part in sorted(vars(value).items()) if name not in NO_PART}
+        own = fields(value) if isinstance(value, TransformerConfig) else ()
+        unused = {field.name for field in own if field.kw_only and getattr(value, field.name) == field.default}
+        # An option that is not used does not count: a config may gain a field, and files stay valid.
+        return {name: part for name, part in sorted(vars(value).items()) if name not in NO_PART | unused}
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, (set, frozenset)):

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minitransformer.attention import Mask, attention_weights, fused_attention, written_out
+from minitransformer.attention import Mask, fused_attention, of_each_query, written_out, written_out_attention
 from minitransformer.feedforward import activate
 
 Inputs, Outputs = Float[Tensor, "*rows d_in"], Float[Tensor, "*rows d_out"]
 Weight, OutputVector = Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]
 FactorA, FactorB = Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]
 Hidden, HiddenVector = Float[Tensor, "*rows d"], Float[Tensor, " d"]
-Queries, Keys, PrefixKeys = Float[Tensor, "B H T d_head"], Float[Tensor, "B H S d_head"], Float[Tensor, "B H n d_head"]
+Queries, Keys = Float[Tensor, "B H T d_head"], Float[Tensor, "B H_kv S d_head"]
+PrefixKeys = Float[Tensor, "B H_kv n d_head"]
 
 
 def lora_update(x: Inputs, A: FactorA, B: FactorB, scale: float | int) -> Outputs:
@@ -84,6 +85,7 @@ def gated_attention(
 
     lambda is the share of the softmax's mass that falls on the prefix. He et al. 2022, equation 7.
     """
+    k, v, prefix_k, prefix_v = (of_each_query(part, q) for part in (k, v, prefix_k, prefix_v))
     scores, prefix_scores = (q @ keys.mT / math.sqrt(q.shape[-1]) for keys in (k, prefix_k))  # [B, H, T, S], […, n]
     if mask is not None:
         scores = scores.masked_fill(~written_out(mask, k), -math.inf)
@@ -99,7 +101,7 @@ def gated_prefix(
 
     Zhang et al. 2023, section 3.2; the tanh is in their code. Where it is 0, `own`, the attention over the text, stays.
     """
-    return own + torch.tanh(gate)[:, None, None] * (attention_weights(q, prefix_k) @ prefix_v)
+    return own + torch.tanh(gate)[:, None, None] * written_out_attention(q, prefix_k, prefix_v)
 
 
 def prefix_mlp(

@@ -42,18 +42,9 @@ def pytest_collection_modifyitems():
 @pytest.fixture(params=kinds("causal-pre", "encoder-post"))
 def tiny(request):
     """A tiny model of each kind: `tiny(activation="relu", ...)`; decoders and encoders, pre- and post-norm."""
-    from reference.random_weights import randomize
+    from reference.tiny_models import tiny_of
 
-    from minitransformer import Transformer, TransformerConfig
-
-    causal, norm = request.param
-
-    def build(seed: int = 0, **changes):
-        sizes = {"vocab_size": 23, "max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24}
-        config = TransformerConfig(**(sizes | {"causal": causal, "norm": norm} | changes))
-        return randomize(Transformer(config, seed))
-
-    return build
+    return tiny_of(request.param)
 
 
 @pytest.fixture

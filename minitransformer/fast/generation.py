@@ -57,7 +57,7 @@ def parts_of(block: nn.Module) -> Parts | None:
         return None
     own, ffn = block.attention, block.feedforward
     found = (own, None) if type(own) is Attention else getattr(own, "as_attention", lambda: None)()
-    if found is None:
+    if found is None or hasattr(found[0], "rope_theta"):  # whose queries and keys are turned
         return None
     attention = found[0]
     layers = attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down

@@ -10,8 +10,8 @@ is: `disabled` and `detach` give it back bit for bit. The same holds for LayerNo
 Trained: per block 6 d_model + d_ff parameters, and d_model for a norm outside of the blocks.
 
 Differs from the paper: the key layer's bias is left out. Adding c to every key adds q·c to all scores of a query, which
-the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. Biases of
-heads are left out too; a fresh head is trained whole (`train_also`).
+the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing; but where
+rotary positions turn c, it is trained. Biases of heads are left out too; a fresh head is trained whole (`train_also`).
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding
 from peft.functional import in_their_precision, shifted
 from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like, unwrapped
-from peft.sites import block_names, in_layers
+from peft.sites import block_names, in_layers, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,30 @@ class BitFit(LayerwiseMethod):
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
         blocks = tuple(f"{block}." for block in block_names(modules))
-        keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
+        keys = [unwrapped(m.key) for m in modules.values() if isinstance(m, Attention) and not hasattr(m, "rope_theta")]
         places = [name for name, module in modules.items() if name.startswith(blocks) and module not in keys]
         owners = [n[: n.rfind(".") + 1] for n, module in modules.items() if isinstance(module, Embedding)]
         for owner in [o for o in owners if any(b.startswith(o) and b.count(".") == o.count(".") + 2 for b in blocks)]:
             places += [f"{owner}embedding.norm", f"{owner}norm"]
         kinds = (nn.Linear, nn.LayerNorm)
         places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
-        return in_layers(places, modules, self.layers)
+        return in_layers(places, modules, self.layers) or (blocks and _refuse())
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> "ShiftedBias":
         return ShiftedBias(module)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks."""
+        """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks; less if biases are absent."""
+        left_out = () if config.position == "rotary" else ("key",)
+        block = [(n.rpartition(".")[2], d_out) for n, (_, d_out) in linear_shapes(config).items() if ".0." in n]
+        biases = sum(d_out for name, d_out in block if config.has_bias(name) and name not in left_out)
+        norm = config.d_model if config.norm_type == "layer" else 0
         outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
-        return self.n_blocks(config) * (6 * config.d_model + config.d_ff) + outside * config.d_model
+        return self.n_blocks(config) * (biases + 2 * norm) + outside * norm or _refuse()
+
+
+def _refuse():
+    raise ValueError("there is no bias to train: linear layers have none here, nor norms; choose another method")
 
 
 class ShiftedBias(Wrapper):

@@ -12,7 +12,10 @@ the positions of the text, and asks no query of its own. Gated (LLaMA-Adapter, s
 model, which a plain prefix never does: even zero keys take their share of the softmax.
 
 Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
-layer for "kv", n d_model for "hidden".
+layer for "kv", n d_model for "hidden". Where keys and values have fewer heads, P_k and P_v are [n, H_kv d_head].
+
+Rotary positions do not turn it, and the text's still start at 0; the keys of real words to start from are turned to the
+positions -n … -1, where they would lie in a cache.
 
 Differs from the paper: "hidden" joins what W_k and W_v read (in a pre-norm block, after the norm); otherwise nothing.
 """
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Hidden, Mask
 from minitransformer.config import TransformerConfig
+from minitransformer.position import in_front
 from peft.functional import gated_prefix, prefix_attention
 from peft.method import KeysAndValues, LayerwiseMethod, Wrapper, dtype_of, normal, parameter_like, unwrapped
 from peft.methods.options import one_of
@@ -73,21 +77,23 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
 
     def start(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """The prefix of one layer, or what makes it, at the start of training."""
-        n, d = self.length, attention.d_model
+        n, d, d_kv = self.length, attention.d_model, getattr(attention, "d_kv", attention.d_model)
         if self.reparameterize is not None:
-            return mlp_start(d, n, self.reparameterize, generator)
-        parts = ("key", "value") if self.at == "kv" else ("hidden",)
+            return mlp_start(d, n, self.reparameterize, generator, d_kv)
+        parts = {"key": d_kv, "value": d_kv} if self.at == "kv" else {"hidden": d}
         if self.init == "normal":
-            return {part: normal((n, d), self.init_std, generator) for part in parts}
+            return {part: normal((n, width), self.init_std, generator) for part, width in parts.items()}
         hidden = self.activations(attention, model, generator)
         if self.at == "hidden":
             return {"hidden": hidden[0]}
-        return {part: unwrapped(getattr(attention, part))(hidden)[0] for part in parts}
+        key, value = (unwrapped(getattr(attention, part))(hidden) for part in parts)
+        return {"key": in_front(attention, key)[0], "value": value[0]}
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
-        n, d, h = self.length, config.d_model, self.reparameterize
-        per_block = n * d * (1 + (self.at == "kv")) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
+        n, d, d_kv, h = self.length, config.d_model, config.d_kv, self.reparameterize
+        per_block = 2 * n * d_kv if self.at == "kv" else n * d
+        per_block = per_block if h is None else n * d + (h * d + h) + 2 * (d_kv * h + d_kv)
         return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
 
 
@@ -103,7 +109,7 @@ class PrefixAttention(Wrapper):
         for name, values in start.items():
             self.register_parameter(name, parameter_like(values, base))
 
-    def prefix(self) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
+    def prefix(self) -> tuple[Float[Tensor, "n d_kv"], Float[Tensor, "n d_kv"]]:
         """P_k and P_v, computed afresh in every pass: a stored result would cut the gradient."""
         if self.recipe.reparameterize is not None:
             return made_by_mlp(self.tensors())
@@ -132,8 +138,8 @@ class PrefixAttention(Wrapper):
 class PrefixContext(Context):
     """P_k and P_v in front of all that a layer sees anyway: its input, and what `behind` brings."""
 
-    key: Float[Tensor, "#B H n d_head"]
-    value: Float[Tensor, "#B H n d_head"]
+    key: Float[Tensor, "#B H_kv n d_head"]
+    value: Float[Tensor, "#B H_kv n d_head"]
     behind: Context | None = None  # another context, such as a KV cache
     gate: Float[Tensor, " H"] | None = None  # one for each head: the prefix then has a softmax of its own
     visible: Bool[Tensor, "B n"] | None = None  # False where a row lacks a position

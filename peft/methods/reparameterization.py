@@ -20,16 +20,16 @@ from peft.functional import prefix_mlp
 from peft.method import normal, uniform
 
 
-def mlp_start(d: int, n: int, h: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """P' and the network's weights and biases at the start of training: d_model = d, n positions, hidden width h."""
+def mlp_start(d: int, n: int, h: int, generator: torch.Generator, d_kv: int) -> dict[str, Tensor]:
+    """P' [n, d] and the network's weights and biases at the start: hidden width h, keys and values d_kv wide."""
     start = {"source": normal((n, d), 1.0, generator)}
-    for layer, d_out, d_in in (("hidden", h, d), ("key", d, h), ("value", d, h)):
+    for layer, d_out, d_in in (("hidden", h, d), ("key", d_kv, h), ("value", d_kv, h)):
         start[f"{layer}_weight"] = uniform((d_out, d_in), 1 / math.sqrt(d_in), generator)
         start[f"{layer}_bias"] = torch.zeros(d_out)
     return start
 
 
-def made_by_mlp(tensors: dict[str, Tensor]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+def made_by_mlp(tensors: dict[str, Tensor]) -> tuple[Float[Tensor, "n d_kv"], Float[Tensor, "n d_kv"]]:
     """P_k and P_v from the tensors that `mlp_start` named."""
     hidden = [tensors[name] for name in ("source", "hidden_weight", "hidden_bias")]
     key, value = ((tensors[f"{part}_weight"], tensors[f"{part}_bias"]) for part in ("key", "value"))

@@ -2,12 +2,16 @@
 
 import pytest
 
-ALL = {"causal-pre": (True, "pre"), "encoder-post": (False, "post"), "causal-post": (True, "post"),
-       "encoder-pre": (False, "pre")}  # fmt: skip
+ALL = {
+    "causal-pre": {"causal": True},
+    "encoder-post": {"causal": False, "norm": "post"},
+    "causal-post": {"causal": True, "norm": "post"},
+    "encoder-pre": {"causal": False},
+}
 
 
 def kinds(*fast: str) -> list:
-    """All of them as parameters, `(causal, norm)`; those that are not named are slow."""
+    """All of them as parameters, options of the config; those that are not named are slow."""
     return [pytest.param(ALL[name], id=name, marks=[] if name in fast else [pytest.mark.slow]) for name in ALL]
 
 

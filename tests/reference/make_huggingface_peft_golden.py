@@ -1,7 +1,7 @@
-"""What Hugging Face's peft computes: five methods on a tiny OPT with random weights, outputs and gradients, in float64.
+"""What Hugging Face's peft computes: five methods on a tiny OPT and a tiny Llama, outputs and gradients, in float64.
 
     python -m venv elsewhere && elsewhere/bin/pip install torch transformers peft
-    elsewhere/bin/python tests/reference/make_huggingface_peft_golden.py
+    elsewhere/bin/python tests/reference/make_huggingface_peft_golden.py [opt | llama]
 
 It needs an environment of its own, since their library and this repository share the import name `peft`; run it from
 another folder than the repository's, or `import peft` finds the wrong one. The file it writes is committed, and
@@ -9,7 +9,8 @@ another folder than the repository's, or `import peft` finds the wrong one. The 
 
 All tensors are stored under this repository's names. OPT is a pre-norm decoder with learned positions and separate
 query, key, value and output maps, so it is our Transformer but for the names (its position table has two rows in front
-that are never used).
+that are never used). The Llama has fewer heads for keys and values than for queries. There a prefix and a prompt meet
+texts without padding: their library counts padding as positions between them and the text.
 """
 
 import json
@@ -26,7 +27,18 @@ from safetensors.torch import save_file  # noqa: E402
 import peft  # noqa: E402
 
 N, ROWS, LENGTH = 3, 3, 6
-SIZES = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 24}
+SIZES = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_NAMES = {
+    "model.embed_tokens": "embedding.token",
+    "model.norm": "norm",
+    "model.layers": "blocks",
+    "input_layernorm": "norm_attention",
+    "post_attention_layernorm": "norm_feedforward",
+    "self_attn.o_proj": "attention.output",
+    "mlp.gate_proj": "feedforward.gate",
+    "mlp.up_proj": "feedforward.up",
+    "mlp.down_proj": "feedforward.down",
+}
 NAMES = {
     "model.decoder.embed_tokens": "embedding.token",
     "model.decoder.embed_positions": "embedding.position",
@@ -46,48 +58,67 @@ NAMES = {
     ".ia3_l.default": ".scale",
     "base_model.model.": "",
 }
-LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-LORA = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
-METHODS = {
-    "lora": peft.LoraConfig(target_modules=["q_proj", "v_proj"], **LORA),
-    "lora all": peft.LoraConfig(target_modules=LINEARS, **LORA),
-    "lora rank-stabilised": peft.LoraConfig(target_modules=LINEARS, use_rslora=True, **LORA),
-    "dora": peft.LoraConfig(target_modules=LINEARS, use_dora=True, **LORA),
-    "ia3": peft.IA3Config(
-        target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"], init_ia3_weights=False
-    ),
-    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
-    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
+LINEARS = {
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+LORA = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
+KV_WIDTH = {"opt": 16, "llama": 8}
+NO_PADDING = {"opt": (), "llama": ("prefix", "prompt")}
+
+
+def methods(family: str) -> dict:
+    linears = LINEARS[family]
+    scaled = {"target_modules": ["k_proj", "v_proj", linears[-1]], "feedforward_modules": linears[-1:]}
+    return {
+        "lora": peft.LoraConfig(target_modules=["q_proj", "v_proj"], **LORA),
+        "lora all": peft.LoraConfig(target_modules=linears, **LORA),
+        "lora rank-stabilised": peft.LoraConfig(target_modules=linears, use_rslora=True, **LORA),
+        "dora": peft.LoraConfig(target_modules=linears, use_dora=True, **LORA),
+        "ia3": peft.IA3Config(**scaled, init_ia3_weights=False),
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
+    }
 
 
 def our_name(name: str) -> str:
-    for theirs, ours in NAMES.items():
+    for theirs, ours in (NAMES if "decoder" in name else LLAMA_NAMES | NAMES).items():
         name = name.replace(theirs, ours)
     return name
 
 
-def base() -> transformers.OPTForCausalLM:
-    config = transformers.OPTConfig(
-        **SIZES, word_embed_proj_dim=16, max_position_embeddings=16, dropout=0.0, activation_function="relu",
-        do_layer_norm_before=True, pad_token_id=1, bos_token_id=2, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.OPTForCausalLM(config).double().eval()
+def base(family: str) -> transformers.PreTrainedModel:
+    if family == "opt":
+        config = transformers.OPTConfig(
+            **SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=16, dropout=0.0,
+            activation_function="relu", do_layer_norm_before=True, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+        )  # fmt: skip
+    else:
+        config = transformers.LlamaConfig(
+            **SIZES, intermediate_size=24, num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=True
+        )
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + ("norm.weight" in name))
+            gain = "norm.weight" in name
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + gain)
     return model
 
 
-def our_tensors(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+def rms_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """Their formula, in the precision of x; theirs rounds to float32, whatever the model's is."""
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def our_tensors(name: str, values: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
     """One of their tensors (or its gradient) as ours; a prefix is cut into a key and a value for each layer."""
     if "prompt_encoder" not in name:
         ours = our_name(name)
         return {ours: values.reshape(-1) if ours.endswith((".scale", ".magnitude")) else values}
     if values.shape[1] == SIZES["hidden_size"]:
         return {"embedding.prompt": values}
-    parts = values.view(N, SIZES["num_hidden_layers"], 2, SIZES["hidden_size"])
+    parts = values.view(N, SIZES["num_hidden_layers"], 2, width)
     return {
         f"blocks.{layer}.attention.{part}": parts[:, layer, index]
         for layer in range(SIZES["num_hidden_layers"])
@@ -95,33 +126,40 @@ def our_tensors(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def main() -> None:
+def main(family: str) -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, SIZES["vocab_size"], (ROWS, LENGTH), generator=generator)
     mask = torch.arange(LENGTH) >= torch.tensor([[0], [2], [1]])  # padding on the left
     weights = torch.randn(ROWS, LENGTH, SIZES["vocab_size"], generator=generator, dtype=torch.float64) * mask[..., None]
     golden = {"tokens": tokens, "mask": mask, "weights": weights}
-    for name, p in base().named_parameters():
+    for name, p in base(family).named_parameters():
         golden[f"base/{our_name(name)}"] = p[2:] if "embed_positions" in name else p
-    for method, config in METHODS.items():
-        model = peft.get_peft_model(base(), config).double().eval()  # some of their tensors start as float32
+    for method, config in methods(family).items():
+        model = peft.get_peft_model(base(family), config).double().eval()  # some of their tensors start as float32
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for p in trained.values():
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.4 + (method == "ia3"))
-        logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=method == "prefix").logits
-        logits = logits[:, -LENGTH:]
+        real = torch.ones_like(mask) if method in NO_PADDING[family] else mask
+        places = {} if family == "opt" or method in NO_PADDING[family] else {"position_ids": mask.long().cumsum(1) - 1}
+        given = {"input_ids": tokens, "attention_mask": real.long(), **places}
+        logits = model(**given, use_cache=method == "prefix").logits[:, -LENGTH:]
         (logits * weights).sum().backward()
         golden[f"{method}/logits"] = logits
         for name, p in trained.items():
-            golden |= {f"{method}/tensors/{ours}": part for ours, part in our_tensors(name, p).items()}
-            golden |= {f"{method}/gradients/{ours}": part for ours, part in our_tensors(name, p.grad).items()}
+            for kind, values in (("tensors", p), ("gradients", p.grad)):
+                parts = our_tensors(name, values, KV_WIDTH[family])
+                golden |= {f"{method}/{kind}/{ours}": part for ours, part in parts.items()}
     golden = {name: tensor.detach().clone().contiguous() for name, tensor in golden.items()}
-    save_file(golden, FOLDER / "huggingface_peft.safetensors")
+    file = "huggingface_peft" if family == "opt" else f"huggingface_peft_{family}"
+    save_file(golden, FOLDER / f"{file}.safetensors")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    (FOLDER / "huggingface_peft.json").write_text(json.dumps({"versions": versions, "methods": list(METHODS)}) + "\n")
+    record = {"versions": versions, "methods": list(methods(family))}
+    (FOLDER / f"{file}.json").write_text(json.dumps(record) + "\n")
     print(f"{len(golden)} tensors, {sum(t.numel() * t.element_size() for t in golden.values()):,} bytes, {versions}")
 
 
 if __name__ == "__main__":
-    main()
+    transformers.models.llama.modeling_llama.LlamaRMSNorm.forward = rms_norm
+    for family in sys.argv[1:] or LINEARS:
+        main(family)
