@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -53,12 +54,18 @@ def checkpointed(step: Callable, *inputs):
     model.
     """
     if not torch.compiler.is_compiling():  # a compiled recomputation repeats what was traced
-        step = partial(_as_told, CALL.told, step)
+        step = partial(as_told, CALL.told, step)
     return checkpoint(step, *inputs, use_reentrant=False)
 
 
-def _as_told(told: Mapping, step: Callable, *inputs):
-    before, CALL.told = CALL.told, told  # no more and no less, wherever the backward pass runs
+def of_rows(told: Mapping, rows: Tensor) -> Mapping:
+    """The same for a batch of these rows alone: a tensor among the entries says something for each row."""
+    return {key: entry[rows] if isinstance(entry, Tensor) else entry for key, entry in told.items()}
+
+
+def as_told(told: Mapping, step: Callable, *inputs):
+    """`step(*inputs)`, which sees these entries, no more and no less, in whatever thread and wherever it runs."""
+    before, CALL.told = CALL.told, told
     try:
         return step(*inputs)
     finally:

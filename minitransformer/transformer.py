@@ -22,7 +22,7 @@ from minitransformer.embedding import Embedding, Real, Tokens, check_text, value
 from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.fast.stand_in import may_stand_in, says
-from minitransformer.generation import generate
+from minitransformer.generation import generate, stream
 from minitransformer.heads import LMHead, MaskedLMHead
 from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
@@ -138,6 +138,8 @@ class Transformer(nn.Module):
         with evaluation_mode(self), recorded(self) as weights:
             self.hidden(tokens, padding_mask)
         return weights
+
+    stream = stream
 
     def generate(self, tokens: Tokens, max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
         """Continue each row by `max_new_tokens` words; see `minitransformer.generation.generate` for the options."""

@@ -138,6 +138,12 @@ class FastSteps:
             scale = model.head.logit_scale
             self.head = joined((table.weight if scale == 1.0 else scale * table.weight, None), relaid=relaid)
 
+    def keep(self, rows: Int[Tensor, "b"]) -> None:
+        """Go on with these rows alone; the cache's owner drops them there."""
+        for block in self.blocks:
+            block.seen = block.seen[:, rows]
+            block.real = None if block.real is None else block.real[rows]
+
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
     def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
         """The scores of the word that follows the newest one of each row."""
