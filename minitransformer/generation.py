@@ -55,18 +55,17 @@ def probabilities(
     The nucleus is the smallest set of best words whose probability is at least `top_p` in sum: Holtzman et al. 2020,
     equation 2. Of equally good words the first ones are taken. What is kept is divided by its sum (equation 3).
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits cannot sum up to a top_p
     from_best = logits - logits.amax(dim=-1, keepdim=True)  # or dividing by a low temperature might overflow
     p = (from_best / max(temperature, 1e-30)).softmax(dim=-1)
     if top_k is None and top_p is None:
         return p
     words = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     best = p.gather(1, words)
-    best = best / best.sum(dim=-1, keepdim=True)
     if top_p is not None:
-        better = best.cumsum(dim=-1) - best  # the sum over all words in front
+        better = F.pad((best / best.sum(dim=-1, keepdim=True)).cumsum(dim=-1)[:, :-1], (1, 0))
         best = best.masked_fill(better >= top_p, 0.0)
-        best = best / best.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(p).scatter(1, words, best)
+    return torch.zeros_like(p).scatter(1, words, best / best.sum(dim=-1, keepdim=True))
 
 
 def generate(

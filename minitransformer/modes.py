@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a generator that nobody needs any more may be closed at any time
 _VISITS: WeakKeyDictionary[nn.Module, list[dict]] = WeakKeyDictionary()  # who is inside, the newest last
 
 

@@ -166,6 +166,14 @@ def test_probabilities_are_those_of_the_numpy_twin(temperature, top_k, top_p):
     assert ((got > 0) == torch.from_numpy(expected > 0)).all()
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99])
+def test_sixteen_bits_find_the_same_nucleus(top_p):
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kept = probabilities(logits, 1.0, None, top_p) > 0
+    expected = np.stack([nucleus(row, 1.0, None, top_p) for row in logits.double().numpy()]) > 0
+    assert ((kept.sum(dim=-1) - torch.from_numpy(expected.sum(axis=-1))).abs() <= 1).all()
+
+
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]], dtype=torch.float64).log()
     for top_p, expected in [(0.5, [0, 1, 0, 0]), (0.51, [1 / 3, 2 / 3, 0, 0]), (0.8, [2 / 7, 4 / 7, 1 / 7, 0])]:
