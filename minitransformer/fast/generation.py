@@ -120,7 +120,7 @@ class FastBlock:
         self.n_seen += 1
         keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
         real = None if self.real is None else self.real[..., : self.n_seen]
-        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).view(x.shape))
+        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).view(len(x), -1))
 
 
 class FastSteps:
