@@ -48,6 +48,14 @@ class KVCache:
         """True before the first tokens went in."""
         return self.n_keys == 0
 
+    def keep(self, rows: Int[Tensor, "b"]) -> None:
+        """Forget all rows but these."""
+        for layer in self.layers:
+            if layer.key is not None:
+                layer.key, layer.value = layer.key[rows], layer.value[rows]
+        self.real_keys = None if self.real_keys is None else self.real_keys[rows]
+        self.n_tokens = self.n_tokens[rows] if isinstance(self.n_tokens, Tensor) else self.n_tokens
+
     def extend(self, n_new: int, real: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B S"] | None:
         """Note which of the newest T positions are real (None: all of them); returns that for all S so far."""
         before, self.n_keys = self.n_keys, self.n_keys + n_new

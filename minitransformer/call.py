@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 RECORDS = "records"  # the entry of those who note attention weights
@@ -42,12 +43,24 @@ def checkpointed(step: Callable, *inputs):
     model.
     """
     if not torch.compiler.is_compiling():  # a compiled recomputation repeats what was traced
-        step = partial(_as_told, CALL.told, step)
+        step = partial(as_told, CALL.told, step)
     return checkpoint(step, *inputs, use_reentrant=False)
 
 
-def _as_told(told: Mapping, step: Callable, *inputs):
-    before, CALL.told = CALL.told, told  # no more and no less, wherever the backward pass runs
+def of_rows(told: Mapping, rows: Tensor) -> Mapping:
+    """The same for a batch of these rows alone: a tensor in the entries says something for each row."""
+
+    def part(entry: object) -> object:
+        if isinstance(entry, tuple):
+            return tuple(map(part, entry))
+        return entry[rows] if isinstance(entry, Tensor) else entry
+
+    return {key: part(entry) for key, entry in told.items()}
+
+
+def as_told(told: Mapping, step: Callable, *inputs):
+    """`step(*inputs)`, which sees these entries, no more and no less, in whatever thread and wherever it runs."""
+    before, CALL.told = CALL.told, told
     try:
         return step(*inputs)
     finally:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a generator that nobody needs any more may be closed at any time
 _VISITS: list[dict[nn.Module, bool]] = []  # the modes that each visitor found, the newest visitor last
 
 

@@ -23,7 +23,7 @@ from minitransformer.embedding import Embedding, Real, Tokens, check_text, value
 from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.fast.stand_in import may_stand_in, says
-from minitransformer.generation import generate
+from minitransformer.generation import generate, stream
 from minitransformer.heads import LMHead, MaskedLMHead, UntiedLMHead
 from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
@@ -138,6 +138,7 @@ class Transformer(nn.Module):
         return weights
 
     generate = generate
+    stream = stream
 
 
 def check(

@@ -120,7 +120,7 @@ class FastBlock:
         self.n_seen += 1
         keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
         real = None if self.real is None else self.real[..., : self.n_seen]
-        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).view(x.shape))
+        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).view(len(x), -1))
 
 
 class FastSteps:
@@ -137,6 +137,12 @@ class FastSteps:
         if self.is_tied:
             scale = model.head.logit_scale
             self.head = joined((table.weight if scale == 1.0 else scale * table.weight, None), relaid=relaid)
+
+    def keep(self, rows: Int[Tensor, "b"]) -> None:
+        """Go on with these rows alone; the cache's owner drops them there."""
+        for block in self.blocks:
+            block.seen = block.seen[:, rows]
+            block.real = None if block.real is None else block.real[rows]
 
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
     def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
