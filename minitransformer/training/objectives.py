@@ -2,6 +2,7 @@
 
     answer_loss        one word at the end of each row       question answering, sentiment as a word
     label_loss         one class for each row                classification with a head, multiple choice
+    answer_only        every word of an answer               tuning a language model on questions and answers
     next_token_loss    every next word                       pretraining
 
 Each is the mean cross-entropy, -log p(right answer), in nats (Vaswani et al. 2017, section 5.4, without smoothing). A
@@ -53,16 +54,32 @@ def label_loss(model: nn.Module, batch: Dataset) -> Score:
     return _score(model(batch.tokens, batch.padding_mask), batch.targets)
 
 
+def answer_only(model: nn.Module, batch: Dataset) -> Score:
+    """Cross-entropy of the words of an answer, in nats per word; the text before it asks nothing.
+
+    The targets are [N, T]: the word that should follow each position, or -100. The token that ends the turn is a word
+    of the answer: a model that never learns it never stops.
+
+    Raises:
+        ValueError: the model is an encoder, or there is one target a row.
+    """
+    _check_says_next_words(model, batch)
+    if batch.targets.shape != batch.tokens.shape:
+        raise ValueError(
+            f"targets {list(batch.targets.shape)} are not [N, T], the word that should follow each token of "
+            f"{list(batch.tokens.shape)}; answer_loss is for one word a row"
+        )
+    asked = batch.targets != -100  # [B, T]
+    return word_score(model, model.hidden(batch.tokens, batch.padding_mask)[asked], batch.targets[asked])
+
+
 def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
     """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for.
 
     Raises:
         ValueError: the model is an encoder, which sees the word that it should say.
     """
-    _check_reads_words(model, batch)
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
-    if not getattr(next(configs, None), "causal", True):
-        raise ValueError("an encoder sees the next word and would learn to copy it; take a model with causal=True")
+    _check_says_next_words(model, batch)
     hidden = model.hidden(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, d_model]
     asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
     return word_score(model, hidden[asked], batch.tokens[:, 1:][asked])  # only these meet the LM head
@@ -75,6 +92,20 @@ def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: In
         return Score(hidden.sum(), 0, 0)  # of no rows: 0
     loss, correct = model.word_loss(hidden, targets)
     return Score(loss, int(correct), len(targets))
+
+
+def autocasting(objective: Objective, dtype: torch.dtype) -> Objective:
+    """The objective with its matrix products in this type of 16 bits; sums, norms and losses stay in 32.
+
+    Micikevicius et al. 2018, "Mixed Precision Training", sections 3.1 and 3.3; bfloat16 has the exponents of float32,
+    so the loss needs no scaling (their section 3.2).
+    """
+
+    def cast(model: nn.Module, batch: Dataset) -> Score:
+        with torch.autocast(batch.tokens.device.type, dtype):
+            return objective(model, batch)
+
+    return cast
 
 
 def _score(scores: Float[Tensor, "*shape"], targets: Int[Tensor, "N"]) -> Score:
@@ -105,3 +136,10 @@ def _check_reads_words(model: nn.Module, batch: Dataset) -> None:
             f"a language model and one text a row are wanted, tokens [N, T], not a {type(model).__name__} and "
             f"{list(batch.tokens.shape)}; label_loss is for classes and multiple choice"
         )
+
+
+def _check_says_next_words(model: nn.Module, batch: Dataset) -> None:
+    _check_reads_words(model, batch)
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    if not getattr(next(configs, None), "causal", True):
+        raise ValueError("an encoder sees the next word and would learn to copy it; take a model with causal=True")
