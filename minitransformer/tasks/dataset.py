@@ -1,4 +1,4 @@
-"""A data set: three tensors, row by row. What a target is (a word, a class, a place in a list) is up to the task."""
+"""A data set: three tensors, row by row. What a target is (a word, a class, all words of an answer) is for the task."""
 
 from dataclasses import dataclass
 
@@ -14,21 +14,23 @@ class Dataset:
     """N rows of tokens, each with a target: in text-to-text tasks the token that should follow the last real one.
 
     Rows are padded on the right. `padding_mask` is True at real tokens. A row may hold several texts, as multiple
-    choice needs: then there is one dimension more.
+    choice needs: then there is one dimension more. Where answers are of several tokens, targets are [N, T]: the token
+    that should follow each position, and -100 where nothing is asked.
 
     Raises:
-        ValueError: the three tensors disagree in length, or a text holds no real token.
+        ValueError: the three tensors disagree in shape, or a text holds no real token.
     """
 
     tokens: Int[Tensor, "N *texts T"]
     padding_mask: Bool[Tensor, "N *texts T"]
-    targets: Int[Tensor, " N"]
+    targets: Int[Tensor, "N *asked"]
 
     def __post_init__(self):
-        if self.padding_mask.shape != self.tokens.shape or len(self.targets) != len(self.tokens):
+        shapes = (self.tokens.shape, self.tokens.shape[:1])  # a target for every token, or one for every row
+        if self.padding_mask.shape != self.tokens.shape or self.targets.shape not in shapes:
             raise ValueError(
                 f"tokens {tuple(self.tokens.shape)}, padding_mask {tuple(self.padding_mask.shape)} and "
-                f"targets {tuple(self.targets.shape)} do not fit together: make them [N, T], [N, T] and [N]"
+                f"targets {tuple(self.targets.shape)} do not fit together: make them [N, T], [N, T] and [N] (or [N, T])"
             )
         if not self.padding_mask.any(dim=-1).all():
             raise ValueError("a row holds no real token: drop it, or mark its tokens True in padding_mask")
@@ -47,7 +49,13 @@ class Dataset:
 
     def trimmed(self) -> "Dataset":
         """The same rows without the columns on the right that are padding in all of them."""
-        return Dataset(*without_padding(self.tokens, self.padding_mask), self.targets)
+        tokens, padding_mask = without_padding(self.tokens, self.padding_mask)
+        targets = self.targets if self.targets.dim() == 1 else self.targets[:, : tokens.shape[1]]
+        return Dataset(tokens, padding_mask, targets)
+
+    def parts(self, n: int) -> list["Dataset"]:
+        """The rows in n parts of like size, trimmed; fewer where there are fewer rows."""
+        return [self.rows(rows).trimmed() for rows in torch.arange(len(self)).chunk(n)]
 
 
 def without_padding(

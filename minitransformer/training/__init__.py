@@ -12,12 +12,13 @@ from minitransformer.training.objectives import (
     Score,
     answer_logits,
     answer_loss,
+    answer_only,
     label_loss,
     next_token_loss,
 )
 from minitransformer.training.plan import learning_rate_factor
 
 __all__ = [
-    "History", "Objective", "Score", "answer_logits", "answer_loss", "check_optimizer", "evaluate", "fit", "label_loss",
-    "learning_rate_factor", "next_token_loss", "predict", "training_step",
+    "History", "Objective", "Score", "answer_logits", "answer_loss", "answer_only", "check_optimizer", "evaluate",
+    "fit", "label_loss", "learning_rate_factor", "next_token_loss", "predict", "training_step",
 ]  # fmt: skip

@@ -15,8 +15,8 @@ from minitransformer.training.objectives import Score
 def check_options(given: Mapping) -> None:
     """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
     o = SimpleNamespace(**given)
-    for name, least in (("steps", 1), ("batch_size", 1), ("validate_every", 1), ("every", 1), ("warmup", 0)):
-        value = given[name]
+    for name in ("steps", "batch_size", "accumulate", "warmup", "validate_every", "every"):
+        value, least = given[name], int(name != "warmup")
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
             raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
     for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
@@ -28,6 +28,8 @@ def check_options(given: Mapping) -> None:
         raise ValueError(f"schedule={o.schedule!r} is unknown; choose one of cosine, linear, constant, or a function")
     if o.warmup is not None and o.warmup >= o.steps:
         raise ValueError(f"warmup={o.warmup} must be shorter than the run of {o.steps} steps")
+    if o.autocast not in (None, torch.bfloat16):
+        raise ValueError(f"autocast={o.autocast!r}: only torch.bfloat16; torch.float16 would need its losses scaled")
     if o.clip is not None and not o.clip > 0:
         raise ValueError(f"clip={o.clip} must be above 0; None never clips")
     adamw = (o.optimizer is None, "AdamW; an optimizer of your own says it in its groups")
@@ -87,11 +89,15 @@ def check_finite(name: str, value: float, step: int) -> None:
 
 
 def check_score(score: Score, step: int) -> None:
-    """Raise unless the score is one, of answers that were asked for, is finite, and can be learned from."""
+    """Raise unless the score is one, is finite, and can be learned from."""
     if not isinstance(score, Score) or score.loss.dim():
         raise ValueError(f"the objective gave {type(score).__name__}; give a Score(loss, correct, count), loss scalar")
-    if score.count == 0:
-        raise ValueError(f"the batch of step {step} asks nothing: every label is -100, or no row has a next word")
     check_finite("loss", score.loss.item(), step)
     if not score.loss.requires_grad:
         raise ValueError("no trainable tensor has a part in the loss; does the objective detach it?")
+
+
+def check_asked(count: int, step: int) -> None:
+    """Raise ValueError if a batch asked for no answer."""
+    if count == 0:
+        raise ValueError(f"the batch of step {step} asks nothing: every label is -100, or no row has a next word")

@@ -22,11 +22,18 @@ from tqdm import tqdm
 from minitransformer.modes import modes_restored, undone
 from minitransformer.randomness import random_state_restored
 from minitransformer.tasks.dataset import Dataset
-from minitransformer.training.checks import check_finite, check_optimizer, check_options, check_score, trainable_of
+from minitransformer.training.checks import (
+    check_asked,
+    check_finite,
+    check_optimizer,
+    check_options,
+    check_score,
+    trainable_of,
+)
 from minitransformer.training.distributed import data_parallel, is_writer
 from minitransformer.training.evaluation import evaluate
 from minitransformer.training.history import History
-from minitransformer.training.objectives import Objective, Score, answer_loss
+from minitransformer.training.objectives import Objective, Score, answer_loss, autocasting
 from minitransformer.training.plan import batches, learning_rate_factor, set_rates
 from minitransformer.training.resume import RunFile
 
@@ -35,7 +42,8 @@ def fit(
     model: nn.Module, train: Dataset | Callable[[int], Dataset], validation: Dataset | None = None, *, steps: int,
     learning_rate: float | None = None, batch_size: int | None = None, objective: Objective = answer_loss,
     warmup: int | None = None, schedule: str | Callable[[int], float] = "cosine", weight_decay: float | None = None,
-    betas: tuple[float, float] | None = None, clip: float | None = 1.0, validate_every: int | None = None,
+    betas: tuple[float, float] | None = None, clip: float | None = 1.0, accumulate: int = 1,
+    autocast: torch.dtype | None = None, validate_every: int | None = None,
     optimizer: torch.optim.Optimizer | None = None, seed: int = 0, progress: bool = True, description: str = "fit",
     checkpoint: str | Path | None = None, every: int | None = None,
 ) -> History:  # fmt: skip
@@ -52,6 +60,8 @@ def fit(
         schedule: "cosine" or "linear" decay to 0, or "constant"; or a function from the step to the share of the peak.
         weight_decay, betas: of AdamW, by default 0 and (0.9, 0.999).
         clip: largest global gradient norm; None never clips.
+        accumulate: parts in which a batch is computed, one after the other: the memory of one part, the step of all.
+        autocast: a type of 16 bits for the products, such as torch.bfloat16; what is trained stays in 32 bits.
         optimizer: instead of AdamW. It must hold every trainable tensor; the rates of its groups are the peaks.
         seed: of the data order and of dropout. The caller's random state is left alone.
         progress, description: whether to show a bar with loss and accuracy, and its caption.
@@ -72,7 +82,8 @@ def fit(
         rate = 1e-3 if learning_rate is None else learning_rate
         optimizer = torch.optim.AdamW(trainable.values(), rate, betas or (0.9, 0.999), weight_decay=weight_decay or 0.0)
     check_optimizer(model, optimizer)
-    decisive = ("train", "validation", "steps", "objective", "schedule", "clip", "validate_every", "seed")
+    given["objective"] = objective = objective if autocast is None else autocasting(objective, autocast)
+    decisive = ("train", "validation", "steps", "objective", "schedule", "clip", "accumulate", "validate_every", "seed")
     options = {name: given[name] for name in decisive} | {"batch_size": batch_size, "warmup": warmup}
     file = RunFile(checkpoint, model, optimizer, options)
     history, devices = file.restore(), {p.device for p in model.parameters()}
@@ -81,12 +92,12 @@ def fit(
     bar = tqdm(total=steps, initial=len(history.loss), desc=description, **style)
     with modes_restored(model), random_state_restored(*devices), bar, ExitStack() as afterwards:
         afterwards.callback(set_rates, optimizer, peaks, 1.0)
-        learner = data_parallel(model, objective)
+        learner, own = data_parallel(model, objective), list(trainable.values())
         for step, batch in batches(train, range(len(history.loss), steps), batch_size, seed, devices):
             began = time.perf_counter()
             set_rates(optimizer, peaks, learning_rate_factor(step, steps, warmup, schedule))
             model.train()
-            score, norm = training_step(model, batch, learner, optimizer, list(trainable.values()), clip, step)
+            score, norm = training_step(model, batch, learner, optimizer, own, clip, step, accumulate)
             history.note(loss=score.loss.item(), accuracy=score.correct / score.count, gradient_norm=norm)
             history.note(learning_rate=optimizer.param_groups[0]["lr"])
             history.seconds += time.perf_counter() - began
@@ -104,9 +115,9 @@ def fit(
 
 def training_step(
     model: nn.Module, batch: Dataset, objective: Objective, optimizer: torch.optim.Optimizer,
-    trainable: list[nn.Parameter], clip: float | None, step: int,
+    trainable: list[nn.Parameter], clip: float | None, step: int, accumulate: int = 1,
 ) -> tuple[Score, float]:  # fmt: skip
-    """One forward pass, one backward pass, one step. Returns the score and the gradient norm before clipping.
+    """Forward pass, backward pass, clip, step. Returns the score and the gradient norm before clipping.
 
     Raises, and then weights and buffers are those before the step:
         ValueError: nothing is asked, no trainable tensor has a part in the loss, or the objective gives no `Score`.
@@ -115,9 +126,7 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     try:
         with undone(list(model.buffers())):
-            score = objective(model, batch)
-            check_score(score, step)
-            score.loss.backward()
+            score = backward(model, batch, objective, trainable, accumulate, step)
             norm = nn.utils.clip_grad_norm_(trainable, math.inf if clip is None else clip).item()
             check_finite("gradient norm", norm, step)
             with undone(trainable):
@@ -126,3 +135,26 @@ def training_step(
     finally:
         optimizer.zero_grad(set_to_none=True)  # no gradient outlives its step
     return score, norm
+
+
+def backward(
+    model: nn.Module, batch: Dataset, objective: Objective, trainable: list[nn.Parameter], parts: int, step: int
+) -> Score:
+    """The gradient of the mean over all answers of the batch, part by part; returns the score of all.
+
+    After each part the gradient is the mean over the answers so far: a part counts by its answers, not by its rows, or
+    short answers would weigh more than long ones.
+    """
+    loss, correct, count = 0.0, 0, 0
+    for part in [batch] if parts == 1 else batch.parts(parts):
+        score = objective(model, part)
+        check_score(score, step)
+        share = score.count / max(1, count + score.count)  # of this part in what is there
+        for p in trainable if count else ():
+            if p.grad is not None:
+                p.grad.mul_(1 - share)
+        (score.loss * share).backward()
+        loss = loss * (1 - share) + score.loss.detach() * share
+        correct, count = correct + score.correct, count + score.count
+    check_asked(count, step)
+    return Score(loss, correct, count)

@@ -2,6 +2,7 @@
 
     answer_loss        one word at the end of each row       question answering, sentiment as a word
     label_loss         one class for each row                classification with a head, multiple choice
+    answer_only        every word of an answer               tuning a language model on questions and answers
     next_token_loss    every next word                       pretraining
 
 Each is the mean cross-entropy, -log p(right answer), in nats (Vaswani et al. 2017, section 5.4, without smoothing). A
@@ -57,16 +58,32 @@ def label_loss(model: nn.Module, batch: Dataset) -> Score:
     return _score(scores, batch.targets, scores.shape[1], _class_loss)
 
 
+def answer_only(model: nn.Module, batch: Dataset) -> Score:
+    """Cross-entropy of the words of an answer, in nats per word; the text before it asks nothing.
+
+    The targets are [N, T]: the word that should follow each position, or -100. The token that ends the turn is a word
+    of the answer: a model that never learns it never stops.
+
+    Raises:
+        ValueError: the model is an encoder, or there is one target a row.
+    """
+    _check_says_next_words(model, batch)
+    if batch.targets.shape != batch.tokens.shape:
+        raise ValueError(
+            f"targets {list(batch.targets.shape)} are not [N, T], the word that should follow each token of "
+            f"{list(batch.tokens.shape)}; answer_loss is for one word a row"
+        )
+    asked = batch.targets != -100  # [B, T]
+    return word_score(model, model.hidden(batch.tokens, batch.padding_mask)[asked], batch.targets[asked])
+
+
 def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
     """Cross-entropy of each next word, in nats per word; padding asks nothing and is not asked for.
 
     Raises:
         ValueError: the model is an encoder, which sees the word that it should say.
     """
-    _check_reads_words(model, batch)
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
-    if not getattr(next(configs, None), "causal", True):
-        raise ValueError("an encoder sees the next word and would learn to copy it; take a model with causal=True")
+    _check_says_next_words(model, batch)
     hidden = model.hidden(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, d_model]
     asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
     return word_score(model, hidden[asked], batch.tokens[:, 1:][asked])  # only these meet the LM head
@@ -75,6 +92,20 @@ def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
 def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]) -> Score:
     """Cross-entropy of words, from the hidden states that should say them."""
     return _score(hidden, targets, model.config.vocab_size, model.word_loss)
+
+
+def autocasting(objective: Objective, dtype: torch.dtype) -> Objective:
+    """The objective with its matrix products in this type of 16 bits; sums, norms and losses stay in 32.
+
+    Micikevicius et al. 2018, "Mixed Precision Training", sections 3.1 and 3.3; bfloat16 has the exponents of float32,
+    so the loss needs no scaling (their section 3.2).
+    """
+
+    def cast(model: nn.Module, batch: Dataset) -> Score:
+        with torch.autocast(batch.tokens.device.type, dtype):
+            return objective(model, batch)
+
+    return cast
 
 
 def _class_loss(scores: Float[Tensor, "N C"], targets: Int[Tensor, "N"]) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
@@ -98,3 +129,10 @@ def _check_reads_words(model: nn.Module, batch: Dataset) -> None:
     kind, shape = type(model).__name__, list(batch.tokens.shape)
     if not hasattr(model, "hidden") or len(shape) != 2:
         raise ValueError(f"a language model and tokens [N, T] are wanted, not a {kind} and {shape}; or take label_loss")
+
+
+def _check_says_next_words(model: nn.Module, batch: Dataset) -> None:
+    _check_reads_words(model, batch)
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    if not getattr(next(configs, None), "causal", True):
+        raise ValueError("an encoder sees the next word and would learn to copy it; take a model with causal=True")

@@ -92,7 +92,7 @@ def interrupt(patch, at):
     """Let a run stop at this step."""
 
     def interrupted(*arguments, step=loop.training_step):
-        if arguments[-1] == at:
+        if arguments[6] == at:
             raise Interruption
         return step(*arguments)
 

@@ -261,7 +261,7 @@ def stopped():
     files = {}
 
     def killed(*arguments, step=training.training_step):
-        if arguments[-1] == 4:
+        if arguments[6] == 4:
             raise KeyboardInterrupt
         return step(*arguments)
 

@@ -78,7 +78,7 @@ def checkpointed(folder: Path) -> dict:
             model = peft.attach(Transformer(CONFIG, seed=0), peft.LoRA(rank=2, dropout=0.5), seed=1)
 
             def stopped(*arguments, stop=stop):
-                if arguments[-1] == stop:
+                if arguments[6] == stop:
                     raise KeyboardInterrupt
                 return step(*arguments)
 
