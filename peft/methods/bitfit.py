@@ -48,7 +48,7 @@ class BitFit(LayerwiseMethod):
             places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
         kinds = (nn.Linear, nn.LayerNorm)
         places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
-        return in_layers(places, modules, self.layers) or (blocks and _refuse())
+        return in_layers(places, modules, self.layers) or (_refuse() if blocks else [])
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `ShiftedBias` round the layer or norm."""
