@@ -142,7 +142,7 @@ class Transformer(nn.Module):
     stream = stream
 
     def generate(self, tokens: Tokens, max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
-        """Continue each row by `max_new_tokens` words; see `minitransformer.generation.generate` for the options."""
+        """Continue each row by `max_new_tokens` words; see `minitransformer.generation.stream` for the options."""
         return generate(self, tokens, max_new_tokens, **options)
 
 
