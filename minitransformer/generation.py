@@ -135,11 +135,13 @@ class Texts:
     told: Mapping  # which methods are off, which row is under which task
     fast: FastSteps | None = None  # the plain form reads the beginning
 
-    @torch.no_grad()
     def scores(self, left: int) -> Float[Tensor, "B V"]:
-        """The scores of each row's next word, after which `left` will come; behind a cache only what is new is read."""
-        if self.fast is not None:
-            return self.fast(self.tokens[:, -1:])
+        """The scores of each row's next word, after which `left` will come."""
+        return self.read(left) if self.fast is None else self.fast(self.tokens[:, -1:])
+
+    @torch.no_grad()
+    def read(self, left: int) -> Float[Tensor, "B V"]:
+        """`scores` in the plain form: behind a cache only what is new is read."""
         begins = self.cache is None or self.cache.is_empty
         unread = self.tokens if begins else self.tokens[:, -1:]
         real = None if self.real is None else self.real[:, -unread.shape[1] :]
