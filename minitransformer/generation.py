@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minitransformer.cache import KVCache
 from minitransformer.call import CALL, as_told, of_rows
 from minitransformer.embedding import Real, Tokens, check_text
-from minitransformer.fast.generation import fast_steps
+from minitransformer.fast.generation import FastSteps, fast_steps
 from minitransformer.modes import evaluation_mode
 
 
@@ -133,12 +133,15 @@ class Texts:
     real: Bool[Tensor, "B T"] | None
     cache: KVCache | None
     told: Mapping  # which methods are off, which row is under which task
-    fast: Callable[[Tensor], Tensor] | None = None  # the plain form reads the beginning
+    fast: FastSteps | None = None  # the plain form reads the beginning
 
     def scores(self, left: int) -> Float[Tensor, "B V"]:
-        """The scores of each row's next word, after which `left` will come; behind a cache only what is new is read."""
-        if self.fast is not None:
-            return self.fast(self.tokens[:, -1:])
+        """The scores of each row's next word, after which `left` will come."""
+        return self.read(left) if self.fast is None else self.fast(self.tokens[:, -1:])
+
+    @torch.no_grad()
+    def read(self, left: int) -> Float[Tensor, "B V"]:
+        """`scores` in the plain form: behind a cache only what is new is read."""
         begins = self.cache is None or self.cache.is_empty
         unread = self.tokens if begins else self.tokens[:, -1:]
         real = None if self.real is None else self.real[:, -unread.shape[1] :]
@@ -161,7 +164,6 @@ class Texts:
                 part.keep(rows)
 
 
-@torch.no_grad()
 def _columns(
     texts: Texts, max_new_tokens: int, stop: list[int], pad_id: int, choose: Callable
 ) -> Iterator[Int[Tensor, " B"]]:

@@ -93,7 +93,8 @@ class FastBlock:
 
     def __init__(self, block: Block, parts: Parts, cache: LayerCache, real: Tensor | None, more: int, relaid: bool):
         attention, extra, (query, key, value, *others) = parts
-        self.pre_norm, self.activation, self.n_heads = block.pre_norm, block.feedforward.activation, attention.n_heads
+        self.pre_norm, self.activation = block.pre_norm, block.feedforward.activation
+        self.n_heads, self.d_head = cache.key.shape[1], cache.key.shape[3]
         self.norm_attention, self.norm_feedforward = for_rows(block.norm_attention), for_rows(block.norm_feedforward)
         self.read = joined(query, key, value, relaid=relaid)
         self.output, self.up, self.down = (joined(layer, relaid=relaid) for layer in others)
@@ -115,12 +116,12 @@ class FastBlock:
 
     def attention(self, x: Rows) -> Rows:
         """As `Attention.forward`; the key and value of x are noted."""
-        new = self.read(x).view(len(x), 3, self.n_heads, 1, -1).transpose(0, 1)  # [3, B, H, 1, d_head]
+        new = self.read(x).view(-1, 3, self.n_heads, 1, self.d_head).transpose(0, 1)  # [3, B, H, 1, d_head]
         self.seen.narrow(3, self.n_seen, 1).copy_(new[1:])
         self.n_seen += 1
         keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
         real = None if self.real is None else self.real[..., : self.n_seen]
-        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).view(len(x), -1))
+        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).flatten(1))
 
 
 class FastSteps:

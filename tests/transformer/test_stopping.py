@@ -309,3 +309,20 @@ def test_bad_options_are_refused_at_once(options, message):
     for call in (decoder().generate, lambda *a, **k: stream(decoder(), *a, **k)):
         with pytest.raises(ValueError, match=message):
             call(TOKENS, 2, **options)
+
+
+@pytest.mark.parametrize("n", [3, 9], ids=["plain", "fast"])
+def test_no_graph_of_the_passes_is_kept(monkeypatch, n):
+    seen, model = [], decoder()
+    monkeypatch.setattr(
+        generation, "next_word", lambda x, *a, **k: seen.append(x.requires_grad) or next_word(x, *a, **k)
+    )
+    for _ in model.stream(TOKENS, n):
+        assert torch.is_grad_enabled()
+    assert seen == [False] * n
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 3 / 4096}], ids=str)
+def test_of_many_equal_words_the_first_are_kept(options):
+    p = probabilities(torch.zeros(2, 4096), 1.0, **options)
+    assert p.nonzero().tolist() == [[row, word] for row in range(2) for word in range(3)]
