@@ -77,7 +77,9 @@ def gguf_reader(path: str | Path):
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"gguf is not installed; install it by `{PIP_INSTALL} gguf`", name="gguf") from error
+        raise ModuleNotFoundError(
+            f"gguf cannot be imported ({error}); install it with all it needs by `{PIP_INSTALL} gguf`", name="gguf"
+        ) from error
 
     class Reader(GGUFReader):
         """Slices a plain array: a slice of `numpy.memmap` takes thrice the time and memory, and there are 300,000."""
