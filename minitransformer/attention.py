@@ -7,13 +7,15 @@ Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
 
 Shapes:
 
-    x [B, T, d_model]  ->  q [B, H, T, d_head],  k and v [B, H, S, d_head]  ->  output [B, T, d_model]
+    x [B, T, d_model]  ->  q [B, H, T, d_head],  k and v [B, H_kv, S, d_head]  ->  output [B, T, d_model]
 
 S, the number of keys, is T plus what a *context* brings: keys and values from elsewhere, such as those of earlier
 tokens (a KV cache) or learned ones (a prefix). *A prefix is a learned KV cache*, so both enter in one way.
 
-Differs from the paper: the linear layers have biases, as in GPT-2 and BERT; the d_model x d_model weights of all heads
-are stored as one matrix.
+Keys and values may have fewer heads, H_kv, each for a group of queries' (Ainslie et al. 2023, "GQA", section 2.2).
+
+Differs from the paper: the linear layers have biases where `config.bias` says so, as in GPT-2 and BERT all of them; the
+weights of all heads are stored as one matrix.
 """
 
 import math
@@ -26,13 +28,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from minitransformer.call import CALL, RECORDS, is_transformed, telling
+from minitransformer.call import CALL, RECORDS, telling
 from minitransformer.config import TransformerConfig
 
 Hidden = Float[Tensor, "B T d_model"]
 Queries = Float[Tensor, "B H T d_head"]  # and what they see
-Keys = Float[Tensor, "B H S d_head"]  # and values
+Keys = Float[Tensor, "B H_kv S d_head"]  # and values
 # True where a query may look at a key; "causal": at keys up to its own, of as many as there are queries; None: at all.
 Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 
@@ -43,7 +46,7 @@ class Context:
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """What the queries see in all keys and values: `attention(q, k, v, mask)` with the context's own added.
 
-        Shapes: q [B, H, T, d_head], k and v [B, H, S, d_head] -> [B, H, T, d_head].
+        Shapes: q [B, H, T, d_head], k and v [B, H_kv, S, d_head] -> [B, H, T, d_head].
         """
         raise NotImplementedError
 
@@ -53,7 +56,7 @@ def attention_weights(q: Queries, k: Keys, mask: Mask = None) -> Float[Tensor, "
 
     Vaswani et al. 2017, equation 1 without V.
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
+    scores = q @ of_each_query(k, q).transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
     if mask is not None:
         scores = scores.masked_fill(~written_out(mask, k), -math.inf)
     return scores.softmax(dim=-1)
@@ -64,7 +67,12 @@ def written_out_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropo
 
     Vaswani et al. 2017, equation 1; dropout falls on the weights, as in their released code.
     """
-    return F.dropout(attention_weights(q, k, mask), dropout) @ v
+    return F.dropout(attention_weights(q, k, mask), dropout) @ of_each_query(v, q)
+
+
+def of_each_query(k: Keys, q: Queries) -> Float[Tensor, "B H S d_head"]:
+    """The keys (or values) that each head of queries sees: H / H_kv heads in a row share one. Ainslie et al. 2023."""
+    return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
 def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: float = 0.0) -> Queries:
@@ -72,16 +80,15 @@ def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: fl
 
     It knows "causal", and leaves out the blocks of scores that nobody may see.
     """
-    causal = isinstance(mask, str)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if causal else mask, dropout_p=dropout, is_causal=causal
-    )
+    mask, causal = (None, True) if isinstance(mask, str) else (mask, False)
+    grouped = {"enable_gqa": True} if k.shape[1] < q.shape[1] else {}
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, **grouped)
 
 
 class Attention(nn.Module):
     """Multi-head attention. Vaswani et al. 2017, section 3.2.2.
 
-    Weights: `query`, `key`, `value`, `output`, each [d_model, d_model] with a bias [d_model].
+    Weights: `query`, `key`, `value` [H d_head, d_model] and `output` [d_model, H d_head], each with a bias.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -90,10 +97,10 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.dropout = config.dropout
         self.implementation = config.attention
-        self.query = nn.Linear(config.d_model, config.d_model)
-        self.key = nn.Linear(config.d_model, config.d_model)
-        self.value = nn.Linear(config.d_model, config.d_model)
-        self.output = nn.Linear(config.d_model, config.d_model)
+        self.query = nn.Linear(config.d_model, config.d_query, config.has_bias("query"))
+        self.key = nn.Linear(config.d_model, config.d_kv, config.has_bias("key"))
+        self.value = nn.Linear(config.d_model, config.d_kv, config.has_bias("value"))
+        self.output = nn.Linear(config.d_query, config.d_model, config.has_bias("output"))
 
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, {self.implementation}"
@@ -112,16 +119,45 @@ class Attention(nn.Module):
         """What the positions of x answer."""
         return self.split_heads(self.key(x)), self.split_heads(self.value(x))
 
-    def split_heads(self, x: Float[Tensor, "B S d_model"]) -> Keys:
+    def split_heads(self, x: Float[Tensor, "B S d"]) -> Keys:
         """Cut the last axis into heads and put the heads before the positions."""
         return x.view(*x.shape[:2], self.n_heads, x.shape[2] // self.n_heads).transpose(1, 2)
 
     def attend(self, q: Queries, k: Keys, v: Keys, mask: Mask = None) -> Queries:
         """Scaled dot-product attention in the implementation that the config names."""
-        record(self, q, k, mask)
-        fused = self.implementation == "fused" and not is_transformed()  # not every transform knows the kernel
+        for layers, weights in CALL.told.get(RECORDS, ()):
+            if self in layers and torch._C._current_graph_task_id() == -1:  # no backward pass computes it again
+                weights.append(attention_weights(q.detach(), k.detach(), mask))
+        fused = self.implementation == "fused" and not is_transformed()
         attention = fused_attention if fused else written_out_attention
         return attention(q, k, v, mask, self.dropout if self.training else 0.0)
+
+
+class GroupedQueryAttention(Attention):
+    """Fewer heads of keys and values than of queries: `key` and `value` are [H_kv d_head, d_model].
+
+    Ainslie et al. 2023, section 2.2; the KV cache is smaller by H_kv / H.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.n_kv_heads, self.d_head = config.n_kv_heads, config.d_head
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, n_kv_heads={self.n_kv_heads}"
+
+    def split_heads(self, x: Float[Tensor, "B S d"]) -> Keys:
+        """Cut the last axis into heads, as many as it holds, and put the heads before the positions."""
+        return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work on what is computed.
+
+    Not all of them know a fused kernel, and values can not be read: of an example in `vmap` there are none.
+    """
+    active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return active and not torch.compiler.is_compiling()
 
 
 @contextmanager
@@ -134,14 +170,6 @@ def recorded(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T S"]]]:
     layers = {module for module in model.modules() if isinstance(module, Attention)}
     with telling({RECORDS: (*CALL.told.get(RECORDS, ()), (layers, weights))}):
         yield weights
-
-
-def record(attention: Attention, q: Tensor, k: Tensor, mask: Mask) -> None:
-    """Note the weights for those who record this layer; not once more where it is computed again for a gradient."""
-    for layers, weights in CALL.told.get(RECORDS, ()):
-        if attention in layers and torch._C._current_graph_task_id() == -1:  # no backward pass is running
-            with torch.no_grad():
-                weights.append(attention_weights(q, k, mask))
 
 
 def written_out(mask: Mask, k: Keys) -> Bool[Tensor, "#B #H #T S"] | None:
@@ -164,10 +192,9 @@ def attention_mask(
         return None
     if real_keys is None and n_queries == n_keys:
         return "causal"
-    may_look = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    may_look = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)
     if causal:
         may_look = may_look.tril(diagonal=n_keys - n_queries)
-    may_look = may_look[None, None]  # [1, 1, T, S]
     if real_keys is None:
         return may_look
     is_self = torch.eye(n_keys, dtype=torch.bool, device=device)[n_keys - n_queries :]  # [T, S]

@@ -12,22 +12,23 @@ Shapes: [B, T, d_model] -> [B, T, d_model].
 import torch.nn.functional as F
 from torch import nn
 
-from minitransformer.attention import Attention, Context, Hidden, Mask
+from minitransformer.attention import Attention, Context, GroupedQueryAttention, Hidden, Mask
 from minitransformer.config import TransformerConfig
-from minitransformer.feedforward import FeedForward
+from minitransformer.feedforward import FeedForward, GatedFeedForward
+from minitransformer.norm import norm_of
 
 
 class Block(nn.Module):
-    """Two sublayers, `attention` and `feedforward`, each with its LayerNorm and its residual sum."""
+    """Two sublayers, `attention` and `feedforward`, each with its norm and its residual sum."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.dropout = config.dropout
-        self.norm_attention = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.norm_feedforward = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.feedforward = FeedForward(config)
+        self.norm_attention = norm_of(config)
+        self.attention = (GroupedQueryAttention if config.n_kv_heads else Attention)(config)
+        self.norm_feedforward = norm_of(config)
+        self.feedforward = (GatedFeedForward if config.gated else FeedForward)(config)
 
     def extra_repr(self) -> str:
         return "pre-norm" if self.pre_norm else "post-norm"

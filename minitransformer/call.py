@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 RECORDS = "records"  # the entry of those who note attention weights
@@ -34,16 +33,6 @@ def telling(told: Mapping) -> Iterator[None]:
         yield
     finally:  # only its own entries: another one that began inside may last longer
         CALL.told = {key: value for key, value in CALL.told.items() if key not in told} | before
-
-
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work on what is computed.
-
-    It knows the plain operations only, and no values: of an example in `vmap` there are none.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def checkpointed(step: Callable, *inputs):

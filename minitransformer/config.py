@@ -7,16 +7,26 @@ The letters used for axes everywhere in this repository:
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+BIASED = {  # which linear layers of a block have a bias
+    "all": ("query", "key", "value", "output", "gate", "up", "down"),
+    "attention": ("query", "key", "value", "output"),
+    "qkv": ("query", "key", "value"),
+    "feedforward": ("gate", "up", "down"),
+    "none": (),
+}
 CHOICES = {
     "norm": ("pre", "post"),
     "activation": ACTIVATIONS,
-    "lm_head": ("tied", "bert", "none"),
+    "lm_head": ("tied", "untied", "bert", "none"),
     "attention": ("fused", "written_out"),
     "init": ("gpt2", "unit_embedding"),
+    "position": ("learned", "rotary"),
+    "norm_type": ("layer", "rms"),
+    "bias": tuple(BIASED),
 }
 KINDS = {int: (Integral, "an integer"), float: (Real, "a finite number"), bool: (bool, "True or False")}
 
@@ -31,7 +41,7 @@ class TransformerConfig:
     """
 
     vocab_size: int  # V
-    max_len: int  # rows of the position table: the longest sequence that can be read
+    max_len: int  # the longest sequence that can be read: rows of the position table, if there is one
     d_model: int = 128  # width of the residual stream
     n_heads: int = 4
     n_layers: int = 4
@@ -39,15 +49,24 @@ class TransformerConfig:
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs, in training only
     causal: bool = True  # True: decoder (GPT), each token sees itself and the past; False: encoder (BERT)
     norm: str = "pre"  # "pre": x + f(norm(x)), as GPT-2;  "post": norm(x + f(x)), as Vaswani et al. 2017 and BERT
-    activation: str = "gelu"  # "gelu" (erf) | "gelu_tanh" (GPT-2's approximation) | "relu"
-    norm_eps: float = 1e-5  # added to the variance inside LayerNorm; BERT's checkpoints use 1e-12
+    activation: str = "gelu"  # "gelu" (erf) | "gelu_tanh" (GPT-2's approximation) | "relu" | "silu"
+    norm_eps: float = 1e-5  # added under the root inside a norm; BERT's checkpoints use 1e-12
     n_segments: int = 0  # BERT's token types: 0 means no segment table
     embedding_norm: bool = False  # BERT normalises the sum of its embeddings
-    lm_head: str = "tied"  # "tied": E h;  "bert": BERT's transform before the tied product;  "none": hidden states only
+    lm_head: str = "tied"  # "tied": E h;  "untied": W h;  "bert": BERT's transform before E h;  "none": hidden states
     logit_scale: float = 1.0  # logits are multiplied by it: 1/sqrt(d_model) suits embeddings of unit variance
     attention: str = "fused"  # "fused": PyTorch's kernel;  "written_out": the formula, line by line
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
     init: str = "gpt2"  # how fresh weights are drawn, see minitransformer/initialization.py
+
+    _: KW_ONLY  # what the Llama family has
+    position: str = "learned"  # "learned": a table;  "rotary": queries and keys are turned (Su et al. 2021)
+    rope_theta: float = 10_000.0  # base of the rotary angles
+    norm_type: str = "layer"  # "layer": LayerNorm;  "rms": RMSNorm (Zhang & Sennrich 2019)
+    gated: bool = False  # the FFN's hidden layer is a product of two, with "silu" SwiGLU (Shazeer 2020)
+    n_kv_heads: int = 0  # heads of keys and values, each for several of queries (Ainslie et al. 2023); 0: n_heads
+    head_dim: int = 0  # width of one head; 0: d_model / n_heads
+    bias: str = "all"  # linear layers with a bias: "all" | "none" | "attention" | "qkv" (as Qwen2) | "feedforward"
 
     def __post_init__(self):
         for field in fields(self):
@@ -55,9 +74,15 @@ class TransformerConfig:
         for name in ("vocab_size", "max_len", "d_model", "n_heads", "n_layers", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.n_heads:
+        if not self.head_dim and self.d_model % self.n_heads:
             cure = "choose d_model as a multiple of n_heads"
             raise ValueError(f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads; {cure}")
+        if self.n_kv_heads < 0 or self.n_heads % (self.n_kv_heads or 1):
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads} (or be 0: as many)")
+        if self.head_dim < 0 or (self.position == "rotary" and self.d_head % 2):
+            raise ValueError(f"a head must have a width, and an even one for rotary positions, got {self.d_head}")
+        if self.rope_theta <= 0.0 or (self.position != "rotary" and self.rope_theta != 10_000.0):
+            raise ValueError(f'rope_theta={self.rope_theta} goes with position="rotary", and must be above 0')
         if self.n_segments < 0:
             raise ValueError(f"n_segments must be 0 (no segment table) or more, got {self.n_segments}")
         if not 0.0 <= self.dropout < 1.0:
@@ -69,8 +94,22 @@ class TransformerConfig:
 
     @property
     def d_head(self) -> int:
-        """Width of one head: d_model / n_heads."""
-        return self.d_model // self.n_heads
+        """Width of one head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def d_query(self) -> int:
+        """Width of all queries of a token side by side."""
+        return self.n_heads * self.d_head
+
+    @property
+    def d_kv(self) -> int:
+        """Width of all keys of a token side by side, and of its values."""
+        return (self.n_kv_heads or self.n_heads) * self.d_head
+
+    def has_bias(self, layer: str) -> bool:
+        """Whether the linear layer of that name ("query", …, "down") has a bias."""
+        return layer in BIASED[self.bias]
 
 
 def _checked(name: str, value, kind: type):

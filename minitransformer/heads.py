@@ -1,6 +1,7 @@
 """Heads: from hidden states to scores.
 
     LMHead              logits = s E h                             tied to the token embedding, as GPT-2
+    UntiedLMHead        logits = s W h
     MaskedLMHead        logits = E norm(act(W h + b)) + c          BERT's, also tied
     SequenceClassifier  scores = W dropout(h_first or h_mean) + b  a Transformer with a fresh head on top
 
@@ -17,6 +18,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Real, Tokens
 from minitransformer.feedforward import activate
 from minitransformer.initialization import initialize
+from minitransformer.norm import norm_of
 from minitransformer.randomness import random_state_restored
 
 Rows = Float[Tensor, "*rows d_model"]
@@ -35,6 +37,18 @@ class LMHead(nn.Module):
         return logits if self.logit_scale == 1.0 else logits * self.logit_scale  # a walk over V numbers for each token
 
 
+class UntiedLMHead(LMHead):
+    """Scores every word by a `weight` of its own, [V, d_model], as the larger models of the Llama family."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.d_model))
+
+    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
+        """logits = logit_scale * W h."""
+        return super().forward(hidden, self.weight)
+
+
 class MaskedLMHead(nn.Module):
     """BERT's head: dense layer, activation and norm before the tied product, and a bias per word."""
 
@@ -42,7 +56,7 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         self.activation = config.activation
         self.dense = nn.Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.norm = norm_of(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:

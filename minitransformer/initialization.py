@@ -27,7 +27,7 @@ def initialize(model: nn.Module, init: str, n_layers: int, seed: int) -> None:
     """Overwrite every weight of `model`, in the order of `named_modules()`.
 
     Args:
-        model: a Transformer (or any module made of Linear, Embedding and LayerNorm).
+        model: a Transformer (or any module made of linear layers, embeddings and norms).
         init: "gpt2" or "unit_embedding".
         n_layers: how many blocks write to the residual stream; scales "gpt2".
         seed: of the generator.
@@ -37,7 +37,7 @@ def initialize(model: nn.Module, init: str, n_layers: int, seed: int) -> None:
         for part, p in module.named_parameters(recurse=False):
             if p.is_meta:
                 continue
-            if part == "bias" or isinstance(module, nn.LayerNorm):
+            if p.ndim == 1:  # a bias, or the gain of a norm
                 p.fill_(0.0 if part == "bias" else 1.0)
                 continue
             p.copy_(torch.empty_like(p, device="cpu").normal_(std=spread(name, p, init, n_layers), generator=generator))

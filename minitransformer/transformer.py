@@ -1,6 +1,7 @@
 """The Transformer: embedding, a stack of blocks, a last norm, and scores for every word.
 
-Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2019 (BERT: `causal=False, norm="post"`).
+Sources: Radford et al. 2019 (GPT-2: `causal=True, norm="pre"`); Devlin et al. 2019 (BERT: `causal=False, norm="post"`);
+Touvron et al. 2023 (Llama: `position="rotary"`, `norm_type="rms"`, `gated=True`, `activation="silu"`, `bias="none"`).
 
     h = norm(block_L(… block_1(embedding(tokens))))        [B, T, d_model]   (no last norm where norms come "post")
     logits = lm_head(h)                                    [B, T, V]
@@ -13,29 +14,26 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import attention_mask, recorded
+from minitransformer.attention import attention_mask, is_transformed, recorded
 from minitransformer.block import Block
 from minitransformer.cache import KVCache
-from minitransformer.call import checkpointed, is_transformed
+from minitransformer.call import checkpointed
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, Real, Tokens, check_text, values_are_read
 from minitransformer.fast.last_position import at_position
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.fast.stand_in import may_stand_in, says
 from minitransformer.generation import generate
-from minitransformer.heads import LMHead, MaskedLMHead
+from minitransformer.heads import LMHead, MaskedLMHead, UntiedLMHead
 from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
+from minitransformer.norm import norm_of
+from minitransformer.position import turning
 from minitransformer.randomness import random_state_restored
 
 
 class Transformer(nn.Module):
-    """A decoder (GPT) or an encoder (BERT), as its config says.
-
-    Args:
-        config: shape and arithmetic.
-        seed: of the fresh weights; the same seed gives the same weights.
-    """
+    """A decoder (GPT, Llama) or an encoder (BERT), as its config says; the same seed gives the same fresh weights."""
 
     is_plain = True  # what a fast form knows; a subclass is not, unless it says so as well
 
@@ -45,8 +43,8 @@ class Transformer(nn.Module):
         with random_state_restored(torch.get_default_device()):  # PyTorch's own draws are overwritten below
             self.embedding = Embedding(config)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-            self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
-            heads = {"tied": LMHead, "bert": MaskedLMHead, "none": lambda _: None}
+            self.norm = norm_of(config) if config.norm == "pre" else nn.Identity()
+            heads = {"tied": LMHead, "untied": UntiedLMHead, "bert": MaskedLMHead, "none": lambda _: None}
             self.head = heads[config.lm_head](config)
         initialize(self, config.init, config.n_layers, seed)
 
@@ -90,6 +88,9 @@ class Transformer(nn.Module):
             real_keys = cache.extend(n_keys, real_keys)
             n_keys = cache.n_keys
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
+        contexts = [None] * len(self.blocks) if cache is None else cache.layers
+        if self.config.position == "rotary":
+            contexts = turning(self.config, x, real_keys, n_keys, contexts)
         steps = list(self.blocks)
         if asked is not None:
             steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)
@@ -97,8 +98,7 @@ class Transformer(nn.Module):
         impossible = cache is not None or is_transformed()
         recompute = self.config.gradient_checkpointing and torch.is_grad_enabled() and not impossible
         for i, step in enumerate(steps):
-            context = None if cache is None else cache.layers[i]
-            x = checkpointed(step, x, mask, context) if recompute else step(x, mask, context)
+            x = checkpointed(step, x, mask, contexts[i]) if recompute else step(x, mask, contexts[i])
         return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
@@ -112,13 +112,12 @@ class Transformer(nn.Module):
 
         As with the logits of `forward`, which are never there all at once. ValueError as in `hidden`, or for no word.
         """
-        hidden = self.hidden(tokens, padding_mask)
-        if not values_are_read(targets):
-            return F.cross_entropy(self.lm_head(hidden).flatten(0, 1), targets.flatten())
-        wanted = targets != -100
-        if not bool(wanted.any()):
-            raise ValueError("targets ask for no word: all are -100, so there is no mean; give at least one word")
-        return self.word_loss(hidden[wanted], targets[wanted])[0]
+        hidden, targets = self.hidden(tokens, padding_mask).flatten(0, 1), targets.flatten()
+        if values_are_read(targets):
+            hidden, targets = hidden[targets != -100], targets[targets != -100]
+            if len(targets) == 0:
+                raise ValueError("targets ask for no word: all are -100, so there is no mean; give at least one word")
+        return self.word_loss(hidden, targets)[0]
 
     def word_loss(
         self, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]
@@ -139,9 +138,7 @@ class Transformer(nn.Module):
             self.hidden(tokens, padding_mask)
         return weights
 
-    def generate(self, tokens: Tokens, max_new_tokens: int, **options) -> Int[Tensor, "B more"]:
-        """Continue each row by `max_new_tokens` words; see `minitransformer.generation.generate` for the options."""
-        return generate(self, tokens, max_new_tokens, **options)
+    generate = generate
 
 
 def check(
@@ -158,9 +155,7 @@ def check(
     if asked is not None and not 0 <= int(asked.min()) <= int(asked.max()) < tokens.shape[1]:
         raise ValueError(f"asked positions run from 0 to {tokens.shape[1] - 1}, got {asked.tolist()}")
     # Behind a cache a row may well receive padding only: its real tokens came earlier.
-    if padding_mask is not None and cache is None and not bool(padding_mask.any(dim=1).all()):
-        empty = (~padding_mask.any(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"padding_mask hides every token of row {empty[0]} ({len(empty)} such rows); True marks a real token: "
-            f"drop the empty rows, or invert the mask if it marks padding"
-        )
+    if padding_mask is not None and cache is None and not bool((rows := padding_mask.any(dim=1)).all()):
+        empty = f"row {int(rows.long().argmin())} ({int((~rows).sum())} such rows)"
+        cure = "drop the empty rows, or invert the mask if it marks padding"
+        raise ValueError(f"padding_mask hides every token of {empty}; True marks a real token: {cure}")

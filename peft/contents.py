@@ -2,12 +2,13 @@
 
 import inspect
 import json
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 from torch import Tensor, nn
 
+from minitransformer.config import TransformerConfig
 from minitransformer.files import fingerprint, unpack
 from peft.attach import Attached, declared
 from peft.method import Method
@@ -122,7 +123,9 @@ def _written(value: object) -> object:
     if isinstance(value, Tensor):
         return fingerprint({"": value})
     if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        return _with_a_part(vars(value), {*vars(value)})
+        own = fields(value) if isinstance(value, TransformerConfig) else ()
+        unused = {field.name for field in own if field.kw_only and getattr(value, field.name) == field.default}
+        return _with_a_part(vars(value), {*vars(value)} - unused)  # so a config may gain a field, and files stay valid
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
     return value.item() if hasattr(value, "item") else getattr(value, "__qualname__", type(value).__qualname__)

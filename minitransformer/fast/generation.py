@@ -38,7 +38,7 @@ Parts = tuple[Attention, tuple[Tensor, Tensor] | None, list[Linear]]
 
 def fast_steps(model: nn.Module, cache: KVCache, more: int) -> "FastSteps | None":
     """The fast form of `more` steps behind this cache; None where the plain one is needed, or as good."""
-    known = says(model, "is_plain") and model.config.attention == "fused"
+    known = says(model, "is_plain") and model.config.attention == "fused" and model.config.position == "learned"
     if more < FEWEST_STEPS or not known or len(model.blocks) != len(cache.layers):
         return None
     if any(layer.key is None for layer in cache.layers):  # what stands in the block's place keeps none

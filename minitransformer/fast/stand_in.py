@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 
-from minitransformer.call import CALL, RECORDS, is_transformed
+from minitransformer.attention import is_transformed
+from minitransformer.call import CALL, RECORDS
 
 PLAIN = (Tensor, nn.Parameter)
 

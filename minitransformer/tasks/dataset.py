@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from minitransformer.embedding import without_padding
 from minitransformer.vocabulary import Vocabulary
 
 
@@ -49,6 +48,14 @@ class Dataset:
     def trimmed(self) -> "Dataset":
         """The same rows without the columns on the right that are padding in all of them."""
         return Dataset(*without_padding(self.tokens, self.padding_mask), self.targets)
+
+
+def without_padding(
+    tokens: Int[Tensor, "*rows T"], padding_mask: Bool[Tensor, "*rows T"]
+) -> tuple[Int[Tensor, "*rows W"], Bool[Tensor, "*rows W"]]:
+    """The same texts without the columns on the right that are padding in all of them."""
+    width = int(padding_mask.flatten(0, -2).any(dim=0).nonzero().max()) + 1
+    return tokens[..., :width], padding_mask[..., :width]
 
 
 def by_length(dataset: Dataset) -> Int[Tensor, " N"]:

@@ -23,6 +23,7 @@ from minitransformer.tasks.toy.pretraining import pretraining_rows
 from minitransformer.tasks.toy.probes import PROBES, probe_rows
 from minitransformer.tasks.toy.world import LABELS
 from minitransformer.transformer import Transformer
+from peft.contents import base_hash
 
 SMALL = Recipe(steps=8, n_rows=2, length=32, warmup=2, probe_every=8, probe_rows=4, threads=1)
 
@@ -80,6 +81,10 @@ def test_zero_shot_sentiment_is_near_chance(backbone):
         logits = backbone.lm_head(hidden[torch.arange(len(rows)), last])
     says = torch.where(logits[:, positive] > logits[:, negative], positive, negative)
     assert (says == rows.targets).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_files_trained_on_the_backbone_go_on_knowing_it(backbone):
+    assert base_hash(backbone).startswith("6e6bd08dba76bcb986eca928aaee063f")  # as in the files that readers have
 
 
 def test_each_call_gives_a_copy_of_its_own(backbone):

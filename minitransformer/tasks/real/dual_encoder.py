@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minitransformer.embedding import without_padding
 from minitransformer.heads import mean_pool
+from minitransformer.tasks.dataset import without_padding
 from minitransformer.transformer import Transformer
 
 

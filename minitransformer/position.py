@@ -1,0 +1,69 @@
+"""Rotary positions: queries and keys are turned by their positions, so their product knows how far apart they are.
+
+Source: Su et al. 2021, "RoFormer", section 3.2.2, equations 14 and 15 (34 is the form that is computed).
+
+    angle_i(t) = t θ^(-2i / d_head)                                     i = 0 … d_head / 2 - 1
+    R(t) turns each pair (a_i, b_i) by its angle:  (a cos - b sin,  b cos + a sin)
+    (R(t) q) · (R(s) k)  depends on t - s alone
+
+A pair is (x_i, x_{i + d_head / 2}), one number of each half, as in Hugging Face's checkpoints. Values are not turned,
+and no table is learned. A position counts the real tokens in front of a token, as in `embedding.py`.
+
+Shapes: q [B, H, T, d_head], k [B, H_kv, T, d_head], cos and sin [B, 1, T, d_head / 2].
+
+Differs from the paper: it pairs neighbours, (x_2i, x_{2i + 1}); that is another order of the rows of W_q and W_k.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minitransformer.attention import Context, Hidden, Mask
+from minitransformer.config import TransformerConfig
+
+Heads = Float[Tensor, "B H T d_head"]
+Angles = Float[Tensor, "#B 1 T half"]
+
+
+def rotary(positions: Int[Tensor, "B T"], d_head: int, theta: float) -> tuple[Angles, Angles]:
+    """cos and sin of t θ^(-2i / d_head), in float32, as checkpoints are trained with. Su et al. 2021, equation 15."""
+    frequency = 1.0 / theta ** (torch.arange(0, d_head, 2, device=positions.device).float() / d_head)
+    angles = positions[:, None, :, None].float() * frequency
+    return angles.cos(), angles.sin()
+
+
+def rotated(x: Heads, cos: Angles, sin: Angles) -> Heads:
+    """R(t) x: each pair turned by its angle. Su et al. 2021, equation 34."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+@dataclass
+class Rotary(Context):
+    """Turns queries and keys, and hands them on: a KV cache `behind` it keeps keys that are turned already, and what
+    stands in front of the text, such as a prefix, has no position."""
+
+    cos: Angles
+    sin: Angles
+    behind: Context | None = None
+
+    def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """As `Context.attend`, of R(t) q and R(t) k."""
+        attend = attention if self.behind is None else partial(self.behind.attend, attention)
+        return attend(rotated(q, self.cos, self.sin), rotated(k, self.cos, self.sin), v, mask)
+
+
+def turning(
+    config: TransformerConfig, x: Hidden, real_keys: Bool[Tensor, "B S"] | None, n_keys: int, behind: list
+) -> list[Rotary]:
+    """For each layer what turns its queries and keys, in front of the context that it has anyway.
+
+    The positions are those of x, the last of `n_keys`; `real_keys` is False at padding.
+    """
+    places = torch.arange(n_keys, device=x.device)[None] if real_keys is None else real_keys.cumsum(dim=1) - 1
+    cos, sin = rotary(places[:, n_keys - x.shape[1] :], config.d_head, config.rope_theta)
+    return [Rotary(cos, sin, context) for context in behind]
