@@ -104,9 +104,11 @@ def _config(path: str | Path, reader) -> dict[str, Any]:
     given = {name.removeprefix("llama."): value for name, value in options.items() if name.startswith("llama.")}
     if unknown := sorted(given.keys() - OPTIONS.keys()):
         raise ValueError(f"{path} has llama.{unknown[0]}={given[unknown[0]]!r}, which is not computed; choose another")
-    if absent := [name for name in PERMUTED.values() if name not in {OPTIONS[name] for name in given}]:
-        raise ValueError(f"{path} does not say {absent[0]}; choose a file that is whole")
-    return {"model_type": "llama", "hidden_act": "silu"} | {OPTIONS[name]: value for name, value in given.items()}
+    config = {"model_type": "llama", "hidden_act": "silu"} | {OPTIONS[name]: value for name, value in given.items()}
+    config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    if wrong := [name for name in PERMUTED.values() if type(config[name]) is not int]:
+        raise ValueError(f"{path} has {wrong[0]}={config[wrong[0]]!r}, but every layer must have as many heads, a number")
+    return config
 
 
 def _weight(path: str | Path, tensor, config: dict[str, Any], dtype: torch.dtype) -> tuple[str, Tensor]:
