@@ -91,6 +91,8 @@ class Attention(nn.Module):
     Weights: `query`, `key`, `value` [H d_head, d_model] and `output` [d_model, H d_head], each with a bias.
     """
 
+    rope_theta: float | None = None  # of rotary positions, by which a context turns its queries and keys
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.d_model = config.d_model
@@ -101,6 +103,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, config.d_kv, config.has_bias("key"))
         self.value = nn.Linear(config.d_model, config.d_kv, config.has_bias("value"))
         self.output = nn.Linear(config.d_query, config.d_model, config.has_bias("output"))
+        if config.position == "rotary":
+            self.rope_theta = config.rope_theta
 
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, {self.implementation}"

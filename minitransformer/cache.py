@@ -3,7 +3,7 @@
 A key and a value depend on the past only, so those of earlier tokens stay as they are. Generation keeps them: each new
 token then costs one query instead of a pass over the whole text.
 
-Shapes: per layer, key and value [B, H, S, d_head]; which of the S positions hold real tokens, [B, S].
+Shapes: per layer, key and value [B, H_kv, S, d_head]; which of the S positions hold real tokens, [B, S].
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitransformer.attention import Context, Hidden, Mask
+from minitransformer.attention import Attention, Context, Hidden, Mask
 from minitransformer.config import TransformerConfig
 
 Heads = Float[Tensor, "B H T d_head"]
@@ -67,3 +67,11 @@ def turning(
     places = torch.arange(n_keys, device=x.device)[None] if real_keys is None else real_keys.cumsum(dim=1) - 1
     cos, sin = rotary(places[:, n_keys - x.shape[1] :], config.d_head, config.rope_theta)
     return [Rotary(cos, sin, context) for context in behind]
+
+
+def in_front(attention: Attention, keys: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n d"]:
+    """An attention layer's keys of n words as a text behind them sees them: turned to the positions -n … -1."""
+    if attention.rope_theta is None:
+        return keys
+    heads, before = attention.split_heads(keys), torch.arange(-keys.shape[1], 0, device=keys.device)[None]
+    return rotated(heads, *rotary(before, heads.shape[-1], attention.rope_theta)).transpose(1, 2).flatten(2)

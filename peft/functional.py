@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minitransformer.attention import Mask, attention_weights, fused_attention, written_out
+from minitransformer.attention import Mask, fused_attention, of_each_query, written_out, written_out_attention
 from minitransformer.feedforward import activate
 
 Weight, RowLengths = Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]
 FactorA, FactorB = Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]
-Queries, Keys, PrefixKeys = Float[Tensor, "B H T d_head"], Float[Tensor, "B H S d_head"], Float[Tensor, "B H n d_head"]
+Queries, Keys = Float[Tensor, "B H T d_head"], Float[Tensor, "B H_kv S d_head"]
+PrefixKeys = Float[Tensor, "B H_kv n d_head"]
 
 
 def lora_update(
@@ -109,6 +110,7 @@ def gated_attention(
     lambda is the share of the softmax's mass that falls on the prefix. He et al. 2022, equation 7.
     """
     scale = 1 / math.sqrt(q.shape[-1])
+    k, v, prefix_k, prefix_v = (of_each_query(part, q) for part in (k, v, prefix_k, prefix_v))
     scores = q @ k.transpose(-2, -1) * scale  # [B, H, T, S]
     if mask is not None:
         scores = scores.masked_fill(~written_out(mask, k), -math.inf)
@@ -127,7 +129,7 @@ def gated_prefix(
     Zhang et al. 2023 (LLaMA-Adapter), section 3.2; the tanh is in their code. `own` is the attention over the text:
     with gate = 0 it comes out unchanged, bit for bit, whatever the prefix holds.
     """
-    return own + torch.tanh(gate)[:, None, None] * (attention_weights(q, prefix_k) @ prefix_v)
+    return own + torch.tanh(gate)[:, None, None] * written_out_attention(q, prefix_k, prefix_v)
 
 
 def prefix_mlp(

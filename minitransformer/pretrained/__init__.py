@@ -3,6 +3,7 @@
 from minitransformer.pretrained.bert import from_bert
 from minitransformer.pretrained.folder import from_pretrained
 from minitransformer.pretrained.gpt2 import from_gpt2
+from minitransformer.pretrained.llama import from_llama
 from minitransformer.pretrained.toy import toy_backbone, toy_record, toy_vocabulary
 
-__all__ = ["from_bert", "from_gpt2", "from_pretrained", "toy_backbone", "toy_record", "toy_vocabulary"]
+__all__ = ["from_bert", "from_gpt2", "from_llama", "from_pretrained", "toy_backbone", "toy_record", "toy_vocabulary"]

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from minitransformer.pretrained import bert, gpt2
+from minitransformer.pretrained import bert, gpt2, llama
 from minitransformer.pretrained.state_dict import Form
 from minitransformer.transformer import Transformer
 
 READERS: tuple[tuple[Form, Callable[..., Transformer]], ...] = (
     (bert.FORM, bert.from_bert),
     (gpt2.FORM, gpt2.from_gpt2),
+    *((form, llama.from_llama) for form in llama.FORMS),
 )
 FORMATS = (("model.safetensors", "*.safetensors.index.json"), ("pytorch_model.bin", "*.bin.index.json"))
 LFS = b"version https://git-lfs"
@@ -34,7 +35,7 @@ def from_pretrained(folder: str | Path, leave_out: tuple[str, ...] = ()) -> Tran
 
     Raises:
         ValueError: the folder, its config, its weights or one of their files is absent or cannot be read; an
-            architecture that has no reader; and what the readers (`from_bert`, `from_gpt2`) refuse.
+            architecture that has no reader; and what the readers (`from_bert`, `from_gpt2`, `from_llama`) refuse.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -11,8 +11,9 @@ is: `disabled` and `detach` give it back bit for bit. The same holds for LayerNo
 Trained: per block 6 d_model + d_ff parameters, and d_model for a norm outside of the blocks.
 
 Differs from the paper: the key map's bias is left out. Adding c to every key adds q·c to all scores of a query, which
-the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. Biases of
-heads are left out too; a fresh head is trained whole (`train_also`).
+the softmax cancels: the gradient of that bias is zero (a test shows it), and it would be counted for nothing. (Rotary
+positions turn c, so that nothing cancels, and it is trained.) Biases of heads are left out too; a fresh head is trained
+whole (`train_also`).
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding
 from peft.functional import in_their_precision, shifted
 from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like, unwrapped
-from peft.sites import block_names, in_layers
+from peft.sites import block_names, in_layers, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,36 @@ class BitFit(LayerwiseMethod):
         """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
         blocks = block_names(modules)
         inside = tuple(f"{block}." for block in blocks)
-        keys = [unwrapped(module.key) for module in modules.values() if isinstance(module, Attention)]
+        layers = [module for module in modules.values() if isinstance(module, Attention)]
+        keys = [unwrapped(layer.key) for layer in layers if layer.rope_theta is None]
         places = [name for name, module in modules.items() if name.startswith(inside) and module not in keys]
         owners = {block.rpartition(".")[0].rpartition(".")[0] for block in blocks}  # of the stacks of blocks
         for owner in [name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Embedding)]:
             places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
         kinds = (nn.Linear, nn.LayerNorm)
         places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
-        return in_layers(places, modules, self.layers)
+        return _some(in_layers(places, modules, self.layers))
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `ShiftedBias` round the layer or norm."""
         return ShiftedBias(module)
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks."""
+        """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks; less if biases are absent."""
+        no_part = () if config.position == "rotary" else ("key",)
+        shapes = linear_shapes(config).items()
+        block = {name.rpartition(".")[2]: d_out for name, (_, d_out) in shapes if name.startswith("blocks.0.")}
+        biases = [d_out for name, d_out in block.items() if config.has_bias(name) and name not in no_part]
+        norm = config.d_model if config.norm_type == "layer" else 0
         outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
-        return self.n_blocks(config) * (6 * config.d_model + config.d_ff) + outside * config.d_model
+        return _some(self.n_blocks(config) * (sum(biases) + 2 * norm) + outside * norm)
+
+
+def _some(found):
+    """What was found, if it is any; ValueError for a model without biases."""
+    if not found:
+        raise ValueError("there is no bias to train: linear layers have none here, nor norms; choose another method")
+    return found
 
 
 class ShiftedBias(Wrapper):

@@ -10,7 +10,10 @@ concatenated form of He et al. 2022, equation 5.
 the positions of the text, and asks no query of its own.
 
 Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
-layer for "kv", n d_model for "hidden".
+layer for "kv", n d_model for "hidden". Where keys and values have fewer heads, P_k and P_v are [n, H_kv d_head].
+
+Rotary positions do not turn a prefix: it has none, and the text's still start at 0. Real words to start from are turned
+to the positions -n … -1 once, so that they stand before the text as they would in a cache.
 
 With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
 "LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention, Context, Mask
 from minitransformer.config import TransformerConfig
+from minitransformer.position import in_front
 from peft.functional import gated_prefix, prefix_attention
 from peft.method import (
     KeysAndValues,
@@ -94,21 +98,29 @@ class PrefixTuning(LayerwiseMethod):
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
         if self.reparameterize is not None:
-            return PrefixAttention(module, self, mlp_start(module.d_model, self.length, self.reparameterize, generator))
+            start = mlp_start(module.d_model, self.length, self.reparameterize, generator, width_of_keys(module))
+            return PrefixAttention(module, self, start)
         parts = ("key", "value") if self.at == "kv" else ("hidden",)
         if self.init == "normal":
-            shape = (self.length, module.d_model)
+            shape = (self.length, module.d_model if self.at == "hidden" else width_of_keys(module))
             return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in parts})
         hidden = attention_input_of_words(self, module, model, generator)
         with torch.no_grad():
-            known = {"hidden": hidden, "key": unwrapped(module.key)(hidden), "value": unwrapped(module.value)(hidden)}
+            key, value = in_front(module, unwrapped(module.key)(hidden)), unwrapped(module.value)(hidden)
+        known = {"hidden": hidden, "key": key, "value": value}
         return PrefixAttention(module, self, {part: known[part][0] for part in parts})
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * 2 n d ("kv") or n d ("hidden"), and a gate per head; with the MLP, what is trained before `fold`."""
-        n, d, h = self.length, config.d_model, self.reparameterize
-        per_block = n * d * (2 if self.at == "kv" else 1) if h is None else n * d + (h * d + h) + 2 * (d * h + d)
+        n, d, d_kv, h = self.length, config.d_model, config.d_kv, self.reparameterize
+        per_block = 2 * n * d_kv if self.at == "kv" else n * d
+        per_block = per_block if h is None else n * d + (h * d + h) + 2 * (d_kv * h + d_kv)
         return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
+
+
+def width_of_keys(attention: Attention) -> int:
+    """Of all heads side by side, H_kv d_head."""
+    return unwrapped(attention.key).out_features
 
 
 class PrefixAttention(Wrapper):
@@ -158,8 +170,8 @@ class PrefixAttention(Wrapper):
 class PrefixContext(Context):
     """P_k and P_v in front of all that a layer sees anyway: its input, and what `behind` brings."""
 
-    key: Float[Tensor, "#B H n d_head"]
-    value: Float[Tensor, "#B H n d_head"]
+    key: Float[Tensor, "#B H_kv n d_head"]
+    value: Float[Tensor, "#B H_kv n d_head"]
     behind: Context | None = None  # another context, such as a KV cache
     gate: Float[Tensor, " H"] | None = None  # one for each head: the prefix then has a softmax of its own
     visible: Bool[Tensor, "B n"] | None = None  # False where a row lacks a position

@@ -20,20 +20,21 @@ from peft.functional import prefix_mlp
 from peft.method import normal, uniform
 
 
-def mlp_start(d: int, n: int, h: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """P' and the network's weights and biases at the start of training: d_model = d, n positions, hidden width h."""
+def mlp_start(d: int, n: int, h: int, generator: torch.Generator, d_kv: int) -> dict[str, Tensor]:
+    """P' and the network's weights and biases at the start of training: d_model = d, n positions, hidden width h; keys
+    and values are d_kv wide."""
     return {
         "source": normal((n, d), 1.0, generator),
         "hidden_weight": uniform((h, d), 1 / math.sqrt(d), generator),
         "hidden_bias": torch.zeros(h),
-        "key_weight": uniform((d, h), 1 / math.sqrt(h), generator),
-        "key_bias": torch.zeros(d),
-        "value_weight": uniform((d, h), 1 / math.sqrt(h), generator),
-        "value_bias": torch.zeros(d),
+        "key_weight": uniform((d_kv, h), 1 / math.sqrt(h), generator),
+        "key_bias": torch.zeros(d_kv),
+        "value_weight": uniform((d_kv, h), 1 / math.sqrt(h), generator),
+        "value_bias": torch.zeros(d_kv),
     }
 
 
-def made_by_mlp(tensors: dict[str, Tensor]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+def made_by_mlp(tensors: dict[str, Tensor]) -> tuple[Float[Tensor, "n d_kv"], Float[Tensor, "n d_kv"]]:
     """P_k and P_v from the tensors that `mlp_start` named."""
     hidden = [tensors[name] for name in ("source", "hidden_weight", "hidden_bias")]
     key, value = ((tensors[f"{part}_weight"], tensors[f"{part}_bias"]) for part in ("key", "value"))
