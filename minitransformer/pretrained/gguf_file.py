@@ -107,7 +107,9 @@ def _config(path: str | Path, reader) -> dict[str, Any]:
     config = {"model_type": "llama", "hidden_act": "silu"} | {OPTIONS[name]: value for name, value in given.items()}
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     if wrong := [name for name in PERMUTED.values() if type(config[name]) is not int]:
-        raise ValueError(f"{path} has {wrong[0]}={config[wrong[0]]!r}, but every layer must have as many heads, a number")
+        raise ValueError(
+            f"{path} has {wrong[0]}={config[wrong[0]]!r}, but every layer must have as many heads, a number"
+        )
     return config
 
 
