@@ -152,7 +152,7 @@ def filled(
 
 
 class NothingDrawn(TorchFunctionMode):
-    """Modules are made without their first weights: drawing on meta would import PyTorch's compiler, 1.5 s and 70 MB."""
+    """Modules are made without first weights: drawing them on meta would import PyTorch's compiler, 1.5 s and 70 MB."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
