@@ -99,10 +99,11 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.dropout = config.dropout
         self.implementation = config.attention
-        self.query = nn.Linear(config.d_model, config.d_query, config.has_bias("query"))
+        d_query = config.n_heads * config.d_head
+        self.query = nn.Linear(config.d_model, d_query, config.has_bias("query"))
         self.key = nn.Linear(config.d_model, config.d_kv, config.has_bias("key"))
         self.value = nn.Linear(config.d_model, config.d_kv, config.has_bias("value"))
-        self.output = nn.Linear(config.d_query, config.d_model, config.has_bias("output"))
+        self.output = nn.Linear(d_query, config.d_model, config.has_bias("output"))
         if config.position == "rotary":
             self.rope_theta = config.rope_theta
 
@@ -138,17 +139,11 @@ class Attention(nn.Module):
 
 
 class GroupedQueryAttention(Attention):
-    """Fewer heads of keys and values than of queries: `key` and `value` are [H_kv d_head, d_model].
-
-    Ainslie et al. 2023, section 2.2; the KV cache is smaller by H_kv / H.
-    """
+    """Fewer heads for keys and values: `key` and `value` [H_kv d_head, d_model]. Ainslie et al. 2023, section 2.2."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        self.n_kv_heads, self.d_head = config.n_kv_heads, config.d_head
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, n_kv_heads={self.n_kv_heads}"
+        self.d_head = config.d_head
 
     def split_heads(self, x: Float[Tensor, "B S d"]) -> Keys:
         """Cut the last axis into heads, as many as it holds, and put the heads before the positions."""

@@ -11,13 +11,6 @@ from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-BIASED = {  # which linear layers of a block have a bias
-    "all": ("query", "key", "value", "output", "gate", "up", "down"),
-    "attention": ("query", "key", "value", "output"),
-    "qkv": ("query", "key", "value"),
-    "feedforward": ("gate", "up", "down"),
-    "none": (),
-}
 CHOICES = {
     "norm": ("pre", "post"),
     "activation": ACTIVATIONS,
@@ -26,7 +19,7 @@ CHOICES = {
     "init": ("gpt2", "unit_embedding"),
     "position": ("learned", "rotary"),
     "norm_type": ("layer", "rms"),
-    "bias": tuple(BIASED),
+    "bias": ("all", "none", "query+key+value", "query+key+value+output", "gate+up+down"),
 }
 KINDS = {int: (Integral, "an integer"), float: (Real, "a finite number"), bool: (bool, "True or False")}
 
@@ -66,7 +59,7 @@ class TransformerConfig:
     gated: bool = False  # the FFN's hidden layer is a product of two, with "silu" SwiGLU (Shazeer 2020)
     n_kv_heads: int = 0  # heads of keys and values, each for several of queries (Ainslie et al. 2023); 0: n_heads
     head_dim: int = 0  # width of one head; 0: d_model / n_heads
-    bias: str = "all"  # linear layers with a bias: "all" | "none" | "attention" | "qkv" (as Qwen2) | "feedforward"
+    bias: str = "all"  # linear layers of a block that have one: "all", "none" or their names, such as "gate+up+down"
 
     def __post_init__(self):
         for field in fields(self):
@@ -98,18 +91,13 @@ class TransformerConfig:
         return self.head_dim or self.d_model // self.n_heads
 
     @property
-    def d_query(self) -> int:
-        """Width of all queries of a token side by side."""
-        return self.n_heads * self.d_head
-
-    @property
     def d_kv(self) -> int:
-        """Width of all keys of a token side by side, and of its values."""
+        """Width of a token's keys, all heads side by side, and of its values."""
         return (self.n_kv_heads or self.n_heads) * self.d_head
 
     def has_bias(self, layer: str) -> bool:
         """Whether the linear layer of that name ("query", …, "down") has a bias."""
-        return layer in BIASED[self.bias]
+        return self.bias == "all" or layer in self.bias.split("+")
 
 
 def _checked(name: str, value, kind: type):

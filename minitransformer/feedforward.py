@@ -10,8 +10,7 @@ Gated, as in the Llama family (Shazeer 2020, "GLU Variants Improve Transformer",
 
     FFN(x) = W_down (act(W_gate x) ⊙ W_up x)
 
-Differs from the paper: the activation may be GELU (Hendrycks & Gimpel 2016), as in BERT and GPT-2, instead of ReLU; and
-biases are as `config.bias` says.
+Differs from the paper: the activation may be GELU (Hendrycks & Gimpel 2016), as in BERT and GPT-2, instead of ReLU.
 """
 
 import torch.nn.functional as F
@@ -25,9 +24,7 @@ def activate(x: Float[Tensor, "*shape"], activation: str) -> Float[Tensor, "*sha
     """Apply "gelu" (x Phi(x), exact), "gelu_tanh" (GPT-2's approximation of it), "relu" or "silu" (x sigmoid(x))."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-    if activation in ("relu", "silu"):
-        return F.relu(x) if activation == "relu" else F.silu(x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return F.gelu(x, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(x)
 
 
 class FeedForward(nn.Module):

@@ -15,15 +15,13 @@ Differs from the paper: it pairs neighbours, (x_2i, x_{2i + 1}); that is another
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitransformer.attention import Attention, Context, Hidden, Mask
-from minitransformer.config import TransformerConfig
+from minitransformer.attention import Attention, Context, Mask
 
 Heads = Float[Tensor, "B H T d_head"]
 Angles = Float[Tensor, "#B 1 T half"]
@@ -42,31 +40,23 @@ def rotated(x: Heads, cos: Angles, sin: Angles) -> Heads:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-@dataclass
 class Rotary(Context):
-    """Turns queries and keys, and hands them on: a KV cache `behind` it keeps keys that are turned already, and what
-    stands in front of the text, such as a prefix, has no position."""
+    """Turns queries and keys, and hands them on. So a KV cache `behind` it keeps keys that are turned already, and what
+    comes in front of the text, such as a prefix, is not turned: it has no position."""
 
-    cos: Angles
-    sin: Angles
-    behind: Context | None = None
+    def __init__(self, cos: Angles, sin: Angles, behind: Context | None = None):
+        self.angles, self.behind = (cos, sin), behind
 
     def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `Context.attend`, of R(t) q and R(t) k."""
         attend = attention if self.behind is None else partial(self.behind.attend, attention)
-        return attend(rotated(q, self.cos, self.sin), rotated(k, self.cos, self.sin), v, mask)
+        return attend(rotated(q, *self.angles), rotated(k, *self.angles), v, mask)
 
 
-def turning(
-    config: TransformerConfig, x: Hidden, real_keys: Bool[Tensor, "B S"] | None, n_keys: int, behind: list
-) -> list[Rotary]:
-    """For each layer what turns its queries and keys, in front of the context that it has anyway.
-
-    The positions are those of x, the last of `n_keys`; `real_keys` is False at padding.
-    """
-    places = torch.arange(n_keys, device=x.device)[None] if real_keys is None else real_keys.cumsum(dim=1) - 1
-    cos, sin = rotary(places[:, n_keys - x.shape[1] :], config.d_head, config.rope_theta)
-    return [Rotary(cos, sin, context) for context in behind]
+def newest(real_keys: Bool[Tensor, "B S"] | None, n_keys: int, n: int, device: torch.device) -> Int[Tensor, "#B n"]:
+    """The positions of the last n of so many keys; `real_keys` is False at padding (None: there is none)."""
+    counted = torch.arange(n_keys, device=device)[None] if real_keys is None else real_keys.cumsum(dim=1) - 1
+    return counted[:, n_keys - n :]
 
 
 def in_front(attention: Attention, keys: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n d"]:

@@ -28,7 +28,7 @@ from minitransformer.heads import LMHead, MaskedLMHead, UntiedLMHead
 from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
 from minitransformer.norm import norm_of
-from minitransformer.position import turning
+from minitransformer.position import Rotary, newest, rotary
 from minitransformer.randomness import random_state_restored
 
 
@@ -90,7 +90,9 @@ class Transformer(nn.Module):
         mask = attention_mask(x.shape[1], real_keys, n_keys, self.config.causal, x.device)
         contexts = [None] * len(self.blocks) if cache is None else cache.layers
         if self.config.position == "rotary":
-            contexts = turning(self.config, x, real_keys, n_keys, contexts)
+            place = newest(real_keys, n_keys, x.shape[1], x.device)
+            angles = rotary(place, self.config.d_head, self.config.rope_theta)
+            contexts = [Rotary(*angles, context) for context in contexts]
         steps = list(self.blocks)
         if asked is not None:
             steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)

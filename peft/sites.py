@@ -155,7 +155,7 @@ def in_layers(names: list[str], modules: dict[str, nn.Module], layers: tuple[int
 
 def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
     """The name and (d_in, d_out) of every linear layer that a Transformer of that shape has, no model built."""
-    d, d_query, d_kv, d_ff = config.d_model, config.d_query, config.d_kv, config.d_ff
+    d, d_query, d_kv, d_ff = config.d_model, config.n_heads * config.d_head, config.d_kv, config.d_ff
     shapes = {"attention.query": (d, d_query), "attention.key": (d, d_kv), "attention.value": (d, d_kv)}
     shapes |= {"attention.output": (d_query, d), "feedforward.up": (d, d_ff), "feedforward.down": (d_ff, d)}
     shapes |= {"feedforward.gate": (d, d_ff)} if config.gated else {}

@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
-from reference.random_weights import randomize
+from reference.tiny_models import KINDS, tiny_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,28 +33,11 @@ install_import_hook(["minitransformer", "peft"], "beartype.beartype")
 # Tiny tensors gain nothing from a second thread, and on a busy machine waiting for it costs ten times the work.
 torch.set_num_threads(1)
 
-# Causal or not and pre- or post-norm are independent of each other: two kinds show all four, the others are slow.
-KINDS = [
-    pytest.param((True, "pre"), id="causal-pre"),
-    pytest.param((False, "post"), id="encoder-post"),
-    pytest.param((True, "post"), id="causal-post", marks=pytest.mark.slow),
-    pytest.param((False, "pre"), id="encoder-pre", marks=pytest.mark.slow),
-]
-
 
 @pytest.fixture(params=KINDS)
 def tiny(request):
     """A tiny model of each kind: `tiny(activation="relu", ...)`; decoders and encoders, pre- and post-norm."""
-    from minitransformer import Transformer, TransformerConfig
-
-    causal, norm = request.param
-
-    def build(seed: int = 0, **changes):
-        sizes = {"vocab_size": 23, "max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24}
-        config = TransformerConfig(**(sizes | {"causal": causal, "norm": norm} | changes))
-        return randomize(Transformer(config, seed))
-
-    return build
+    return tiny_of(request.param)
 
 
 @pytest.fixture

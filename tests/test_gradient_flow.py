@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference.random_weights import randomize
+from reference.tiny_models import LLAMA
 
 import peft
 from minitransformer import Transformer, TransformerConfig
 from peft import IA3, BitFit, BottleneckAdapter, DoRA, LoRA, PrefixTuning, PromptTuning, VeRA
 
 N_LAYERS = 2
+KINDS = {"causal": {}, "bidirectional": {"causal": False}, "Llama": LLAMA}
 LOW_RANK = ("attention.query.A", "attention.query.B", "attention.value.A", "attention.value.B")
 MLP = ("source", "hidden_weight", "hidden_bias", "key_weight", "key_bias", "value_weight", "value_bias")
 BOTTLENECK = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -35,6 +37,7 @@ class Case:
     promise: str
     in_each_block: tuple[str, ...] | None = None  # their names; None: whatever the method added, some in every block
     elsewhere: tuple[str, ...] = ()
+    of_llama: tuple[str, ...] | None = None  # in each block of the Llama family, where they are others
     waits_for: str = ""  # the tensor that starts at zero ...
     waiting: tuple[str, ...] = ()  # ... and those that learn only once it has moved
 
@@ -90,9 +93,10 @@ CASES = {
     "adapter, inside the feed-forward": adapter("inside_ffn", "feedforward.down"),
     "BitFit": Case(
         BitFit(),
-        "every bias but the key map's learns in every layer",
+        "every bias learns in every layer, but that of keys where it changes nothing",
         tuple(f"{site}.delta_bias" for site in BIASES),
         ("norm.delta_bias",),
+        tuple(f"attention.{site}.delta_bias" for site in ("query", "key", "value")),
     ),
     "IA3": Case(
         IA3(),
@@ -135,9 +139,9 @@ def named(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 @functools.cache
-def run(name: str, causal: bool, evaluate: bool = False, checkpointing: bool = False, beside: str = "") -> Run:
+def run(name: str, kind: str, evaluate: bool = False, checkpointing: bool = False, beside: str = "") -> Run:
     """Attach, and make three steps of SGD. `beside`: where in the order a second method is attached."""
-    config = TransformerConfig(23, 12, 16, 2, N_LAYERS, 24, causal=causal, gradient_checkpointing=checkpointing)
+    config = TransformerConfig(23, 12, 16, 2, N_LAYERS, 24, gradient_checkpointing=checkpointing, **KINDS[kind])
     model = randomize(Transformer(config, seed=0)).train()
     base = set(named(model))
     recipe = CASES[name].recipe
@@ -168,6 +172,8 @@ def expected(case: Case, done: Run) -> set[str]:
     """The names of the tensors that must learn."""
     if case.in_each_block is None:
         return done.trained - done.base
+    if case.of_llama and "embedding.position.weight" not in done.base:
+        return {f"blocks.{i}.{name}" for i in range(N_LAYERS) for name in case.of_llama}
     return {f"blocks.{i}.{name}" for i in range(N_LAYERS) for name in case.in_each_block} | {*case.elsewhere}
 
 
@@ -196,12 +202,12 @@ def assert_frozen(done: Run, *cases: Case) -> None:
         assert torch.equal(done.before[name], done.after[name]), f"{name} is frozen, and moved"
 
 
-def learns(name: str, causal: bool) -> None:
-    assert_learns(run(name, causal), CASES[name])
+def learns(name: str, kind: str) -> None:
+    assert_learns(run(name, kind), CASES[name])
 
 
-def waits(name: str, causal: bool) -> None:
-    case, done = CASES[name], run(name, causal)
+def waits(name: str, kind: str) -> None:
+    case, done = CASES[name], run(name, kind)
     first = done.gradients[0]
     zero = sorted(tensor for tensor in done.trained if tensor.endswith(f".{case.waits_for}"))
     waiting = sorted(tensor for tensor in done.trained if tensor.rpartition(".")[2] in case.waiting)
@@ -214,18 +220,18 @@ def waits(name: str, causal: bool) -> None:
         assert not bool(first[tensor].any()), f"{tensor} got a gradient at the first step, when it can have none"
 
 
-def frozen(name: str, causal: bool) -> None:
-    assert_frozen(run(name, causal), CASES[name])
+def frozen(name: str, kind: str) -> None:
+    assert_frozen(run(name, kind), CASES[name])
 
 
-def after_evaluation(name: str, causal: bool) -> None:
-    done = run(name, causal, evaluate=True)
+def after_evaluation(name: str, kind: str) -> None:
+    done = run(name, kind, evaluate=True)
     assert_learns(done, CASES[name])
     assert_frozen(done, CASES[name])
 
 
-def with_checkpointing(name: str, causal: bool) -> None:
-    done, plain = run(name, causal, checkpointing=True), run(name, causal)
+def with_checkpointing(name: str, kind: str) -> None:
+    done, plain = run(name, kind, checkpointing=True), run(name, kind)
     assert_learns(done, CASES[name])
     assert_frozen(done, CASES[name])
     for tensor in sorted(done.trained):
@@ -233,10 +239,10 @@ def with_checkpointing(name: str, causal: bool) -> None:
         assert close, f"{tensor} got another gradient than without checkpointing"
 
 
-def beside_a_second(name: str, causal: bool) -> None:
+def beside_a_second(name: str, kind: str) -> None:
     second = second_method(CASES[name].recipe)
     for order in ("first", "last"):
-        done = run(name, causal, beside=order)
+        done = run(name, kind, beside=order)
         assert_learns(done, CASES[name], second)
         assert_frozen(done, CASES[name], second)
 
@@ -255,16 +261,15 @@ def claims() -> list:
             "both hold with gradient checkpointing": with_checkpointing,
             "both hold beside a second method": beside_a_second,
         }
-        for causal in (True, False):
-            kind = "causal" if causal else "bidirectional"
+        for kind in KINDS:
             for sentence, claim in sentences.items():
-                found.append(pytest.param(claim, name, causal, id=f"{name} - {kind}: {sentence}"))
+                found.append(pytest.param(claim, name, kind, id=f"{name} - {kind}: {sentence}"))
     return found
 
 
-@pytest.mark.parametrize(("claim", "name", "causal"), claims())
-def test_claim(claim, name, causal):
-    claim(name, causal)
+@pytest.mark.parametrize(("claim", "name", "kind"), claims())
+def test_claim(claim, name, kind):
+    claim(name, kind)
 
 
 def test_every_method_of_the_package_is_tried():

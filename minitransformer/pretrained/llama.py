@@ -73,8 +73,8 @@ SUPPORTED = {
 }
 BIAS = {  # attention_bias and mlp_bias -> ours
     (False, False): "none",
-    (True, False): "attention",
-    (False, True): "feedforward",
+    (True, False): "query+key+value+output",
+    (False, True): "gate+up+down",
     (True, True): "all",
 }
 CHOOSE = "choose such a checkpoint"
@@ -179,5 +179,5 @@ def _our_config(config: Mapping[str, Any], form: Form, lm_head: str) -> Transfor
         gated=True,
         n_kv_heads=0 if n_kv_heads == n_heads else n_kv_heads,
         head_dim=0 if head_dim * n_heads == d_model else head_dim,
-        bias={LLAMA: BIAS[asked], QWEN2: "qkv", MISTRAL: "none"}[form],
+        bias={LLAMA: BIAS[asked], QWEN2: "query+key+value", MISTRAL: "none"}[form],
     )

@@ -50,7 +50,7 @@ class BitFit(LayerwiseMethod):
             places += [f"{owner}.{norm}".removeprefix(".") for norm in ("embedding.norm", "norm") if owner in owners]
         kinds = (nn.Linear, nn.LayerNorm)
         places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
-        return _some(in_layers(places, modules, self.layers))
+        return in_layers(places, modules, self.layers) or _refuse()
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `ShiftedBias` round the layer or norm."""
@@ -58,20 +58,18 @@ class BitFit(LayerwiseMethod):
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * (6 d_model + d_ff), and d_model for each norm outside of the blocks; less if biases are absent."""
-        no_part = () if config.position == "rotary" else ("key",)
-        shapes = linear_shapes(config).items()
-        block = {name.rpartition(".")[2]: d_out for name, (_, d_out) in shapes if name.startswith("blocks.0.")}
-        biases = [d_out for name, d_out in block.items() if config.has_bias(name) and name not in no_part]
+        left_out = () if config.position == "rotary" else ("key",)
+        shapes = {
+            n.rpartition(".")[2]: shape for n, shape in linear_shapes(config).items() if n.startswith("blocks.0.")
+        }
+        biases = sum(d_out for n, (_, d_out) in shapes.items() if config.has_bias(n) and n not in left_out)
         norm = config.d_model if config.norm_type == "layer" else 0
         outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
-        return _some(self.n_blocks(config) * (sum(biases) + 2 * norm) + outside * norm)
+        return self.n_blocks(config) * (biases + 2 * norm) + outside * norm or _refuse()
 
 
-def _some(found):
-    """What was found, if it is any; ValueError for a model without biases."""
-    if not found:
-        raise ValueError("there is no bias to train: linear layers have none here, nor norms; choose another method")
-    return found
+def _refuse():
+    raise ValueError("there is no bias to train: linear layers have none here, nor norms; choose another method")
 
 
 class ShiftedBias(Wrapper):

@@ -12,8 +12,8 @@ the positions of the text, and asks no query of its own.
 Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
 layer for "kv", n d_model for "hidden". Where keys and values have fewer heads, P_k and P_v are [n, H_kv d_head].
 
-Rotary positions do not turn a prefix: it has none, and the text's still start at 0. Real words to start from are turned
-to the positions -n … -1 once, so that they stand before the text as they would in a cache.
+Rotary positions do not turn it, and the text's still start at 0; the keys of real words to start from are turned to the
+positions -n … -1, where they would lie in a cache.
 
 With `gated=True` the prefix has a softmax of its own, and each head a gate g that starts at zero (Zhang et al. 2023,
 "LLaMA-Adapter", section 3.2): Attn(q, K, V) + tanh(g) Attn(q, P_k, P_v). Then the start *is* the unchanged model, which
@@ -97,12 +97,12 @@ class PrefixTuning(LayerwiseMethod):
 
     def wrap(self, name: str, module: Attention, model: nn.Module, generator: torch.Generator) -> Wrapper:
         """A `PrefixAttention` round the layer."""
+        d, d_kv = module.d_model, unwrapped(module.key).out_features
         if self.reparameterize is not None:
-            start = mlp_start(module.d_model, self.length, self.reparameterize, generator, width_of_keys(module))
-            return PrefixAttention(module, self, start)
+            return PrefixAttention(module, self, mlp_start(d, self.length, self.reparameterize, generator, d_kv))
         parts = ("key", "value") if self.at == "kv" else ("hidden",)
         if self.init == "normal":
-            shape = (self.length, module.d_model if self.at == "hidden" else width_of_keys(module))
+            shape = (self.length, d if self.at == "hidden" else d_kv)
             return PrefixAttention(module, self, {part: normal(shape, self.init_std, generator) for part in parts})
         hidden = attention_input_of_words(self, module, model, generator)
         with torch.no_grad():
@@ -116,11 +116,6 @@ class PrefixTuning(LayerwiseMethod):
         per_block = 2 * n * d_kv if self.at == "kv" else n * d
         per_block = per_block if h is None else n * d + (h * d + h) + 2 * (d_kv * h + d_kv)
         return self.n_blocks(config) * (per_block + self.gated * config.n_heads)
-
-
-def width_of_keys(attention: Attention) -> int:
-    """Of all heads side by side, H_kv d_head."""
-    return unwrapped(attention.key).out_features
 
 
 class PrefixAttention(Wrapper):

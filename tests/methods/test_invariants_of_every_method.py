@@ -18,12 +18,19 @@ from reference.method_cases import (
     outputs,
     train_a_little,
 )
+from reference.tiny_models import KINDS_AND_LLAMA, tiny_of
 
 import peft
 from minitransformer import Transformer, TransformerConfig
 
 every_recipe = each_of("recipe", RECIPES)
 every_set = each_of("recipes", SETS)
+
+
+@pytest.fixture(params=KINDS_AND_LLAMA)
+def tiny(request):
+    """As elsewhere, and the Llama family."""
+    return tiny_of(request.param)
 
 
 def attach_all(model, recipes, seed=0):

@@ -5,7 +5,8 @@ masked but *cut out*, so that a padded batch is compared with rows that never sa
 
 Sources: Vaswani et al. 2017 (equations 1 and 2, section 3.1), Radford et al. 2019 section 2.3 (pre-norm), Devlin et
 al. 2019 (embeddings, masked language model's head), Ba et al. 2016 equation 4 (LayerNorm), Hendrycks & Gimpel 2016
-(GELU).
+(GELU); for the Llama family Zhang & Sennrich 2019 equation 4 (RMSNorm), Su et al. 2021 equation 15 (rotary positions),
+Shazeer 2020 equation 6 (SwiGLU), Ainslie et al. 2023 section 2.2 (grouped-query attention).
 """
 
 import math
@@ -17,6 +18,21 @@ def layer_norm(x, weight, bias, eps):
     mean = x.mean(axis=-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(axis=-1, keepdims=True)
     return weight * (x - mean) / np.sqrt(variance + eps) + bias
+
+
+def rms_norm(x, weight, eps):
+    return weight * x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
+
+
+def rotated(x, positions, theta):
+    """R(t) x, [T, d_head]: the pair (x_i, x_{i + d_head / 2}) turned by the angle t theta^(-2i / d_head)."""
+    out, half = np.zeros_like(x), x.shape[1] // 2
+    for row, t in enumerate(positions):
+        for i in range(half):
+            angle = t * theta ** (-2 * i / x.shape[1])
+            turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+            out[row, [i, i + half]] = turn @ x[row, [i, i + half]]
+    return out
 
 
 def softmax(x):
@@ -32,7 +48,11 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": lambda x: np.maximum(x, 0)}
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": lambda x: np.maximum(x, 0), "silu": silu}
 
 
 def attention_of_one_head(q, k, v, causal):
@@ -52,22 +72,32 @@ class NumpyTransformer:
         self.weights, self.config = weights, config
 
     def linear(self, name, x):
-        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
 
     def norm(self, name, x):
+        if self.config.norm_type == "rms":
+            return rms_norm(x, self.weights[f"{name}.weight"], self.config.norm_eps)
         return layer_norm(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.config.norm_eps)
 
     def attention(self, name, x):
         q, k, v = (self.linear(f"{name}.{part}", x) for part in ("query", "key", "value"))
-        d_head = x.shape[1] // self.config.n_heads
-        heads = [
-            attention_of_one_head(q[:, cut], k[:, cut], v[:, cut], self.config.causal)[0]
-            for cut in (slice(h * d_head, (h + 1) * d_head) for h in range(self.config.n_heads))
-        ]
+        heads = []
+        for h in range(self.config.n_heads):
+            shared = h * (self.config.n_kv_heads or self.config.n_heads) // self.config.n_heads
+            parts = [self.head(part, i) for part, i in ((q, h), (k, shared), (v, shared))]
+            if self.config.position == "rotary":
+                parts[:2] = (rotated(part, range(len(x)), self.config.rope_theta) for part in parts[:2])
+            heads.append(attention_of_one_head(*parts, self.config.causal)[0])
         return self.linear(f"{name}.output", np.concatenate(heads, axis=1))
 
+    def head(self, x, h):
+        d_head = self.config.head_dim or self.config.d_model // self.config.n_heads
+        return x[:, h * d_head : (h + 1) * d_head]
+
     def feedforward(self, name, x):
-        return self.linear(f"{name}.down", ACTIVATIONS[self.config.activation](self.linear(f"{name}.up", x)))
+        activate, up = ACTIVATIONS[self.config.activation], self.linear(f"{name}.up", x)
+        hidden = activate(self.linear(f"{name}.gate", x)) * up if self.config.gated else activate(up)
+        return self.linear(f"{name}.down", hidden)
 
     def block(self, name, x):
         if self.config.norm == "pre":
@@ -78,7 +108,8 @@ class NumpyTransformer:
 
     def embedding(self, tokens, segments):
         x = self.weights["embedding.token.weight"][tokens]
-        x = x + self.weights["embedding.position.weight"][: len(tokens)]
+        if self.config.position == "learned":
+            x = x + self.weights["embedding.position.weight"][: len(tokens)]
         if self.config.n_segments:
             x = x + self.weights["embedding.segment.weight"][segments]
         return self.norm("embedding.norm", x) if self.config.embedding_norm else x
@@ -91,8 +122,8 @@ class NumpyTransformer:
         return self.norm("norm", x) if self.config.norm == "pre" else x
 
     def lm_head(self, hidden):
-        words = self.weights["embedding.token.weight"]
-        if self.config.lm_head == "tied":
+        words = self.weights["head.weight" if self.config.lm_head == "untied" else "embedding.token.weight"]
+        if self.config.lm_head != "bert":
             return hidden @ words.T * self.config.logit_scale
         hidden = self.norm("head.norm", ACTIVATIONS[self.config.activation](self.linear("head.dense", hidden)))
         return hidden @ words.T + self.weights["head.bias"]

@@ -71,6 +71,29 @@ def test_attention_agrees_with_the_formula_in_numpy(causal):
     np.testing.assert_allclose(weights[1, 2], expected[1], atol=1e-12)
 
 
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
+def test_heads_of_queries_share_keys_and_values(n_kv_heads, name):
+    """As if the shared ones were there once for each; gradients add up. Ainslie et al. 2023, section 2.2."""
+    mask, group = masks()[name], 6 // n_kv_heads
+    q = normal(B, 6, T, D)
+    results = []
+    for attend in (written_out_attention, fused_attention, None):
+        k, v = (normal(B, n_kv_heads, S, D, seed=seed).requires_grad_() for seed in (1, 2))
+        if attend is None:  # head by head
+            heads = [
+                written_out_attention(q[:, h, None], k[:, h // group, None], v[:, h // group, None], mask)
+                for h in range(6)
+            ]
+            out = torch.cat(heads, dim=1)
+        else:
+            out = attend(q, k, v, mask)
+        results.append([out, *torch.autograd.grad((out * normal(*out.shape, seed=9)).sum(), [k, v])])
+    for ours in results[:2]:
+        for got, expected in zip(ours, results[2], strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
 def test_dropout_falls_on_the_weights_and_keeps_their_mean():
     q, k, v = (torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 4000, 1), torch.ones(1, 1, 4000, 1))
     with torch.random.fork_rng():

@@ -13,6 +13,11 @@ def test_the_width_of_a_head_is_its_share_of_d_model():
     assert TransformerConfig(**SIZES, d_model=12, n_heads=3).d_head == 4
 
 
+def test_heads_of_another_width_need_not_divide_d_model():
+    config = TransformerConfig(**SIZES, d_model=10, n_heads=4, head_dim=6, n_kv_heads=2)
+    assert (config.d_head, config.d_kv) == (6, 12)
+
+
 def test_a_config_cannot_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TransformerConfig(**SIZES).d_model = 3
@@ -32,8 +37,21 @@ def test_sizes_are_at_least_1(name):
         ({"dropout": 1.0}, r"dropout is a probability in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, "dropout is a probability"),
         ({"norm": "middle"}, "norm='middle' is unknown; choose one of pre, post"),
-        ({"activation": "silu"}, "activation='silu' is unknown; choose one of gelu, gelu_tanh, relu"),
-        ({"lm_head": "free"}, "lm_head='free' is unknown; choose one of tied, bert, none"),
+        ({"activation": "swish"}, "activation='swish' is unknown; choose one of gelu, gelu_tanh, relu, silu"),
+        ({"lm_head": "free"}, "lm_head='free' is unknown; choose one of tied, untied, bert, none"),
+        ({"position": "alibi"}, "position='alibi' is unknown; choose one of learned, rotary"),
+        ({"norm_type": "none"}, "norm_type='none' is unknown; choose one of layer, rms"),
+        (
+            {"bias": "some"},
+            "bias='some' is unknown; choose one of all, none, query.key.value, query.key.value.output, gate.up.down",
+        ),
+        ({"n_kv_heads": 3}, r"n_kv_heads=3 must divide n_heads=4 \(or be 0: as many\)"),
+        ({"n_kv_heads": 8}, "n_kv_heads=8 must divide n_heads=4"),
+        ({"n_kv_heads": -2}, "n_kv_heads=-2 must divide"),
+        ({"head_dim": -1}, "a head must have a width, and an even one for rotary positions, got -1"),
+        ({"head_dim": 3, "position": "rotary"}, "an even one for rotary positions, got 3"),
+        ({"rope_theta": 5.0}, 'rope_theta=5.0 goes with position="rotary", and must be above 0'),
+        ({"rope_theta": 0.0, "position": "rotary"}, "rope_theta=0.0 goes with"),
         ({"attention": "flash"}, "attention='flash' is unknown; choose one of fused, written_out"),
         ({"init": "zero"}, "init='zero' is unknown; choose one of gpt2, unit_embedding"),
         ({"lm_head": "bert", "logit_scale": 0.5}, 'lm_head="bert" has no logit_scale'),

@@ -6,7 +6,7 @@ from reference.random_weights import randomize
 from torch import nn
 
 from minitransformer import TransformerConfig
-from minitransformer.feedforward import FeedForward, activate
+from minitransformer.feedforward import FeedForward, GatedFeedForward, activate
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -29,6 +29,22 @@ def test_the_network_is_two_linear_maps_round_the_activation(name):
     up_w, up_b, down_w, down_b = (p.detach().numpy() for p in network.parameters())
     expected = ACTIVATIONS[name](x.numpy() @ up_w.T + up_b) @ down_w.T + down_b
     np.testing.assert_allclose(network(x).detach(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", ["none", "gate+up+down"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gate_multiplies_the_hidden_layer(name, bias):
+    """Shazeer 2020, equation 6, in value and gradient."""
+    changes = {"activation": name, "gated": True, "bias": bias}
+    config = TransformerConfig(vocab_size=5, max_len=9, d_model=6, n_heads=1, d_ff=7, **changes)
+    network = randomize(GatedFeedForward(config)).double()
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = {name: p.detach().numpy() for name, p in network.named_parameters()}
+    gate, up = (x.numpy() @ w[f"{part}.weight"].T + w.get(f"{part}.bias", 0.0) for part in ("gate", "up"))
+    expected = (ACTIVATIONS[name](gate) * up) @ w["down.weight"].T + w.get("down.bias", 0.0)
+    np.testing.assert_allclose(network(x).detach(), expected, atol=1e-12)
+    assert len(w) == (3 if bias == "none" else 6)
+    assert torch.autograd.gradcheck(network, x.requires_grad_(), atol=1e-6)
 
 
 def relu_network():
@@ -87,5 +103,5 @@ def test_a_wrapper_round_the_map_gets_the_rows_as_they_are():
 
 
 def test_an_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match="activation='silu' is unknown; choose gelu, gelu_tanh or relu"):
-        activate(torch.zeros(1), "silu")
+    with pytest.raises(ValueError, match="activation='swish' is unknown; choose one of gelu, gelu_tanh, relu, silu"):
+        activate(torch.zeros(1), "swish")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from reference.numpy_transformer import ACTIVATIONS, NumpyTransformer
 from reference.random_weights import randomize
+from reference.tiny_models import KINDS_AND_LLAMA, tiny_of
 from torch.utils.checkpoint import checkpoint
 
 from minitransformer import Transformer, TransformerConfig
@@ -20,6 +21,12 @@ MASKS = {"full": LENGTHS > -1, "right": COLUMNS < LENGTHS, "left": COLUMNS >= 7 
 MASKS["full"] = MASKS["full"].expand(-1, 7)
 DECODER = TransformerConfig(vocab_size=23, max_len=12, d_model=16, n_heads=2, n_layers=2, d_ff=24)
 BERT = {"n_segments": 2, "embedding_norm": True, "lm_head": "bert", "norm_eps": 1e-3}
+
+
+@pytest.fixture(params=KINDS_AND_LLAMA)
+def tiny(request):
+    """As elsewhere, and the Llama family."""
+    return tiny_of(request.param)
 
 
 def numpy_twin(model):
@@ -201,7 +208,8 @@ def test_module_names_are_the_documented_ones(tiny):
     names = set(dict(tiny().named_modules()))
     block = ("attention.query", "attention.key", "attention.value", "attention.output", "feedforward.up")
     block += ("feedforward.down", "norm_attention", "norm_feedforward")
-    assert {"embedding.token", "embedding.position", "norm"} | {f"blocks.1.{name}" for name in block} <= names
+    assert {"embedding.token", "norm"} | {f"blocks.1.{name}" for name in block} <= names
+    assert ("embedding.position" in names) != ("blocks.1.feedforward.gate" in names)
 
 
 def test_a_loss_of_no_word_is_refused(tiny):

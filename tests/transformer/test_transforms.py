@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference.random_weights import randomize
+from reference.tiny_models import LLAMA
 
 from minitransformer import SequenceClassifier, Transformer, TransformerConfig
 from minitransformer.fast import loss as fast_loss
@@ -14,7 +15,10 @@ TARGETS = TOKENS.roll(-1, dims=1).masked_fill(~REAL, -100)
 SEGMENTS = (TOKENS > 4).long()
 
 
-@pytest.fixture(params=[{}, {"attention": "written_out"}, {"gradient_checkpointing": True}, {"causal": False}], ids=str)
+KINDS = [{}, {"attention": "written_out"}, {"gradient_checkpointing": True}, {"causal": False}, LLAMA]
+
+
+@pytest.fixture(params=KINDS, ids=["plain", "written out", "checkpointed", "encoder", "llama"])
 def model(request, monkeypatch):
     monkeypatch.setattr(fast_loss, "WORTH_IT", 1)
     return randomize(Transformer(TransformerConfig(**CONFIG, **request.param))).double()
@@ -75,6 +79,7 @@ def test_second_derivatives_are_symmetric(model):
     _, weights, loss = asked_of(model, "loss")
     row = [part[0] for part in (TOKENS, REAL, TARGETS, SEGMENTS)]
     name = "model.blocks.1.attention.key.weight"
-    hessian = torch.func.hessian(lambda own: loss(weights | {name: own}, *row))(weights[name]).view(256, 256)
+    n = weights[name].numel()
+    hessian = torch.func.hessian(lambda own: loss(weights | {name: own}, *row))(weights[name]).view(n, n)
     assert hessian.abs().max() > 0
     torch.testing.assert_close(hessian, hessian.T, rtol=1e-7, atol=1e-9)
