@@ -23,7 +23,7 @@ SEAMS = [  # the only files outside of a `fast` folder that hand over to a fast 
     "peft/methods/linear.py",
     "peft/methods/lora.py",
 ]
-OPTIONAL = {"tokenizers"}  # packages that may be absent, and so are imported where they are needed
+OPTIONAL = {"gguf", "tokenizers"}  # packages that may be absent, and so are imported where they are needed
 HEAVY = ("matplotlib", "tqdm.auto", "tqdm.notebook", "ipywidgets", "IPython", "pandas")
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for name in OURS for path in (ROOT / name).rglob("*.py"))

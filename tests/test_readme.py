@@ -100,7 +100,7 @@ def test_real_text_is_named_in_one_place_and_both_notebooks_say_how_to_bring_it(
     script = (ROOT / ".ci" / "run").read_text()
     assert "-r notebooks/requirements-real-text.txt" in script
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "notebooks" / "requirements-real-text.txt").read_text(), re.MULTILINE)
-    assert len(pinned) == 4 and not any(name in script for name in pinned)
+    assert len(pinned) == 6 and not any(name in script for name in pinned)
 
 
 def code_after(heading):

@@ -1,9 +1,21 @@
-"""Pretrained weights: the toy backbone that ships with the package, and readers of Hugging Face's checkpoints."""
+"""Pretrained weights: the toy backbone that ships with the package, a language model that another package
+brings, and readers of Hugging Face's checkpoints."""
 
 from minitransformer.pretrained.bert import from_bert
 from minitransformer.pretrained.folder import from_pretrained
 from minitransformer.pretrained.gpt2 import from_gpt2
 from minitransformer.pretrained.llama import from_llama
+from minitransformer.pretrained.smollm2 import smollm2, smollm2_tokenizer
 from minitransformer.pretrained.toy import toy_backbone, toy_record, toy_vocabulary
 
-__all__ = ["from_bert", "from_gpt2", "from_llama", "from_pretrained", "toy_backbone", "toy_record", "toy_vocabulary"]
+__all__ = [
+    "from_bert",
+    "from_gpt2",
+    "from_llama",
+    "from_pretrained",
+    "smollm2",
+    "smollm2_tokenizer",
+    "toy_backbone",
+    "toy_record",
+    "toy_vocabulary",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.state_dict import Form
@@ -115,7 +116,7 @@ def read_dropout(config: Mapping[str, Any], names: tuple[str, ...]) -> float:
 
 
 def filled(
-    config: TransformerConfig, tensors: dict[str, Tensor], names: Callable[[int], dict[str, str]]
+    config: TransformerConfig, tensors: dict[str, Tensor], names: Callable[[int], dict[str, str]], assign: bool = False
 ) -> Transformer:
     """A model with copies of these tensors, float32, in evaluation mode.
 
@@ -123,6 +124,7 @@ def filled(
         config: of the model.
         tensors: by Hugging Face's names.
         names: gives, for so many layers, our module -> theirs; the last part of a name (weight, bias) is the same.
+        assign: the tensors themselves, as they are, instead of copies: no memory but theirs is taken.
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape.
@@ -133,19 +135,29 @@ def filled(
             f"dict must be of one checkpoint"
         )
     their_modules = names(config.n_layers)
-    with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-        places = Transformer(config).state_dict()
-    theirs = {}
+    with torch.device("meta"), NothingDrawn():  # no memory is taken before the shapes are known to fit
+        model = Transformer(config).eval()
+    places, theirs = model.state_dict(), {}
     for name in places:
         module, _, last = name.rpartition(".")
         theirs[name] = f"{their_modules[module]}.{last}"
     check_names(set(theirs.values()), set(tensors))
     for name, place in places.items():
         check_shape(theirs[name], tensors[theirs[name]], place.shape)
-    model = Transformer(config).eval()
-    for name, place in model.state_dict().items():  # state_dict() shares its memory with the model
-        place.copy_(tensors[theirs[name]])
+    weights = {name: tensors[own] for name, own in theirs.items()}
+    if not assign:
+        weights = {name: torch.empty(weight.shape).copy_(weight) for name, weight in weights.items()}
+    model.load_state_dict(weights, assign=True)
     return model
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Modules are made without first weights: drawing them on meta would import PyTorch's compiler, 1.5 s and 70 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def check_names(expected: set[str], given: set[str]) -> None:

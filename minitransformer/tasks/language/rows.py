@@ -1,0 +1,120 @@
+"""Pairs of prompt and answer -> rows of tokens: to train on, padded on the right; to go on from, padded on the left.
+
+Only the answer is asked for, and the end of the turn behind it: a model that never learned to stop does not stop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from minitransformer.tasks.dataset import Dataset, pad_rows
+from minitransformer.tasks.language.pairs import Pair
+
+NOT_ASKED = -100  # as PyTorch has it
+
+
+@dataclass(frozen=True)
+class AnswerRows(Dataset):
+    """Rows of which a part is asked for: `targets` are the tokens of that part where they stand, elsewhere -100.
+
+    A token is said at the position before its own, so position t answers for targets[:, t + 1].
+
+    Raises:
+        ValueError: as `Dataset`; or a target that is not the real token there, or is its row's first token.
+    """
+
+    targets: Int[Tensor, "N T"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        asked = self.targets != NOT_ASKED
+        if self.targets.shape != self.tokens.shape or bool((asked & ~self.padding_mask).any()):
+            raise ValueError("targets are [N, T] as tokens are, and -100 at padding; make them by answer_rows")
+        if bool(asked[:, 0].any()) or not torch.equal(self.targets[asked], self.tokens[asked]):
+            raise ValueError(
+                "a target is the token at its own place, behind the first one of the row: no shift is made here, the "
+                "objective makes it"
+            )
+
+    def rows(self, index: Int[Tensor, " n"] | slice) -> "AnswerRows":
+        """The chosen rows as a data set of their own."""
+        return AnswerRows(self.tokens[index], self.padding_mask[index], self.targets[index])
+
+    def trimmed(self) -> "AnswerRows":
+        """The same rows without the columns on the right that are padding in all of them."""
+        width = int(self.padding_mask.any(dim=0).nonzero().max()) + 1
+        return AnswerRows(self.tokens[:, :width], self.padding_mask[:, :width], self.targets[:, :width])
+
+
+def answer_rows(tokenizer, pairs: Sequence[Pair]) -> AnswerRows:
+    """What training reads: prompt, answer, end of turn, padded on the right; asked for are the last two.
+
+    Prompt and answer are read apart, as they are in generation: no token spans both.
+
+    Args:
+        tokenizer: such as `smollm2_tokenizer()`: `encode`, `encode_chat`, `end_id`, `pad_id`.
+        pairs: at least one, none with an empty prompt.
+
+    Raises:
+        ValueError: no pairs, or a prompt without a token.
+    """
+    prompts = [prompt_tokens(tokenizer, pair) for pair in pairs]
+    answers = [[*tokenizer.encode(pair.answer), tokenizer.end_id] for pair in pairs]
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens, padding_mask = pad_rows(rows, tokenizer.pad_id)
+    n_prompt = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    asked = padding_mask & (torch.arange(tokens.shape[1]) >= n_prompt)
+    return AnswerRows(tokens, padding_mask, tokens.where(asked, torch.tensor(NOT_ASKED)))
+
+
+def prompt_rows(tokenizer, pairs: Sequence[Pair]) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
+    """What generation goes on from: the prompts alone, padded on the left, and their padding mask.
+
+    Raises:
+        ValueError: no pairs, or a prompt without a token.
+    """
+    backwards = [prompt_tokens(tokenizer, pair)[::-1] for pair in pairs]
+    tokens, padding_mask = pad_rows(backwards, tokenizer.pad_id)
+    return tokens.flip(1), padding_mask.flip(1)
+
+
+def prompt_tokens(tokenizer, pair: Pair) -> list[int]:
+    """The tokens in front of the answer; of a conversation, up to the beginning of the answering turn."""
+    if isinstance(pair.prompt, str):
+        tokens = tokenizer.encode(pair.prompt)
+    else:
+        tokens = tokenizer.encode_chat(pair.prompt, add_generation_prompt=True)
+    if not tokens:
+        raise ValueError("an empty prompt has no token that could say the answer; give it at least one word")
+    return tokens
+
+
+def generated_answers(
+    model: nn.Module, tokenizer, pairs: Sequence[Pair], max_new_tokens: int, batch_size: int = 32
+) -> list[str]:
+    """What the model says to each prompt, greedily, up to the end of its turn; in the order of the pairs.
+
+    Args:
+        model: a language model with `generate`.
+        tokenizer: as `answer_rows` takes it.
+        pairs: their answers are not looked at.
+        max_new_tokens: a longer answer is cut off there.
+        batch_size: rows at a time, those of like length together.
+    """
+    said = {}
+    order = sorted(range(len(pairs)), key=lambda i: len(prompt_tokens(tokenizer, pairs[i])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        tokens, padding_mask = prompt_rows(tokenizer, [pairs[i] for i in batch])
+        device = next(model.parameters()).device
+        longer = model.generate(tokens.to(device), max_new_tokens, padding_mask=padding_mask.to(device))
+        for i, row in zip(batch, longer[:, tokens.shape[1] :].tolist(), strict=True):
+            said[i] = tokenizer.decode(_up_to(row, tokenizer.end_id))
+    return [said[i] for i in range(len(pairs))]
+
+
+def _up_to(row: list[int], end_id: int) -> list[int]:
+    return row[: row.index(end_id)] if end_id in row else row
