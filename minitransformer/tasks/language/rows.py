@@ -4,9 +4,9 @@ Only the answer is asked for, and the end of the turn behind it: a model that ne
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
@@ -16,43 +16,11 @@ from minitransformer.tasks.language.pairs import Pair
 NOT_ASKED = -100  # as PyTorch has it
 
 
-@dataclass(frozen=True)
-class AnswerRows(Dataset):
-    """Rows of which a part is asked for: `targets` are the tokens of that part where they stand, elsewhere -100.
-
-    A token is said at the position before its own, so position t answers for targets[:, t + 1].
-
-    Raises:
-        ValueError: as `Dataset`; or a target that is not the real token there, or is its row's first token.
-    """
-
-    targets: Int[Tensor, "N T"]
-
-    def __post_init__(self):
-        super().__post_init__()
-        asked = self.targets != NOT_ASKED
-        if self.targets.shape != self.tokens.shape or bool((asked & ~self.padding_mask).any()):
-            raise ValueError("targets are [N, T] as tokens are, and -100 at padding; make them by answer_rows")
-        if bool(asked[:, 0].any()) or not torch.equal(self.targets[asked], self.tokens[asked]):
-            raise ValueError(
-                "a target is the token at its own place, behind the first one of the row: no shift is made here, the "
-                "objective makes it"
-            )
-
-    def rows(self, index: Int[Tensor, " n"] | slice) -> "AnswerRows":
-        """The chosen rows as a data set of their own."""
-        return AnswerRows(self.tokens[index], self.padding_mask[index], self.targets[index])
-
-    def trimmed(self) -> "AnswerRows":
-        """The same rows without the columns on the right that are padding in all of them."""
-        width = int(self.padding_mask.any(dim=0).nonzero().max()) + 1
-        return AnswerRows(self.tokens[:, :width], self.padding_mask[:, :width], self.targets[:, :width])
-
-
-def answer_rows(tokenizer, pairs: Sequence[Pair]) -> AnswerRows:
+def answer_rows(tokenizer, pairs: Sequence[Pair]) -> Dataset:
     """What training reads: prompt, answer, end of turn, padded on the right; asked for are the last two.
 
-    Prompt and answer are read apart, as they are in generation: no token spans both.
+    As `answer_only` takes them: targets [N, T] are the token that should follow each position, -100 where nothing is
+    asked. Prompt and answer are read apart, as they are in generation: no token spans both.
 
     Args:
         tokenizer: such as `smollm2_tokenizer()`: `encode`, `encode_chat`, `end_id`, `pad_id`.
@@ -67,7 +35,8 @@ def answer_rows(tokenizer, pairs: Sequence[Pair]) -> AnswerRows:
     tokens, padding_mask = pad_rows(rows, tokenizer.pad_id)
     n_prompt = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     asked = padding_mask & (torch.arange(tokens.shape[1]) >= n_prompt)
-    return AnswerRows(tokens, padding_mask, tokens.where(asked, torch.tensor(NOT_ASKED)))
+    said = tokens.masked_fill(~asked, NOT_ASKED)
+    return Dataset(tokens, padding_mask, F.pad(said[:, 1:], (0, 1), value=NOT_ASKED))  # said at the position before
 
 
 def prompt_rows(tokenizer, pairs: Sequence[Pair]) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
@@ -110,7 +79,8 @@ def generated_answers(
         batch = order[start : start + batch_size]
         tokens, padding_mask = prompt_rows(tokenizer, [pairs[i] for i in batch])
         device = next(model.parameters()).device
-        longer = model.generate(tokens.to(device), max_new_tokens, padding_mask=padding_mask.to(device))
+        options = {"padding_mask": padding_mask.to(device), "stop": tokenizer.end_id, "pad_id": tokenizer.end_id}
+        longer = model.generate(tokens.to(device), max_new_tokens, **options)
         for i, row in zip(batch, longer[:, tokens.shape[1] :].tolist(), strict=True):
             said[i] = tokenizer.decode(_up_to(row, tokenizer.end_id))
     return [said[i] for i in range(len(pairs))]
