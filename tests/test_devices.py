@@ -108,7 +108,10 @@ def test_words_are_those_of_the_cpu(name):
     for use_cache in (True, False):
         got = there.generate(tokens.to(DEVICE), 8, padding_mask=mask.flip(1).to(DEVICE), use_cache=use_cache)
         assert torch.equal(got.cpu(), expected)
-    drawn = [there.generate(tokens.to(DEVICE), 8, temperature=1.0, top_k=5, seed=3) for _ in range(2)]
+    options |= {"stop": expected[:, -5:-2].flatten().tolist()}
+    stopped = there.generate(tokens.to(DEVICE), 8, **options | {"padding_mask": mask.flip(1).to(DEVICE)})
+    assert torch.equal(stopped.cpu(), cpu.generate(tokens, 8, **options))
+    drawn = [there.generate(tokens.to(DEVICE), 8, temperature=1.0, top_k=5, top_p=0.9, seed=3) for _ in range(2)]
     assert torch.equal(*drawn)
 
 
