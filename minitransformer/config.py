@@ -30,7 +30,7 @@ class TransformerConfig:
 
     Raises:
         ValueError: a field of another type or out of its range, heads that do not divide d_model, an unknown choice,
-            or a logit_scale that BERT's head would ignore.
+            or a logit_scale that the head would ignore.
     """
 
     vocab_size: int  # V
@@ -82,8 +82,8 @@ class TransformerConfig:
             raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
         if self.norm_eps <= 0.0 or self.logit_scale <= 0.0:
             raise ValueError(f"norm_eps and logit_scale must be above 0, got {self.norm_eps} and {self.logit_scale}")
-        if self.lm_head == "bert" and self.logit_scale != 1.0:
-            raise ValueError(f'lm_head="bert" has no logit_scale, got {self.logit_scale}; leave it at 1.0')
+        if self.lm_head in ("bert", "none") and self.logit_scale != 1.0:
+            raise ValueError(f'lm_head="{self.lm_head}" has no logit_scale, got {self.logit_scale}; leave it at 1.0')
 
     @property
     def d_head(self) -> int:

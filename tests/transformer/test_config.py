@@ -55,6 +55,7 @@ def test_sizes_are_at_least_1(name):
         ({"attention": "flash"}, "attention='flash' is unknown; choose one of fused, written_out"),
         ({"init": "zero"}, "init='zero' is unknown; choose one of gpt2, unit_embedding"),
         ({"lm_head": "bert", "logit_scale": 0.5}, 'lm_head="bert" has no logit_scale'),
+        ({"lm_head": "none", "logit_scale": 0.5}, 'lm_head="none" has no logit_scale'),
         ({"logit_scale": 0.0}, "norm_eps and logit_scale must be above 0, got 1e-05 and 0.0"),
         ({"norm_eps": -1.0}, "norm_eps and logit_scale must be above 0, got -1.0 and 1.0"),
     ],
