@@ -36,7 +36,7 @@ from minitransformer.config import TransformerConfig
 Hidden = Float[Tensor, "B T d_model"]
 Queries = Float[Tensor, "B H T d_head"]  # and what they see
 Keys = Float[Tensor, "B H_kv S d_head"]  # and values
-# True where a query may look at a key; "causal": at keys up to its own, of as many as there are queries; None: at all.
+# True where a query may look at a key; "causal": at keys up to its own, as many as queries; None: at all keys.
 Mask = Bool[Tensor, "#B #H #T S"] | Literal["causal"] | None
 
 
@@ -88,7 +88,8 @@ def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask = None, dropout: fl
 class Attention(nn.Module):
     """Multi-head attention. Vaswani et al. 2017, section 3.2.2.
 
-    Weights: `query`, `key`, `value` [H d_head, d_model] and `output` [d_model, H d_head], each with a bias.
+    Weights: `query`, `key`, `value` [H d_head, d_model] and `output` [d_model, H d_head], with biases where
+    `config.bias` says so.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -148,7 +149,7 @@ class GroupedQueryAttention(Attention):
 def is_transformed() -> bool:
     """Whether a transform of `torch.func`, or forward-mode differentiation, is at work on what is computed.
 
-    Not all of them know a fused kernel, and values can not be read: of an example in `vmap` there are none.
+    Not all of them know a fused kernel, and values cannot be read: in `vmap` an example has none.
     """
     active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return active and not torch.compiler.is_compiling()

@@ -20,10 +20,10 @@ class LayerCache(Context):
     """The keys and values that one attention layer has computed so far: a context for the tokens that come next."""
 
     def __init__(self):
-        self.key: Float[Tensor, "B H S d_head"] | None = None
-        self.value: Float[Tensor, "B H S d_head"] | None = None
+        self.key: Float[Tensor, "B H_kv S d_head"] | None = None
+        self.value: Float[Tensor, "B H_kv S d_head"] | None = None
 
-    def append(self, key: Float[Tensor, "B H T d_head"], value: Float[Tensor, "B H T d_head"]) -> None:
+    def append(self, key: Float[Tensor, "B H_kv T d_head"], value: Float[Tensor, "B H_kv T d_head"]) -> None:
         """Put the newest T keys and values behind those already there."""
         self.key = key if self.key is None else torch.cat([self.key, key], dim=2)
         self.value = value if self.value is None else torch.cat([self.value, value], dim=2)

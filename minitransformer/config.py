@@ -3,7 +3,8 @@
 The letters used for axes everywhere in this repository:
 
     B  rows in a batch          T  tokens of a row (queries)     S  keys a query may see
-    H  heads (n_heads)          d_head = d_model / n_heads       V  words (vocab_size)
+    H  heads (n_heads)          H_kv  of keys and values         V  words (vocab_size)
+    d_head  width of a head: d_model / n_heads, unless head_dim says another
 """
 
 import math
@@ -29,8 +30,8 @@ class TransformerConfig:
     """Everything that fixes a Transformer's shape and arithmetic; weights are not in it.
 
     Raises:
-        ValueError: a field of another type or out of its range, heads that do not divide d_model, an unknown choice,
-            or a logit_scale that the head would ignore.
+        ValueError: a field of another type or out of its range, heads that do not divide d_model, or heads of keys and
+            values that do not divide these, an unknown choice, or an option that would be ignored.
     """
 
     vocab_size: int  # V

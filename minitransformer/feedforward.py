@@ -25,7 +25,7 @@ def activate(x: Float[Tensor, "*shape"], activation: str) -> Float[Tensor, "*sha
 
 
 class FeedForward(nn.Module):
-    """Weights: `up` [d_ff, d_model] and `down` [d_model, d_ff], each with a bias."""
+    """Weights: `up` [d_ff, d_model] and `down` [d_model, d_ff], with biases where `config.bias` says so."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

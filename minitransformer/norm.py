@@ -27,6 +27,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """Zhang & Sennrich 2019, equation 4. Of 16-bit numbers the mean is taken in 32."""
+        """Zhang & Sennrich 2019, equation 4. For 16-bit numbers the mean is taken in 32 bits."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight

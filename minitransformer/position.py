@@ -10,7 +10,7 @@ A pair is (x_i, x_{i + d_head / 2}), one number of each half, as in Hugging Face
 
 Shapes: q [B, H, T, d_head], k [B, H_kv, T, d_head], cos and sin [B, 1, T, d_head / 2].
 
-Differs from the paper: it pairs neighbours, (x_2i, x_{2i + 1}); that is another order of the rows of W_q and W_k.
+Differs from the paper: it pairs neighbours, (x_2i, x_{2i + 1}), which is another order of the rows of W_q and W_k.
 """
 
 from collections.abc import Callable

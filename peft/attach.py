@@ -204,7 +204,7 @@ def _trained_whole(name: str, module: nn.Module) -> list[nn.Module]:
 
 
 def _check_wrapper(name: str, sites: dict[str, Site], new: Wrapper) -> None:
-    """Raise ValueError, with the cure, for a wrapper that would be passed by, or not be told apart."""
+    """Raise ValueError, with the cure, for a wrapper that would be bypassed, or not be told from another."""
     kind, tensors, module, outermost = type(new).__name__, new.tensors(), sites[name].module, sites[name].parts[0]
     for parent, attribute in [place for site in sites.values() if site.module is module for place in site.places]:
         if isinstance(parent, READ_BY_PARENT):

@@ -80,7 +80,7 @@ def _require_found_again(model: nn.Module, entry: Attached) -> None:
 
 
 class _NoLarger(TorchDispatchMode):
-    """Inside, no tensor is made, but of others, that is longer on any axis than `longest`."""
+    """Inside, no tensor longer than `longest` on any axis can be made, unless from other tensors."""
 
     def __init__(self, longest: int):
         super().__init__()

@@ -81,8 +81,8 @@ def _entry(recipe: dict, seed: int, train_also: list[str]) -> Attached:
 
 
 def base_hash(model: nn.Module) -> str:
-    """SHA-256 of what computes beside the methods: of every tensor and buffer that none declares the name, type, shape
-    and bytes; of every module its class, and the settings that its class gives it. Merging does not change it."""
+    """SHA-256 of what computes beside the methods: the name, type, shape and bytes of every tensor and buffer that no
+    method declares; the class of every module, and the settings that its class gives it. Merging does not change it."""
     belonging = {id(tensor) for tensor in declared(model).values()}
     base = {name: t for name, t in named_tensors(model, buffers=True).items() if id(t) not in belonging}
     made = [(name, type(site.module).__name__, _settings(site.module)) for name, site in sites_of(model).items()]

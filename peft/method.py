@@ -21,7 +21,7 @@ from minitransformer.call import CALL, telling
 from minitransformer.config import TransformerConfig
 
 LinearMap = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
-KeysAndValues = tuple[Tensor, Tensor]  # [n, d_model] each
+KeysAndValues = tuple[Tensor, Tensor]  # [n, H_kv d_head] each
 
 
 class Wrapper(nn.Module):

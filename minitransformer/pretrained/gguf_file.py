@@ -32,7 +32,7 @@ LAYER = {  # below blk.{i} and model.layers.{i}
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}  # in as many heads
+PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}  # by heads: the option that says how many
 OPTIONS = {  # llama.cpp's, below "llama." -> Hugging Face's
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -106,9 +106,9 @@ def _config(path: str | Path, reader) -> dict[str, Any]:
         raise ValueError(f"{path} has llama.{unknown[0]}={given[unknown[0]]!r}, which is not computed; choose another")
     config = {"model_type": "llama", "hidden_act": "silu"} | {OPTIONS[name]: value for name, value in given.items()}
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    if wrong := [name for name in PERMUTED.values() if type(config[name]) is not int]:
+    if wrong := [name for name in PERMUTED.values() if type(config.get(name)) is not int]:
         raise ValueError(
-            f"{path} has {wrong[0]}={config[wrong[0]]!r}, but every layer must have as many heads, a number"
+            f"{path} has {wrong[0]}={config.get(wrong[0])!r}, but every layer must have the same number of heads"
         )
     return config
 

@@ -26,6 +26,7 @@ ACTIVATIONS = {
     "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
 }
+EMBEDDINGS = ("wte.weight", "embeddings.word_embeddings.weight", "embed_tokens.weight")
 NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
 
 
@@ -189,7 +190,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
             "it is the transpose; bring the weight of every linear layer into Hugging Face's order, the square ones "
             "as well, whose shapes do not tell"
         )
-    elif name in ("wte.weight", "embeddings.word_embeddings.weight") and given[1:] == expected[1:] and given > expected:
+    elif name in EMBEDDINGS and given[1:] == expected[1:] and given > expected:
         cure = f"if the vocabulary is padded, say so by vocab_size={given[0]} in the config"
     raise ValueError(f"{name!r} has shape {given}, but config says {expected}; {cure}")
 

@@ -1,8 +1,8 @@
 """The Llama family, from Hugging Face's weights into our decoder: Llama, Qwen2, Mistral, SmolLM and their like.
 
 Sources: Touvron et al. 2023, "LLaMA", section 2.2: a causal pre-norm Transformer with RMSNorm, SwiGLU, rotary positions
-and no biases. Qwen2 (Yang et al. 2024, section 2.2.1) has biases on queries, keys and values; the larger ones of all
-have fewer heads for keys and values.
+and no biases. Qwen2 (Yang et al. 2024, section 2.2.1) has biases on queries, keys and values; in each
+family the larger models have fewer heads for keys and values.
 
 What is not computed is refused by name: scaled rotary angles, sliding windows, experts, parallel blocks.
 """
@@ -131,7 +131,7 @@ def _check_windows(config: Mapping[str, Any], form: Form) -> None:
         raise ValueError(
             f"config has sliding_window={window!r}, but only windows as long as max_position_embeddings "
             f"({config['max_position_embeddings']}) are supported, which hide nothing; choose a checkpoint without a "
-            f"window, or lower max_position_embeddings to the window: shorter texts are all that it computes alike"
+            f"window, or lower max_position_embeddings to the window: texts up to that length are computed alike"
         )
 
 
@@ -147,7 +147,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"config turns a part of each head only ({found}), but all of it is supported; {CHOOSE}")
     if config.get("rope_theta", found.get("rope_theta")) != found.get("rope_theta", config.get("rope_theta")):
-        raise ValueError(f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep the right")
+        raise ValueError(f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep one")
     return read_number({**config, **found}, "rope_theta", 10_000.0)
 
 

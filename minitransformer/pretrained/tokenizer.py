@@ -25,7 +25,7 @@ class ChatTokenizer:
     Special tokens that a text spells, such as "<|im_end|>", are read as such, in a message too.
 
     Args:
-        bpe: of `byte_level_bpe`.
+        bpe: what `byte_level_bpe` gives.
         system: the message that a conversation begins with unless it has one of its own.
     """
 
@@ -43,7 +43,7 @@ class ChatTokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; nothing is put in front or behind.
 
-        A byte without a token is left out: SmolLM2's words lack 21 that hardly a text has, such as a few of the
+        A byte without a token is left out: SmolLM2's vocabulary lacks 21 that hardly any text has, such as some
         control characters.
         """
         return self.bpe.encode(text).ids
@@ -78,7 +78,9 @@ def byte_level_bpe(words: list[str], merges: list[str], special: list[str]):
     try:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"tokenizers is not installed; install it by `{PIP_INSTALL} tokenizers`") from error
+        raise ModuleNotFoundError(
+            f"tokenizers cannot be imported ({error}); install it by `{PIP_INSTALL} tokenizers`", name="tokenizers"
+        ) from error
     numbers = {word: number for number, word in enumerate(words)}
     bpe = Tokenizer(models.BPE(numbers, [tuple(merge.split(" ")) for merge in merges]))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)

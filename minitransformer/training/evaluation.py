@@ -20,7 +20,7 @@ def evaluate(
     batches, so all of them must call it; each gets the result of all.
 
     Raises:
-        ValueError: there is nothing to score.
+        ValueError: there is nothing to score, or a batch_size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")

@@ -53,9 +53,10 @@ def fit(
         model: whatever the objective can call; its trainable tensors are those with `requires_grad`.
         train: a dataset, walked in a fresh random order each epoch, or a function from the step to a batch.
         validation: scored every `validate_every` steps and at the end; None there: only at the end.
-        steps: optimizer steps, each of `batch_size` rows where `train` is a dataset; by default 32.
-        objective: from model and batch to a `Score`.
+        steps: optimizer steps.
         learning_rate: peak of the schedule, by default 1e-3.
+        batch_size: rows of a step, where `train` is a dataset; by default 32.
+        objective: from model and batch to a `Score`.
         warmup: steps of linear warm-up; by default a twentieth of all, at most 100.
         schedule: "cosine" or "linear" decay to 0, or "constant"; or a function from the step to the share of the peak.
         weight_decay, betas: of AdamW, by default 0 and (0.9, 0.999).

@@ -22,7 +22,7 @@ def rows_under(
     tasks: Sequence[str | None], own: Sequence[str], device: torch.device
 ) -> tuple[Int[Tensor, "B"], Bool[Tensor, "B"], bool]:
     """Where rows under these tasks find their tensors in the stacks of the tasks `own`; which of them find none; and
-    whether one does."""
+    whether any finds none."""
     absent = [task not in own for task in tasks]
     place = [0 if missing else own.index(task) for task, missing in zip(tasks, absent, strict=True)]
     return torch.tensor(place, device=device), torch.tensor(absent, device=device), any(absent)
@@ -100,7 +100,7 @@ class MixedLoRA(MixedWrapper):
 
 
 class MixedPrefix(MixedWrapper):
-    """Attention of each row over the prefix of its task, of `key` and `value` [K, n, d_model] or `hidden` [K, n, d]."""
+    """Attention of each row over the prefix of its task, of `key` and `value` [K, n, d_kv] or `hidden` [K, n, d]."""
 
     position_wise = True
 

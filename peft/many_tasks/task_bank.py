@@ -8,7 +8,7 @@ them one task after the other wastes the hardware. So the tensors of all tasks a
 its own by its number, and one batched product serves all rows:
 
     LoRA       y_b + s[k_b] B[k_b] (A[k_b] x_b)               A [K, r, d_in], B [K, d_out, r]
-    prefix     attention of row b over [P_k[k_b] ; K_b]       P_k, P_v [K, n, d_model]
+    prefix     attention of row b over [P_k[k_b] ; K_b]       P_k, P_v [K, n, d_kv]
     adapter    h_b + s[k_b] bottleneck(h_b; k_b)              down [K, m, d], up [K, d, m]
 
 The cost grows with the tokens, not with K. Ranks, lengths and widths may differ: shorter ones are filled up with zeros

@@ -37,6 +37,7 @@ from peft.sites import all_wrappers, in_order
 
 WithTensors = tuple[Method, Mapping[str, Tensor]]  # as of `state_dict`
 Source = nn.Module | str | Path | Sequence[WithTensors]  # of methods: attached, in a file, or by themselves
+NOT_COMBINED = "what was trained whole beside a LoRA (train_also) cannot be combined; peft.soup averages it"
 Factors = dict[str, tuple[Tensor, Tensor]]  # by site A [r, d_in] and s B [d_out, r], this one in float64
 
 
@@ -72,7 +73,7 @@ def combine(
         raise ValueError(f"give at least one LoRA, and one weight for each, a finite number; got {list(weights)}")
     parts, beside, bases = zip(*map(_apart, loras), strict=True)
     if any(beside):
-        raise ValueError("what was trained whole beside a LoRA (train_also) cannot be combined; peft.soup averages it")
+        raise ValueError(NOT_COMBINED)
     if len(set(bases) - {None}) > 1:
         raise ValueError("these LoRAs belong to different models: they were trained on base weights that differ")
     widest, *narrower = _summed(parts, weights, rank)
@@ -168,6 +169,8 @@ def _apart(lora: nn.Module | str | Path | WithTensors) -> tuple[Factors, dict[st
         names = ", ".join(type(entry.method).__name__ for entry in entries)
         raise ValueError(f"only a single plain LoRA can be combined, since its update is a sum; this one holds {names}")
     rank, tensors = entries[0].method.rank, {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    if entries[0].train_also and not isinstance(lora, nn.Module):
+        raise ValueError(NOT_COMBINED)
     sites = all_wrappers(lora) if isinstance(lora, nn.Module) else {name.rpartition(".")[0] for name in tensors}
     own = {name: tensors.pop(name, None) for site in sites for name in (f"{site}.A", f"{site}.B")}
     for name, t in own.items():

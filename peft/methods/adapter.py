@@ -47,7 +47,7 @@ class BottleneckAdapter(LayerwiseMethod):
     Args:
         bottleneck: m, the width between the two projections.
         placement: "houlsby" | "pfeiffer" | "parallel" | "inside_ffn", see the head of this file.
-        activation: "relu" | "gelu" | "gelu_tanh".
+        activation: "relu" | "gelu" | "gelu_tanh" | "silu".
         scale: factor on the bottleneck's output (the s of He et al. 2022; 1 in Houlsby et al. 2019).
         layers: the numbers of the blocks to enter; None means all.
     """

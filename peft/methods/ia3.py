@@ -5,7 +5,7 @@ section 3.3.
 
     Attention(Q, l_k ⊙ K, l_v ⊙ V)              W_down (l_ff ⊙ act(W_up x))            l = 1 at the start
 
-Shapes: l_k, l_v [d_model] (with fewer heads of keys and values H_kv d_head), l_ff [d_ff]. Trained: 2 d_model + d_ff
+Shapes: l_k, l_v [d_model] (with grouped queries H_kv d_head), l_ff [d_ff]. Trained: 2 d_model + d_ff
 parameters per block, about as many as a LoRA of rank 1 on a single layer.
 
 Differs from the paper: nothing. (Keys and values are scaled with their bias, as there.)
@@ -39,7 +39,7 @@ class IA3(LayerwiseMethod):
         return Rescaled(module, PLACES[".".join(name.split(".")[-2:])])
 
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """blocks * (2 d_kv + d_ff), where d_kv = d_model unless keys and values have fewer heads."""
+        """blocks * (2 d_kv + d_ff), where d_kv = H_kv d_head, d_model without grouped queries."""
         return self.n_blocks(config) * (2 * config.d_kv + config.d_ff)
 
 

@@ -34,18 +34,18 @@ class LinearMethod(LayerwiseMethod):
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """The linear layers that the targets name."""
         linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        return find(self.targets, in_layers(linears, modules, self.layers), "linear map")
+        return find(self.targets, in_layers(linears, modules, self.layers), "linear layer")
 
     def targeted_shapes(self, config: TransformerConfig) -> list[tuple[int, int]]:
         """(d_in, d_out) of each linear layer that the targets name; ValueError as in `attach`."""
         self.n_blocks(config)  # refuses a block that is not there
         shapes, blocks = linear_shapes(config), tuple(f"blocks.{layer}." for layer in self.layers or ())
         names = [name for name in shapes if self.layers is None or name.startswith(blocks)]
-        return [shapes[name] for name in find(self.targets, names, "linear map")]
+        return [shapes[name] for name in find(self.targets, names, "linear layer")]
 
 
 class MergeableLinear(Wrapper):
-    """Round a linear layer: what it computes another weight, `changed_weight()`, computes as well.
+    """Round a linear layer: another weight, `changed_weight()`, computes the same as the wrapper.
 
     A subclass has `changed_weight` and `adapted(x)`, what it computes of x by W0 and its own tensors. One that changes
     `adapted` or `forward` alone does not inherit the weight, and cannot be merged.

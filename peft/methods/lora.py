@@ -29,7 +29,7 @@ from peft.method import parameter_like, uniform
 from peft.methods.linear import LinearMethod, MergeableLinear
 from peft.methods.options import Count, Factor, Probability, some_of
 
-ALL_LINEARS = ("query", "key", "value", "output", "up", "down")
+ALL_LINEARS = ("query", "key", "value", "output", "up", "down")  # a gated FFN has one more: (*ALL_LINEARS, "gate")
 
 
 @dataclass(frozen=True)

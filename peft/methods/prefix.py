@@ -12,7 +12,7 @@ the positions of the text, and asks no query of its own. Gated (LLaMA-Adapter, s
 model, which a plain prefix never does: even zero keys take their share of the softmax.
 
 Shapes: P_k, P_v [n, d_model] -> [B, H, n, d_head] in front of [B, H, S, d_head]. Trained: 2 n d_model parameters per
-layer for "kv", n d_model for "hidden". Where keys and values have fewer heads, P_k and P_v are [n, H_kv d_head].
+layer for "kv", n d_model for "hidden". With grouped queries, P_k and P_v are [n, H_kv d_head].
 
 Rotary positions do not turn it, and the text's still start at 0; the keys of real words to start from are turned to the
 positions -n … -1, where they would lie in a cache.

@@ -56,7 +56,7 @@ class LearnedPositions(Method):
 
     @torch.no_grad()
     def activations(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> Float[Tensor, "1 n d"]:
-        """What that attention layer reads at each word; ValueError if no Transformer is round it, or lacks a word."""
+        """What that attention layer reads at each word; ValueError outside a Transformer, or for an unknown word."""
         around = [m for m in model.modules() if isinstance(m, Transformer) and any(p is attention for p in m.modules())]
         if not around:
             raise ValueError('no minitransformer Transformer is round this attention layer; choose init="normal"')

@@ -2,7 +2,7 @@
 
 Source: Li & Liang 2021, section 4.3 and appendix C: P_k and P_v trained directly were unstable for them, so
 
-    P = tanh(P' W_hᵀ + b_h) W_oᵀ + b_o                P' [n, d_model] -> hidden [n, h] -> P_k, P_v [n, d_model]
+    P = tanh(P' W_hᵀ + b_h) W_oᵀ + b_o                P' [n, d_model] -> hidden [n, h] -> P_k, P_v [n, d_kv]
 
 is trained instead; afterwards `fold` throws P' and the network away, and P_k, P_v stay.
 

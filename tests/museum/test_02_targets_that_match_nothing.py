@@ -28,7 +28,7 @@ def find_by_substring(targets, names):
 
 
 def our_find(targets, names):
-    return peft.sites.find(tuple(targets), dict.fromkeys(names), "linear map")
+    return peft.sites.find(tuple(targets), dict.fromkeys(names), "linear layer")
 
 
 def check_a_misspelt_target_is_noticed(find):
@@ -58,7 +58,7 @@ def test_ours():
 
 def test_in_a_model_nothing_is_attached_when_one_of_two_targets_is_wrong():
     model = small_model()
-    with pytest.raises(ValueError, match=r"'valeu' matches no linear map; there are .*value"):
+    with pytest.raises(ValueError, match=r"'valeu' matches no linear layer; there are .*value"):
         peft.attach(model, peft.LoRA(rank=2, targets=("query", "valeu")))
     assert peft.attached(model) == [] and all(p.requires_grad for p in model.parameters())
 

@@ -59,7 +59,7 @@ KEYS = {
 }
 SHARES = (0.7, 0.1, 0.2)  # of the names
 SIZES = (2_000, 200, 200)
-MOST = 100_000  # far fewer than the names of any split can be given, so drawing again until one is new ends soon
+MOST = 100_000  # far fewer than the requests that a split's names allow, so drawing again until one is new ends soon
 
 
 def records_splits(seed: int = 0, sizes: tuple[int, int, int] = SIZES) -> LanguageTask:

@@ -68,18 +68,23 @@ def generated_answers(
 
     Args:
         model: a language model with `generate`.
-        tokenizer: as `answer_rows` takes it.
+        tokenizer: as `answer_rows` takes it, with `decode`.
         pairs: their answers are not looked at.
         max_new_tokens: a longer answer is cut off there.
         batch_size: rows at a time, those of like length together.
+
+    Raises:
+        ValueError: a batch_size below 1, a prompt without a token, or what `generate` refuses.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     said = {}
     order = sorted(range(len(pairs)), key=lambda i: len(prompt_tokens(tokenizer, pairs[i])))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         tokens, padding_mask = prompt_rows(tokenizer, [pairs[i] for i in batch])
         device = next(model.parameters()).device
-        options = {"padding_mask": padding_mask.to(device), "stop": tokenizer.end_id, "pad_id": tokenizer.end_id}
+        options = {"padding_mask": padding_mask.to(device), "stop": tokenizer.end_id, "pad_id": tokenizer.pad_id}
         longer = model.generate(tokens.to(device), max_new_tokens, **options)
         for i, row in zip(batch, longer[:, tokens.shape[1] :].tolist(), strict=True):
             said[i] = tokenizer.decode(_up_to(row, tokenizer.end_id))
