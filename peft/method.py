@@ -167,7 +167,8 @@ class Method(ABC):
         values = {key: plain(value) for key, value in values.items()}
         name = values.pop("method", None)
         if name not in Method.registry:
-            raise ValueError(f"the method {name!r} is unknown: {[*Method.registry]}; if it is yours, import its file")
+            known = ", ".join(sorted(Method.registry))
+            raise ValueError(f"the method {name!r} is unknown; known are {known}; of your own, import its file first")
         try:
             return Method.registry[name](**values)
         except TypeError as error:
