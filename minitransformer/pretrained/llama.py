@@ -147,7 +147,9 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"config turns a part of each head only ({found}), but all of it is supported; {CHOOSE}")
     if config.get("rope_theta", found.get("rope_theta")) != found.get("rope_theta", config.get("rope_theta")):
-        raise ValueError(f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep one")
+        raise ValueError(
+            f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep the right one"
+        )
     return read_number({**config, **found}, "rope_theta", 10_000.0)
 
 
