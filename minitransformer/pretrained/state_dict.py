@@ -124,8 +124,8 @@ def one_of_each(tensors: dict[str, Tensor], copies: dict[str, str]) -> dict[str,
         if tied.shape != tensor.shape or not torch.equal(tied.float(), tensor.float()):
             raise ValueError(
                 f"{copy!r} differs from {original!r}, but the config ties the language-model head to the embedding; "
-                f"choose a tied checkpoint, say tie_word_embeddings=false in the config of a Llama, or leave the head "
-                f"out (leave_out) if only hidden states are wanted"
+                f"choose a tied checkpoint, or leave the head out (leave_out) if only hidden states are wanted; the "
+                f"config of a Llama can say tie_word_embeddings=false"
             )
     return tensors
 
