@@ -19,7 +19,7 @@ word there: they cost a final run a tenth of its time, and the loss alone may st
 The test is the whole test split: 200 rows, of the reviews all 1,000 of the unseen films.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,22 +154,18 @@ REAL_TEXT = {
 }
 
 
-def language(
-    method: Method | Mapping[str, Method] | None, movers: tuple[float, ...], records: tuple[float, ...] | None = None,
-    words: tuple[float, ...] | None = None, **options,
-) -> dict:  # fmt: skip
-    """The entries of a method on the tasks of `STEPS`, in that order: the rates of the first one unless others are
-    given, () leaves a task out. Of several recipes each task has its own."""
-    rates = [movers if own is None else own for own in (movers, records, words)]
-    recipes = method if isinstance(method, Mapping) else dict.fromkeys(STEPS, method)
-    return {
-        name: Entry(recipes[name], grid, *((0,) if options.get("frozen") else (steps,)), **options)
-        for (name, steps), grid in zip(STEPS.items(), rates, strict=True)
-        if grid
-    }
-
-
 STEPS = {"movers": 100, "records": 100, "rotten_tomatoes_words": 150}  # of 16 rows; a run that chooses has as many
+
+
+def language(
+    method: Method | Mapping[str, Method] | None, rates: tuple[float, ...], on: Sequence[str] = tuple(STEPS),
+    frozen: bool = False,
+) -> dict:  # fmt: skip
+    """The entries of a method on these tasks: the same rates on each; a mapping has a recipe for each task."""
+    recipes = method if isinstance(method, Mapping) else dict.fromkeys(STEPS, method)
+    return {name: Entry(recipes[name], rates, 0 if frozen else STEPS[name], frozen=frozen) for name in on}
+
+
 # The real words that a prefix and a soft prompt start from, in SmolLM2's numbers; `INIT_WORDS` spells them.
 INIT_WORDS = {
     "movers": "Here is a short story about people who move from one city to another city.",
@@ -191,7 +187,7 @@ LANGUAGE = {
     PROMPT: language({t: PromptTuning(length=16, init_tokens=own) for t, own in INIT_TOKENS.items()}, (5e-3, 2e-2)),
     PFEIFFER: language(BottleneckAdapter(bottleneck=16, placement="pfeiffer"), (1e-3, 3e-3)),
     "IA3": language(IA3(), (1e-2, 5e-2)),
-    "VeRA q,v r=128": language(VeRA(rank=128), (1e-2, 5e-2), (), ()),
+    "VeRA q,v r=128": language(VeRA(rank=128), (1e-2, 5e-2), on=("movers",)),
 }
 
 
