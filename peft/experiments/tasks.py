@@ -15,7 +15,8 @@ beside every method, the last three from SmolLM2. A method joins a comparison by
 
 What a language model says is right if it is the answer, all of it and nothing else, in greedy generation. A rate is
 chosen by such answers to a part of the validation split (64 rows, of the reviews 200), and among equals by the loss per
-word there: they cost a final run a tenth of its time, and the loss alone may still fall where the answers get worse.
+word there: 64 answers to movers take as long as two training steps, and the loss alone may fall where the answers get
+worse. So many steps of 16 rows are few enough that a run which chooses is as long as a final one.
 The test is the whole test split: 200 rows, of the reviews all 1,000 of the unseen films.
 """
 
