@@ -23,7 +23,7 @@ from peft.experiments import compare, doctor, report, sweep
 from peft.experiments.plots import STYLE, plot_comparison, plt
 from peft.experiments.processes import launched_together
 from peft.experiments.results import read_rows
-from peft.experiments.tasks import RANDOM_BACKBONE, TASKS
+from peft.experiments.tasks import BFLOAT16, RANDOM_BACKBONE, TASKS
 
 
 def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -69,23 +69,29 @@ def run_comparison(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--methods", nargs="+", action="extend", help="names, or whole words of them: lora,prefix")
-    parser.add_argument("--seeds", type=at_least_one, default=len(sweep.SEEDS), help="final runs of each method")
+    parser.add_argument("--seeds", type=at_least_one, help="final runs of each method; 5, of a language model 3")
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV file and the figure")
     parser.add_argument("--random-backbone", action="store_true", help="on a frozen backbone that learned nothing")
     parser.add_argument(
         "--examples", type=at_least_one, help="so many training rows, drawn anew for each seed; all without it"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the products, and of a frozen base"
     )
     parser.add_argument("--threads", type=at_least_one, default=1)
     options = parser.parse_args(arguments)
     names, backbone = list(TASKS[options.task].entries), "pretrained"
     if options.random_backbone:
         names, backbone = [name for name in RANDOM_BACKBONE if name in names] or names, "random"
+    if options.precision == "bfloat16":
+        backbone += BFLOAT16
+    options.seeds = options.seeds or TASKS[options.task].seeds
     try:
         study = compare.study(options.task, selected(options.methods or [], names), backbone, options.examples)
         out = options.out / f"{compare.label(options.task, options.examples)}.csv"
         read_rows(out)
         options.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -113,7 +119,8 @@ def compared(study: sweep.Study, out: Path, options: argparse.Namespace) -> None
         print(f"\n{len(own) - len(rows)} more rows of these methods are of other recipes, inputs, rates or seeds")
     few = f", {options.examples} examples" if options.examples else ""
     title = f"{TASKS[options.task].title}{few}: mean and spread of {sweep.n_seeds(options.seeds)}"
-    picture = out.with_name(f"{out.stem}{'_random' if options.random_backbone else ''}.png")
+    title += f", {options.precision}" * (options.precision != "float32")
+    picture = out.with_name("_".join([out.stem, *backbone.split()[backbone.startswith("pretrained") :]]) + ".png")
     with plt.rc_context(STYLE):
         figure = plot_comparison(records, title)
         figure.savefig(picture, dpi=110)

@@ -2,13 +2,18 @@
 
     python -m peft compare --task qa --out notebooks/results
     python -m peft compare --task rotten_tomatoes --out notebooks/results
+    python -m peft compare --task movers --precision bfloat16 --out notebooks/results
 
 `sweep.py` says how rates are chosen and what is scored when. Batch size, schedule and data order are the same for all
 methods.
 
 With `--examples 16` a run sees so few training rows, drawn anew for each seed, in as many steps as before. The rate is
 still chosen on the whole validation split, which is generous, to all methods alike. With `--random-backbone` the frozen
-backbone was never pretrained.
+backbone was never pretrained. With `--precision bfloat16` the products of a training step, and the weights of a frozen
+base, have 16 bits; what is trained has 32 in either case. Rows say which (`precision`, and the name of the backbone).
+
+A language model's final run is also asked the first 32 rows of its validation split every few steps: the column
+`validation_curve` has the share of right answers at each step, `steps_to_90` the first step with nine in ten.
 """
 
 import os
@@ -16,7 +21,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,18 +34,24 @@ from minitransformer.files import fingerprint
 from minitransformer.heads import SequenceClassifier
 from minitransformer.modes import evaluation_mode
 from minitransformer.tasks.dataset import Dataset, Task, by_length
+from minitransformer.tasks.language.splits import PairTask
 from minitransformer.tasks.real.batches import batches_of_like_length
 from minitransformer.tasks.real.text import TextTask
 from minitransformer.training import History, Objective, answer_loss, evaluate, fit, training_step
 from minitransformer.training.distributed import n_processes
+from minitransformer.training.objectives import autocasting
 from peft.attach import attach, attached, trainable_parameters
 from peft.checkpoint import save
 from peft.counting import parameter_table
 from peft.experiments.results import KEY, Row
 from peft.experiments.sweep import Plan, Study, counted
-from peft.experiments.tasks import TASKS, Comparison, Entry
+from peft.experiments.tasks import TASKS, Comparison, Entry, precision_of
 from peft.merging.combine import soup
 from peft.methods.lora_plus import lora_plus_groups
+
+NOTED = 32  # validation rows that a language model is asked during a run
+ENOUGH = 0.9  # the share of right answers that `steps_to_90` waits for
+AnyTask = Task | TextTask | PairTask
 
 
 def model_for(task: str, name: str, seed: int, backbone: str = "pretrained") -> nn.Module:
@@ -55,12 +67,13 @@ def model_for(task: str, name: str, seed: int, backbone: str = "pretrained") -> 
     if entry.method is not None:
         return attach(model, entry.method, seed=seed, train_also=comparison.train_also)
     if entry.frozen:
-        model.transformer.requires_grad_(False)
-    return model
+        getattr(model, "transformer", model).requires_grad_(False)
+        return model
+    return model.float()  # what is trained has 32 bits, whatever its start had
 
 
 def train(
-    task: Task | TextTask,
+    task: AnyTask,
     name: str,
     learning_rate: float,
     steps: int,
@@ -68,10 +81,12 @@ def train(
     backbone: str = "pretrained",
     examples: int | None = None,
     progress: bool = True,
+    note_every: int | None = None,
 ) -> tuple[nn.Module, History]:
     """One run of a comparison, on all training rows or on so many examples: the trained model, and the history.
 
-    The seed is that of a head, the method's tensors, the order of the data and dropout. 0 steps train nothing.
+    The seed is that of a head, the method's tensors, the order of the data and dropout. 0 steps train nothing. With
+    `note_every` the history has a `PairTask`'s validation accuracy at these steps, on the first `NOTED` rows.
     """
     model = model_for(task.name, name, seed, backbone)
     comparison, rows = TASKS[task.name], task.train if examples is None else fewer(task.train, examples, seed)
@@ -84,14 +99,40 @@ def train(
         data = learner.rows
     elif comparison.like_length:
         data = batches_of_like_length(rows, own.pop("batch_size"), seed)
+    if precision_of(backbone) != torch.float32:
+        own["autocast"] = precision_of(backbone)
+    looks = History()
+    if note_every is not None:
+        data = looking(model, task, data, note_every, looks)
     if entry.ratio is not None:
         groups = lora_plus_groups(model, own.pop("learning_rate"), entry.ratio)
         own["optimizer"] = torch.optim.AdamW(groups, weight_decay=0.0)
     history = fit(
         learner, data, steps=steps, objective=comparison.objective, seed=seed, progress=progress, description=name,
-        **own,
+        schedule=comparison.schedule, warmup=comparison.warmup, **own,
     )  # fmt: skip
+    if note_every is not None:
+        look(model, task, steps, looks)
+        history.validation_step, history.validation_accuracy = looks.validation_step, looks.validation_accuracy
     return model, history
+
+
+def looking(
+    model: nn.Module, task: PairTask, batch_at: Callable[[int], Dataset], every: int, looks: History
+) -> Callable[[int], Dataset]:
+    """The same batches; each `every` steps, before the next one, what the model says by then is noted."""
+
+    def batch_after_a_look(step: int) -> Dataset:
+        if step and step % every == 0:
+            look(model, task, step, looks)
+        return batch_at(step)
+
+    return batch_after_a_look
+
+
+def look(model: nn.Module, task: PairTask, step: int, looks: History) -> None:
+    """Note the accuracy after so many steps."""
+    looks.note(validation_step=step, validation_accuracy=task.accuracy(model, task.validation.first(NOTED)))
 
 
 def fewer(dataset: Dataset, examples: int, seed: int) -> Dataset:
@@ -175,19 +216,32 @@ def label(task: str, examples: int | None) -> str:
 
 
 def settings_of(comparison: Comparison, entry: Entry) -> str:
-    """How a run is done, with every option of the recipe and of the comparison written out."""
+    """How a run is done, with every option of the recipe and of the comparison written out; those of language models
+    only where they are not the defaults, which the rows of other comparisons do not name."""
     objective = getattr(comparison.objective, "__qualname__", repr(comparison.objective))
     options = {"objective": objective} | {key: getattr(comparison, key) for key in ("batch_size", "like_length")}
     options |= {"train_also": comparison.train_also}
     options |= {key: getattr(entry, key) for key in ("frozen", "ratio", "members")}
+    later = {"schedule": "cosine", "warmup": None, "note_every": None}
+    options |= {key: getattr(comparison, key) for key, usual in later.items() if getattr(comparison, key) != usual}
     return "; ".join([repr(entry.method), *(f"{key}={value}" for key, value in options.items())])
 
 
-def inputs_of(comparison: Comparison, task: Task | TextTask, backbone: str) -> str:
-    """What a run starts from, as digests: the rows of every split, and the base, without what is trained from fresh."""
+def inputs_of(comparison: Comparison, task: AnyTask, backbone: str) -> str:
+    """What a run starts from, as digests: the rows of every split, and the base, without what is trained from fresh.
+
+    Of a base that comes from a file of known checksum, that is enough. The rows of a `PairTask` are its tokens, in
+    which a tokenizer shows, and its texts.
+    """
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     fields = ("tokens", "padding_mask", "targets")
-    data = fingerprint({f"{name}.{key}": getattr(own, key) for name, own in splits.items() for key in fields})
+    texts = ""
+    if isinstance(task, PairTask):
+        texts = repr([own.pairs for own in splits.values()] + [task.max_new_tokens, task.tokenizer.end_id])
+    rows = {f"{name}.{key}": getattr(own, key) for name, own in splits.items() for key in fields}
+    data = fingerprint(rows, heading=texts)
+    if comparison.base is not None:
+        return f"data {data[:12]}, base {comparison.base}"
     model = comparison.models[backbone](0)
     fresh = tuple(f"{name}." for name in comparison.train_also)
     frozen = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(fresh)}
@@ -247,25 +301,26 @@ def current(rows: Sequence[Row], task: str, examples: int | None = None) -> list
     return kept
 
 
-def finished(key: Row, task: Task | TextTask, examples: int | None = None, progress: bool = True) -> Row:
+def finished(key: Row, task: AnyTask, examples: int | None = None, progress: bool = True) -> Row:
     """Do a planned run: the whole row, as it stands in the file. Only a final run reads the test split."""
     comparison, name, seed, n = TASKS[task.name], key["method"], int(key["seed"]), n_processes()
     rate, final, backbone = float(key["learning_rate"]), key["stage"] == "final", key["backbone"]
     seeds = comparison.entries[name].seeds(seed) if final else [seed]
     steps = int(key["steps"]) // len(seeds)
-    runs = [train(task, name, rate, steps, own, backbone, examples, progress) for own in seeds]
+    note_every = comparison.note_every if final else None
+    runs = [train(task, name, rate, steps, own, backbone, examples, progress, note_every) for own in seeds]
     model, history = runs[0] if len(runs) == 1 else mixed(runs, comparison.models[backbone](seeds[0]))
-    validation, counted = evaluate(model, task.validation, comparison.objective), parameter_table(model)
+    objective, counted = objective_on(comparison, backbone), parameter_table(model)
     row = key | {
         "trained_parameters": str(counted.trained),
         "share": f"{counted.share:.6f}",
-        "validation_loss": f"{validation['loss']:.4f}",
-        "validation_accuracy": f"{validation['accuracy']:.4f}",
-        "test_accuracy": f"{evaluate(model, task.test, comparison.objective)['accuracy']:.4f}" if final else "",
+        **scores(model, task, objective, final),
     }
-    if isinstance(task, Task):
-        kinds = by_kind(model, task) if final else {}
-        row["test_by_kind"] = "; ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
+    if isinstance(task, PairTask):
+        looks = list(zip(history.validation_step, history.validation_accuracy, strict=True))
+        row["validation_curve"] = "; ".join(f"{step} {share:.4f}" for step, share in looks)
+        row["steps_to_90"] = str(next((step for step, share in looks if share >= ENOUGH), ""))
+        row["precision"] = str(precision_of(backbone)).removeprefix("torch.")
     return row | {
         "seconds_per_step": f"{history.seconds_per_step:.4f}",
         "file_bytes": str(file_bytes(model)),
@@ -273,6 +328,41 @@ def finished(key: Row, task: Task | TextTask, examples: int | None = None, progr
         "torch_version": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores" + f", {n} processes" * (n > 1),
     }
+
+
+def objective_on(comparison: Comparison, backbone: str) -> Objective:
+    """What a model on that backbone is asked for, in the precision of its products."""
+    dtype = precision_of(backbone)
+    return comparison.objective if dtype == torch.float32 else autocasting(comparison.objective, dtype)
+
+
+def scores(model: nn.Module, task: AnyTask, objective: Objective, final: bool) -> Row:
+    """The columns of what a model reached; those of the test are empty unless the run is a final one.
+
+    A language model's accuracy is that of what it says, its loss that of the words of the answers.
+    """
+    validation, test, kinds = evaluate(model, task.validation, objective), None, {}
+    if isinstance(task, PairTask):
+        validation["accuracy"] = task.accuracy(model, task.validation)
+        if final:
+            said = task.said(model, task.test)
+            test, kinds = task.texts.accuracy(said, task.test.pairs), task.accuracy_by_kind(said, task.test)
+    elif final:
+        test = evaluate(model, task.test, objective)["accuracy"]
+        kinds = by_kind(model, task) if isinstance(task, Task) else {}
+    row = {f"validation_{name}": f"{validation[name]:.4f}" for name in ("loss", "accuracy")}
+    row["test_accuracy"] = "" if test is None else f"{test:.4f}"
+    if not isinstance(task, TextTask):
+        row["test_by_kind"] = "; ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
+    return row
+
+
+def answers_of(key: Row, comparison: Comparison, task: PairTask) -> int:
+    """How many answers a planned run generates."""
+    if key["stage"] != "final":
+        return len(task.validation)
+    looks = -(-int(key["steps"]) // comparison.note_every) if comparison.note_every else 0
+    return len(task.validation) + len(task.test) + looks * min(NOTED, len(task.validation))
 
 
 def study(
@@ -294,11 +384,29 @@ def study(
     if examples is not None:
         fewer(task.train, examples, seed=0)
 
+    objective = objective_on(comparison, backbone)
+
     def seconds(names: Sequence[str]) -> Mapping[str, float]:
         typical = task.train.rows(by_length(task.train)[len(task.train) // 2 :][: comparison.batch_size]).trimmed()
         quick = {own: 0.0 for own in names if comparison.entries[own].frozen}
-        models = {own: model_for(name, own, 0, backbone) for own in names if own not in quick}
-        return quick | step_seconds(models, typical, comparison.objective, rounds=1)
+        timed = [own for own in names if own not in quick]
+        if isinstance(task, PairTask):  # one after the other: several of them would not fit into memory
+            for own in timed:
+                quick |= step_seconds({own: model_for(name, own, 0, backbone)}, typical, objective, rounds=1)
+            return quick
+        models = {own: model_for(name, own, 0, backbone) for own in timed}
+        return quick | step_seconds(models, typical, objective, rounds=1)
+
+    @cache
+    def seconds_per_answer() -> float:
+        """Without a method: it says the most, since it does not know when to stop."""
+        model, some = comparison.models[backbone](0), task.validation.first(NOTED)
+        began = time.perf_counter()
+        task.said(model, some)
+        return (time.perf_counter() - began) / len(some)
+
+    def scoring(key: Row) -> float:
+        return answers_of(key, comparison, task) * seconds_per_answer() if isinstance(task, PairTask) else 0.0
 
     own = plan(name, methods, backbone, examples, inputs_of(comparison, task, backbone))
-    return Study(own.rates, own.planned, lambda key: finished(key, task, examples, progress), seconds)
+    return Study(own.rates, own.planned, lambda key: finished(key, task, examples, progress), seconds, scoring)

@@ -12,7 +12,7 @@ NOTED = ("settings", "inputs")  # empty in rows of files that lack these columns
 KEY = ("task", "backbone", "method", "recipe", *NOTED, "stage", "learning_rate", "steps", "seed")  # identify a run
 SCORES = ("trained_parameters", "share", "validation_loss", "validation_accuracy", "test_accuracy")
 COSTS = ("seconds_per_step", "file_bytes", "threads", "torch_version", "machine")
-COLUMNS = (*KEY, *SCORES, *COSTS)  # of every file; that of a toy task has "test_by_kind" as well
+COLUMNS = (*KEY, *SCORES, *COSTS)  # of every file; more stand beside them where a task has kinds, or words of its own
 
 NUMBERS = ("learning_rate", "steps", "seed")  # what has to be one, in each stage
 STAGES = {

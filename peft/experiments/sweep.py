@@ -52,6 +52,7 @@ class Study(Plan):
 
     finished: Callable[[Row], Row]  # does a planned run, gives its whole row; only a final run may read the test split
     step_seconds: Callable[[Sequence[str]], Mapping[str, float]]  # a step of each of these methods, on this machine
+    scoring: Callable[[Row], float] = lambda key: 0.0  # seconds of what a planned run costs besides its steps
 
 
 def matching(rows: Sequence[Row], keys: Sequence[Row]) -> list[Row]:
@@ -87,7 +88,7 @@ def cost(study: Study, rows: Sequence[Row], seeds: Sequence[int] = SEEDS) -> str
     if not keys:
         return "nothing to do: every run is in the file"
     seconds = study.step_seconds(list(dict.fromkeys(key["method"] for key in keys)))
-    total = sum(int(key["steps"]) * seconds[key["method"]] for key in keys)
+    total = sum(int(key["steps"]) * seconds[key["method"]] + study.scoring(key) for key in keys)
     steps = sum(int(key["steps"]) for key in keys)
     return f"{len(keys)} runs to do, {steps:,} training steps: about {total / 60:.0f} minutes on this machine"
 
@@ -156,6 +157,8 @@ def summaries(rows: Sequence[Row], backbone: str = "pretrained") -> list[dict]:
                 "file_bytes": int(final[0]["file_bytes"]),
             }
         )
+        if "steps_to_90" in final[0]:  # of a language model: of each run, None where it never came to nine in ten
+            records[-1]["steps_to_90"] = [int(row["steps_to_90"]) if row["steps_to_90"] else None for row in final]
     return records
 
 
@@ -176,15 +179,26 @@ def accuracy(record: Mapping, digits: int) -> str:
     return f"{record['mean']:.{digits}%}{spread} ({n_seeds(record['runs'])})"
 
 
+def to_90(record: Mapping) -> str:
+    """After how many steps the runs of a record gave nine right answers in ten: the fewest and the most."""
+    reached = [steps for steps in record.get("steps_to_90", ()) if steps is not None]
+    if not reached:
+        return "–"
+    least, most, n = min(reached), max(reached), record["runs"]
+    return (f"{most}" if least == most else f"{least} to {most}") + f", {len(reached)} of {n}" * (len(reached) < n)
+
+
 def table(records: list[dict]) -> str:
-    """The records as a Markdown table."""
+    """The records as a Markdown table; those of a language model have a column of `to_90`."""
+    spoken = any("steps_to_90" in record for record in records)
+    title, line = ("steps to 90% | ", "---:|") if spoken else ("", "")
     lines = [
-        "| method | trained parameters | share | learning rate | steps | test accuracy | file |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| method | trained parameters | share | learning rate | steps | {title}test accuracy | file |",
+        f"|---|---:|---:|---:|---:|{line}---:|---:|",
     ]
     for r in records:
         lines.append(
             f"| {r['method']} | {r['trained']:,} | {percent(r['share'])} | {r['learning_rate']:g} | {r['steps']} "
-            f"| {accuracy(r, digits=2)} | {r['file_bytes'] / 1024:,.0f} KiB |"
+            f"| {f'{to_90(r)} | ' * spoken}{accuracy(r, digits=2)} | {r['file_bytes'] / 1024:,.0f} KiB |"
         )
     return "\n".join(lines)

@@ -5,27 +5,43 @@
     rotten_tomatoes   is this sentence for or against the film?         a classification head on the mean hidden state
     reuters_r8        which of eight subjects is this story about?      the same
     quiz              which of four answers belongs to this clue?       likeness of clue and answer, no head
+    movers            where is who?                                     a language model says it, in words of its own
+    records           this sentence as JSON, with these keys            the same
+    rotten_tomatoes_words    positive or negative?                      the same, on the split of `rotten_tomatoes`
 
-The toy tasks start from the shipped backbone, the others from MiniLM; a head starts at random and is trained beside
-every method. A method joins a comparison by a line in `TOY` or `REAL_TEXT`.
+The toy tasks start from the shipped backbone, the next three from MiniLM, whose head starts at random and is trained
+beside every method, the last three from SmolLM2. A method joins a comparison by a line in `TOY`, `REAL_TEXT` or
+`LANGUAGE`.
+
+What a language model says is right if it is the answer, all of it and nothing else, in greedy generation. A rate is
+chosen by such answers to a part of the validation split (64 rows, of the reviews 200), and among equals by the loss per
+word there: 64 answers to movers take as long as two training steps, and the loss alone may fall where the answers get
+worse. So many steps of 16 rows are few enough that a run which chooses is as long as a final one.
+The test is the whole test split: 200 rows, of the reviews all 1,000 of the unseen films.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from minitransformer import Transformer
 from minitransformer.heads import SequenceClassifier
 from minitransformer.pretrained import toy_backbone
 from minitransformer.pretrained.minilm import minilm
+from minitransformer.pretrained.smollm2 import SHA256, smollm2, smollm2_tokenizer
 from minitransformer.tasks import Task, qa_splits, sentiment_splits
+from minitransformer.tasks.language.movers import movers_splits
+from minitransformer.tasks.language.records import records_splits
+from minitransformer.tasks.language.rotten_tomatoes import rotten_tomatoes_pairs
+from minitransformer.tasks.language.splits import PairTask, pair_task
 from minitransformer.tasks.real.dual_encoder import DualEncoder
 from minitransformer.tasks.real.quiz import quiz_splits
 from minitransformer.tasks.real.reuters import reuters_splits
 from minitransformer.tasks.real.rotten_tomatoes import rotten_tomatoes_splits
 from minitransformer.tasks.real.text import TextTask
-from minitransformer.training import Objective, answer_loss, label_loss
+from minitransformer.training import Objective, answer_loss, answer_only, label_loss
 from peft.method import Method
 from peft.methods.adapter import BottleneckAdapter
 from peft.methods.bitfit import BitFit
@@ -59,13 +75,18 @@ class Comparison:
     """One task and all that is compared on it."""
 
     title: str
-    splits: Callable[[], Task | TextTask]
+    splits: Callable[[], Task | TextTask | PairTask]
     models: Mapping[str, Callable[[int], nn.Module]]  # by backbone: a fresh one, and what the task needs on top
     entries: Mapping[str, Entry]  # by the name of the method
     objective: Objective  # of training and scoring
     train_also: tuple[str, ...] = ()  # modules that are trained whole, beside every method
     like_length: bool = False  # whether a batch holds rows of like length, or rows in random order
     batch_size: int = 32
+    schedule: str = "cosine"  # of the learning rate, and its steps of warm-up, as `fit` has them
+    warmup: int | None = None
+    seeds: int = 5  # final runs of each method, unless it is said how many
+    base: str | None = None  # a digest of the file that the base comes from; None: one of the weights is taken
+    note_every: int | None = None  # of a `PairTask`: so many steps of a final run lie between two looks at its answers
 
 
 def toy(method: Method | None, rates: tuple[float, ...], sentiment: int, qa: int, ratio: float | None = None) -> dict:
@@ -134,6 +155,43 @@ REAL_TEXT = {
 }
 
 
+STEPS = {"movers": 100, "records": 100, "rotten_tomatoes_words": 150}  # of 16 rows; a run that chooses has as many
+
+
+def language(
+    method: Method | Mapping[str, Method] | None, rates: tuple[float, ...], on: Sequence[str] = tuple(STEPS),
+    frozen: bool = False,
+) -> dict:  # fmt: skip
+    """The entries of a method on these tasks: the same rates on each; a mapping has a recipe for each task."""
+    recipes = method if isinstance(method, Mapping) else dict.fromkeys(STEPS, method)
+    return {name: Entry(recipes[name], rates, 0 if frozen else STEPS[name], frozen=frozen) for name in on}
+
+
+# The real words that a prefix and a soft prompt start from, in SmolLM2's numbers; `INIT_WORDS` spells them.
+INIT_WORDS = {
+    "movers": "Here is a short story about people who move from one city to another city.",
+    "records": "Here is a sentence, and here is what it says as JSON with the keys",
+    "rotten_tomatoes_words": "Here is what a film critic wrote, and whether the review is positive or negative",
+}
+INIT_TOKENS = {
+    "movers": (4590, 314, 253, 1890, 1977, 563, 701, 617, 1485, 429, 582, 2240, 288, 1372, 2240, 30),
+    "records": (4590, 314, 253, 6330, 28, 284, 1535, 314, 732, 357, 1921, 347, 20110, 351, 260, 8889),
+    "rotten_tomatoes_words": (4590, 314, 732, 253, 4771, 6112, 4150, 28, 284, 1991, 260, 2523, 314, 2731, 355, 3524),
+}
+PROMPT = "soft prompt n=16"
+LANGUAGE = {
+    UNTRAINED: language(None, (0.0,), frozen=True),
+    FULL: language(None, (3e-5, 1e-4)),
+    LORA: language(LoRA(rank=8, alpha=16.0), (1e-3, 3e-3)),
+    LORA_ALL: language(LoRA(rank=8, alpha=16.0, targets=(*ALL_LINEARS, "gate")), (5e-4, 1e-3)),
+    PREFIX: language({t: PrefixTuning(length=16, init_tokens=own) for t, own in INIT_TOKENS.items()}, (1e-2, 5e-2)),
+    PROMPT: language({t: PromptTuning(length=16, init_tokens=own) for t, own in INIT_TOKENS.items()}, (5e-3, 2e-2)),
+    PFEIFFER: language(BottleneckAdapter(bottleneck=16, placement="pfeiffer"), (1e-3, 3e-3)),
+    "IA3": language(IA3(), (1e-2, 5e-2)),
+    "VeRA q,v r=128": language(VeRA(rank=128), (1e-2, 5e-2), on=("movers",)),
+}
+
+
 def entries(table: Mapping[str, Mapping[str, Entry]], task: str) -> dict[str, Entry]:
     """The column of one task, out of a table by method and task."""
     return {name: by_task[task] for name, by_task in table.items() if task in by_task}
@@ -151,6 +209,13 @@ TOY_MODELS = {
 }
 DUAL_ENCODER = {"pretrained": lambda seed: DualEncoder(minilm())}
 HEADED = {"objective": label_loss, "train_also": ("head",), "like_length": True}
+# With products in bfloat16 the frozen weights have 16 bits too; what is trained keeps 32.
+BFLOAT16 = " bfloat16"  # at the end of the name of such a backbone
+SMOLLM2 = {"pretrained": lambda seed: smollm2(), "pretrained" + BFLOAT16: lambda seed: smollm2(torch.bfloat16)}
+SPOKEN = {
+    "objective": answer_only, "like_length": True, "batch_size": 16, "schedule": "linear", "warmup": 10, "seeds": 3,
+    "base": SHA256[:12], "note_every": 10,
+}  # fmt: skip
 TASKS = {
     "sentiment": Comparison("Sentiment", sentiment_splits, TOY_MODELS, entries(TOY, "sentiment"), answer_loss),
     "qa": Comparison("Question answering", qa_splits, TOY_MODELS, entries(TOY, "qa"), answer_loss),
@@ -165,4 +230,24 @@ TASKS = {
         "Quiz clues with four answers, held-out shows",
         quiz_splits, DUAL_ENCODER, entries(REAL_TEXT, "quiz"), label_loss, like_length=True,
     ),
+    "movers": Comparison(
+        "Where is who, said by a language model",
+        lambda: pair_task(movers_splits(), smollm2_tokenizer(), validation=64), SMOLLM2, entries(LANGUAGE, "movers"),
+        **SPOKEN,
+    ),
+    "records": Comparison(
+        "From a sentence to JSON",
+        lambda: pair_task(records_splits(), smollm2_tokenizer(), validation=64), SMOLLM2, entries(LANGUAGE, "records"),
+        **SPOKEN,
+    ),
+    "rotten_tomatoes_words": Comparison(
+        "Rotten Tomatoes in words, held-out films",
+        lambda: pair_task(rotten_tomatoes_pairs(), smollm2_tokenizer(), validation=200), SMOLLM2,
+        entries(LANGUAGE, "rotten_tomatoes_words"), **SPOKEN,
+    ),
 }  # fmt: skip
+
+
+def precision_of(backbone: str) -> torch.dtype:
+    """The type of the matrix products on a backbone of that name, in training."""
+    return torch.bfloat16 if backbone.endswith(BFLOAT16) else torch.float32

@@ -115,6 +115,7 @@ def test_what_a_task_does_not_have_is_refused_before_any_run(short, task, tmp_pa
         ([*SENTIMENT, "--examples", "0"], "at least 1"),
         ([*SENTIMENT, "--steps", "5"], "unrecognized arguments: --steps 5"),
         ([*SENTIMENT, "--rates", "0.1"], "unrecognized arguments: --rates 0.1"),
+        ([*SENTIMENT, "--precision", "float16"], "invalid choice: 'float16'"),
         (["compare", "--task", "poems"], "invalid choice: 'poems'"),
         (["report", "--che"], "unrecognized arguments"),
         (["report", "--check", "qa"], "unrecognized arguments"),

@@ -33,4 +33,4 @@ def rotten_tomatoes_pairs(seed: int = 0) -> LanguageTask:
         )
         for name in names
     }
-    return LanguageTask("rotten_tomatoes", matches=same_text, **splits)
+    return LanguageTask("rotten_tomatoes_words", matches=same_text, **splits)
