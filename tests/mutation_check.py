@@ -40,6 +40,7 @@ TESTS = {  # files of tests/methods, or paths below tests
     "adapter": "own_structure adapters counting invariants_of_every_method",
     "bitfit": "own_structure biases_and_scales counting invariants_of_every_method",
     "ia3": "biases_and_scales counting invariants_of_every_method",
+    "ln_tuning": "own_structure biases_and_scales counting invariants_of_every_method",
     "method": "own_structure attach_detach lora_variants prefix_tuning files",
     "sites": "attach_detach lora_variants prefix_tuning invariants_of_every_method",
     "attach": "attach_detach prefix_tuning files invariants_of_every_method",
