@@ -42,7 +42,7 @@ TESTS = {  # files of tests/methods, or paths below tests
     "ia3": "biases_and_scales counting invariants_of_every_method",
     "ln_tuning": "own_structure biases_and_scales counting invariants_of_every_method",
     "method": "own_structure attach_detach lora_variants prefix_tuning files",
-    "sites": "attach_detach lora_variants prefix_tuning invariants_of_every_method",
+    "sites": "own_structure attach_detach lora_variants prefix_tuning invariants_of_every_method",
     "attach": "attach_detach prefix_tuning files invariants_of_every_method",
     "audit": "audit",
     "counting": "counting lora_variants",

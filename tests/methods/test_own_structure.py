@@ -57,6 +57,7 @@ def test_parts_of_the_readers_own_inside_a_layer_are_left_alone(decoder, recipe)
 def test_a_norm_beside_an_embedding_of_the_readers_own_is_no_norm_of_the_transformer(decoder):
     model = Around(decoder())
     model.my_embedding, model.my_norm = Embedding(decoder().config), nn.LayerNorm(16)
+    model.beside = nn.ModuleDict({"embedding": Embedding(decoder().config), "norm": nn.LayerNorm(16)})
     found = peft.state_dict(peft.attach(peft.attach(model, BitFit()), LNTuning()))
     assert all(name.startswith("transformer.") for name in found)
 
