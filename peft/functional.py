@@ -6,7 +6,8 @@ twin, value and gradient. A method added in one file, as VeRA is, has its functi
 
 Shapes: `[out, in]` for weights, `y = x Wᵀ + b`; d = d_model, n = prefix length, r = rank, m = bottleneck width.
 
-In this order: LoRA, DoRA, a prefix (concatenated, as a mixture, gated, from an MLP), a prompt, adapters, IA3, BitFit.
+In this order: LoRA, DoRA, a prefix (concatenated, as a mixture, gated, from an MLP), a prompt, adapters, IA3, BitFit,
+LN-tuning.
 """
 
 import math
@@ -144,6 +145,15 @@ def rescaled(h: Hidden, scale: HiddenVector) -> Hidden:
 def shifted(h: Hidden, delta_bias: HiddenVector) -> Hidden:
     """h + Δb: the change of a bias, added to what the frozen layer gives. Ben Zaken et al. 2022, section 3."""
     return h + delta_bias
+
+
+def gain_update(x: Hidden, delta_gain: HiddenVector, eps: float | None, centred: bool = True) -> Hidden:
+    """Δg ⊙ x̂: what the change of a norm's gain adds to its output. Qi et al. 2022.
+
+    x̂ is x with variance 1 and, if `centred` as in LayerNorm, mean 0; RMSNorm leaves the mean where it is.
+    """
+    normalized = F.layer_norm if centred else F.rms_norm
+    return normalized(x, delta_gain.shape, delta_gain, eps=eps)
 
 
 def in_their_precision(function: Callable[..., Tensor], h: Tensor, *tensors) -> Tensor:

@@ -212,6 +212,11 @@ class LayerwiseMethod(Method):
             raise ValueError(f"layers={self.layers} names a block that is not there: n_layers is {config.n_layers}")
         return config.n_layers if self.layers is None else len(self.layers)
 
+    def n_norms(self, config: TransformerConfig) -> int:
+        """How many norms these blocks have; where all are entered, with the embedding's and the last one."""
+        outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
+        return 2 * self.n_blocks(config) + outside
+
 
 def uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> Tensor:
     """Draws from U(-bound, bound): the same ones whatever the default precision and device are."""

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minitransformer.block import Block
 from minitransformer.config import TransformerConfig
+from minitransformer.embedding import Embedding
 from peft.method import Wrapper
 
 
@@ -112,6 +113,15 @@ def named(names: tuple[str, ...], modules: dict[str, nn.Module]) -> list[str]:
 def block_names(modules: dict[str, nn.Module]) -> list[str]:
     """The names of the Transformer's blocks, in their order."""
     return [name for name, module in modules.items() if isinstance(module, Block)]
+
+
+def inner_modules(modules: dict[str, nn.Module]) -> list[str]:
+    """The names of every module in a block, and of a Transformer's norms outside of them: the embedding's, the last."""
+    blocks = tuple(f"{block}." for block in block_names(modules))
+    owners = [n[: n.rfind(".") + 1] for n, module in modules.items() if isinstance(module, Embedding)]
+    owners = [o for o in owners if any(b.startswith(o) and b.count(".") == o.count(".") + 2 for b in blocks)]
+    outside = [f"{owner}{norm}" for owner in owners for norm in ("embedding.norm", "norm")]
+    return [name for name in modules if name.startswith(blocks)] + [name for name in outside if name in modules]
 
 
 def layer_of(name: str, blocks: list[str]) -> int | None:

@@ -19,7 +19,8 @@ from minitransformer.training import answer_loss, evaluate, fit, label_loss, loo
 CONFIG = TransformerConfig(vocab_size=23, max_len=40, d_model=16, n_heads=2, n_layers=2, d_ff=24, dropout=0.0)
 STEP = loop.training_step
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # a GPU sums in another order, and may multiply in fewer bits
-NAMES = ["lora all", "dora", "prefix kv", "prefix hidden", "prefix gated", "prompt", "houlsby", "bitfit", "ia3", "vera"]
+NAMES = ["lora all", "dora", "prefix kv", "prefix hidden", "prefix gated", "prompt", "houlsby"]
+NAMES += ["bitfit", "ia3", "ln_tuning", "vera"]
 
 
 def device_at_hand():

@@ -18,7 +18,7 @@ from reference.tiny_models import LLAMA
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from peft import IA3, BitFit, BottleneckAdapter, DoRA, LoRA, PrefixTuning, PromptTuning, VeRA
+from peft import IA3, BitFit, BottleneckAdapter, DoRA, LNTuning, LoRA, PrefixTuning, PromptTuning, VeRA
 
 N_LAYERS = 2
 KINDS = {"causal": {}, "bidirectional": {"causal": False}, "Llama": LLAMA}
@@ -102,6 +102,12 @@ CASES = {
         IA3(),
         "the scales learn in every layer",
         ("attention.key.scale", "attention.value.scale", "feedforward.down.scale"),
+    ),
+    "LN-tuning": Case(
+        LNTuning(),
+        "the gain of every norm learns in every layer",
+        ("norm_attention.delta_gain", "norm_feedforward.delta_gain"),
+        ("norm.delta_gain",),
     ),
 }
 

@@ -25,9 +25,9 @@ COLOURS = {
     "prompt": "#CC79A7",
     "adapter": "#009E73",
     "head": "#E69F00",
-    "inner": "#56B4E9",  # biases and scales of inner activations: BitFit, IA3
+    "inner": "#56B4E9",  # biases and scales of inner activations: BitFit, IA3, LN-tuning
 }
-FAMILIES = {name: name for name in COLOURS} | {"dora": "lora"} | dict.fromkeys(("bitfit", "ia3"), "inner")
+FAMILIES = {name: name for name in COLOURS} | {"dora": "lora"} | dict.fromkeys(("bitfit", "ia3", "lntuning"), "inner")
 FAMILIES |= dict.fromkeys(("houlsby", "pfeiffer", "parallel", "inside"), "adapter")
 OTHERS = ("#9900FF", "#661100", "#332288", "#DDCC77")  # for methods of no family, in the order of `Method.registry`
 STYLE = {

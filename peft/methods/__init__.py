@@ -6,6 +6,7 @@ from peft.methods.adapter import BottleneckAdapter
 from peft.methods.bitfit import BitFit
 from peft.methods.dora import DoRA
 from peft.methods.ia3 import IA3
+from peft.methods.ln_tuning import LNTuning
 from peft.methods.lora import ALL_LINEARS, LoRA
 from peft.methods.lora_plus import lora_plus_groups
 from peft.methods.prefix import PrefixTuning

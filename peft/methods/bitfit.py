@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from minitransformer.attention import Attention
 from minitransformer.config import TransformerConfig
-from minitransformer.embedding import Embedding
 from peft.functional import in_their_precision, shifted
 from peft.method import LayerwiseMethod, LinearMap, Wrapper, can_hold, linear_map, parameter_like, unwrapped
-from peft.sites import block_names, in_layers, linear_shapes
+from peft.sites import block_names, in_layers, inner_modules, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,10 @@ class BitFit(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
-        blocks = tuple(f"{block}." for block in block_names(modules))
         keys = [unwrapped(m.key) for m in modules.values() if isinstance(m, Attention) and not hasattr(m, "rope_theta")]
-        places = [name for name, module in modules.items() if name.startswith(blocks) and module not in keys]
-        owners = [n[: n.rfind(".") + 1] for n, module in modules.items() if isinstance(module, Embedding)]
-        for owner in [o for o in owners if any(b.startswith(o) and b.count(".") == o.count(".") + 2 for b in blocks)]:
-            places += [f"{owner}embedding.norm", f"{owner}norm"]
-        kinds = (nn.Linear, nn.LayerNorm)
-        places = [n for n in places if isinstance(modules.get(n), kinds) and modules[n].bias is not None]
-        return in_layers(places, modules, self.layers) or (_refuse() if blocks else [])
+        places = [name for name in inner_modules(modules) if isinstance(modules[name], (nn.Linear, nn.LayerNorm))]
+        places = [name for name in places if modules[name].bias is not None and modules[name] not in keys]
+        return in_layers(places, modules, self.layers) or (_refuse() if block_names(modules) else [])
 
     def wrap(self, name: str, module: nn.Module, model: nn.Module, generator: torch.Generator) -> "ShiftedBias":
         return ShiftedBias(module)
@@ -52,13 +46,13 @@ class BitFit(LayerwiseMethod):
         left_out = () if config.position == "rotary" else ("key",)
         block = [(n.rpartition(".")[2], d_out) for n, (_, d_out) in linear_shapes(config).items() if ".0." in n]
         biases = sum(d_out for name, d_out in block if config.has_bias(name) and name not in left_out)
-        norm = config.d_model if config.norm_type == "layer" else 0
-        outside = 0 if self.layers is not None else (config.norm == "pre") + config.embedding_norm
-        return self.n_blocks(config) * (biases + 2 * norm) + outside * norm or _refuse()
+        norms = self.n_norms(config) if config.norm_type == "layer" else 0
+        return self.n_blocks(config) * biases + norms * config.d_model or _refuse()
 
 
 def _refuse():
-    raise ValueError("there is no bias to train: linear layers have none here, nor norms; choose another method")
+    cure = "choose another method: LNTuning trains the norms' gains"
+    raise ValueError(f"there is no bias to train: linear layers have none here, nor norms; {cure}")
 
 
 class ShiftedBias(Wrapper):

@@ -56,7 +56,7 @@ def test_words_are_those_of_the_plain_form(name):
     assert torch.equal(words, model.generate(TOKENS, 8, padding_mask=REAL, use_cache=False))
 
 
-@pytest.mark.parametrize("name", ["lora all", "dora", "prefix kv", "bitfit", "ia3", "prompt"])
+@pytest.mark.parametrize("name", ["lora all", "dora", "prefix kv", "bitfit", "ia3", "ln_tuning", "prompt"])
 def test_disabled_methods_generate_as_the_base_does(name):
     model = with_methods(name)
     with peft.disabled(model):

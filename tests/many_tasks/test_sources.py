@@ -127,7 +127,7 @@ def unfit_sources(model, path):
     yield "no tensors", [(LoRA(rank=2), None)], "file, model, or recipes with tensors"
     yield "a number", 5, "file, model, or recipes with tensors"
     yield "nothing", None, "file, model, or recipes with tensors"
-    for name in ("dora", "prefix gated", "prefix mlp", "prompt", "bitfit", "ia3", "vera"):
+    for name in ("dora", "prefix gated", "prefix mlp", "prompt", "bitfit", "ia3", "ln_tuning", "vera"):
         yield name, alone(model, 1, (RECIPES[name],)), "cannot share a batch with other tasks"
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import peft
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.position import rotary, rotated
-from peft import ALL_LINEARS, IA3, DoRA, LoRA, PrefixTuning, PromptTuning
+from peft import ALL_LINEARS, IA3, DoRA, LNTuning, LoRA, PrefixTuning, PromptTuning
 
 FOLDER = Path(__file__).resolve().parents[1] / "reference"
 GOLDEN = load_file(FOLDER / "huggingface_peft_llama.safetensors")
@@ -30,6 +30,7 @@ RECIPES = {
     "ia3": IA3(),
     "prefix": PrefixTuning(length=N),
     "prompt": PromptTuning(length=N),
+    "ln_tuning": LNTuning(),
 }
 TOKENS, MASK, WEIGHTS = GOLDEN["tokens"], GOLDEN["mask"], GOLDEN["weights"]
 
@@ -58,6 +59,8 @@ def test_outputs_and_gradients_agree(method):
     tensors, gradients = group(f"{method}/tensors/"), group(f"{method}/gradients/")
     if method == "prefix":
         tensors, gradients = ({n: ours_of(n, t) for n, t in own.items()} for own in (tensors, gradients))
+    if method == "ln_tuning":  # what theirs trains is the whole gain
+        tensors = {n: t - GOLDEN[f"base/{n.replace('delta_gain', 'weight')}"] for n, t in tensors.items()}
     peft.load_state_dict(model, tensors)
     by_position = method in ("prefix", "prompt")  # there they count padding as positions, so there is none
     real = torch.ones_like(MASK) if by_position else MASK

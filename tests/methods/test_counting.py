@@ -8,7 +8,7 @@ from reference.method_cases import RECIPES, SETS, train_a_little
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from peft import BitFit, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from peft import BitFit, BottleneckAdapter, LNTuning, LoRA, PrefixTuning, PromptTuning
 
 OPTIONS = [
     *RECIPES.values(),
@@ -85,10 +85,11 @@ def test_the_table_of_a_model_without_a_method_counts_full_fine_tuning(decoder):
 
 @pytest.mark.parametrize("norm, outside", [("pre", 1), ("post", 0)])
 @pytest.mark.parametrize("embedding_norm", [False, True])
-def test_bitfit_counts_the_norms_outside_of_the_blocks(decoder, norm, outside, embedding_norm):
-    model = peft.attach(decoder(norm=norm, embedding_norm=embedding_norm), BitFit())
-    expected = 2 * (6 * 16 + 24) + (outside + embedding_norm) * 16
-    assert measured(model) == peft.expected_parameters(model.config, BitFit()) == expected
+@pytest.mark.parametrize("recipe, in_a_block", [(BitFit(), 6 * 16 + 24), (LNTuning(), 2 * 16)], ids=str)
+def test_the_norms_outside_of_the_blocks_are_counted(decoder, norm, outside, embedding_norm, recipe, in_a_block):
+    model = peft.attach(decoder(norm=norm, embedding_norm=embedding_norm), recipe)
+    expected = 2 * in_a_block + (outside + embedding_norm) * 16
+    assert measured(model) == peft.expected_parameters(model.config, recipe) == expected
 
 
 def test_the_table_as_it_is_printed(decoder):

@@ -61,6 +61,8 @@ CASES = {
     "gated_prefix": Case("gated_prefix", GATED),
     "rescaled": Case("rescaled", {"h": (2, 3, 5), "scale": (5,)}),
     "shifted": Case("shifted", {"h": (2, 3, 5), "delta_bias": (5,)}),
+    "gain_update, LayerNorm": Case("gain_update", {"x": (2, 3, 5), "delta_gain": (5,)}, {"eps": 0.3}),
+    "gain_update, RMSNorm": Case("gain_update", {"x": (2, 3, 5), "delta_gain": (5,)}, {"eps": 0.3, "centred": False}),
     "prefix_attention": Case("prefix_attention", HEADS),
     "prefix_attention causal": Case("prefix_attention", HEADS, {"mask": CAUSAL}),
     "prefix_attention padded": Case("prefix_attention", HEADS, {"mask": PADDED}),

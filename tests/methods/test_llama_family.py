@@ -17,7 +17,7 @@ from minitransformer import TransformerConfig
 from minitransformer.attention import written_out_attention
 from minitransformer.cache import KVCache
 from minitransformer.position import rotary, rotated
-from peft import IA3, BitFit, LoRA, PrefixTuning, PromptTuning, VeRA
+from peft import IA3, BitFit, LNTuning, LoRA, PrefixTuning, PromptTuning, VeRA
 
 tiny = tiny_of(LLAMA | {"n_heads": 4, "n_kv_heads": 2})  # d_head 4, keys and values 8 wide
 plain = tiny_of(LLAMA | {"n_heads": 4, "n_kv_heads": 2, "bias": "none"})  # as Llama has it
@@ -52,6 +52,7 @@ def test_counts_of_smollm2_by_hand():
     assert peft.expected_parameters(config, PrefixTuning(length=16, gated=True)) == 184_320 + 30 * 9
     assert peft.expected_parameters(config, PromptTuning(length=16)) == 9_216
     assert peft.expected_parameters(config, IA3()) == 30 * (192 + 192 + 1536)
+    assert peft.expected_parameters(config, LNTuning()) == (2 * 30 + 1) * 576
     assert peft.expected_parameters(config, VeRA(rank=64)) == 30 * (2 * 64 + 576 + 192)
 
 
@@ -135,9 +136,10 @@ def test_a_prompt_of_real_words_is_those_words_before_the_text():
 def test_where_there_is_no_bias_bitfit_says_so():
     model = plain()
     for asked in (lambda: peft.attach(model, BitFit()), lambda: peft.expected_parameters(model.config, BitFit())):
-        with pytest.raises(ValueError, match=r"there is no bias to train: .* choose another method"):
+        with pytest.raises(ValueError, match=r"there is no bias to train: .*: LNTuning trains the norms' gains"):
             asked()
     assert not peft.attached(model)
+    peft.attach(model, LNTuning())  # the cure
 
 
 def test_bitfit_trains_the_biases_of_keys_where_positions_turn_them():

@@ -15,7 +15,7 @@ from minitransformer.attention import Attention
 from minitransformer.block import Block
 from minitransformer.embedding import Embedding
 from minitransformer.heads import SequenceClassifier
-from peft import IA3, BitFit, BottleneckAdapter, LoRA, Method, PrefixTuning, PromptTuning, VeRA, Wrapper
+from peft import IA3, BitFit, BottleneckAdapter, LNTuning, LoRA, Method, PrefixTuning, PromptTuning, VeRA, Wrapper
 
 every_recipe = each_of("recipe", RECIPES)
 NAMES_OF_OURS = ("query", "key", "up", "down", "norm", "embedding", "blocks", "attention", "base", "enabled_", "token")
@@ -57,15 +57,34 @@ def test_parts_of_the_readers_own_inside_a_layer_are_left_alone(decoder, recipe)
 def test_a_norm_beside_an_embedding_of_the_readers_own_is_no_norm_of_the_transformer(decoder):
     model = Around(decoder())
     model.my_embedding, model.my_norm = Embedding(decoder().config), nn.LayerNorm(16)
-    found = peft.state_dict(peft.attach(model, BitFit()))
+    model.beside = nn.ModuleDict({"embedding": Embedding(decoder().config), "norm": nn.LayerNorm(16)})
+    found = peft.state_dict(peft.attach(peft.attach(model, BitFit()), LNTuning()))
     assert all(name.startswith("transformer.") for name in found)
 
 
 def test_the_norms_outside_of_the_blocks_are_found_whatever_the_model_is_called(decoder):
     for build in (lambda t: SequenceClassifier(t, 2), nn.Sequential, lambda t: nn.ModuleDict({"embedding": t})):
         model = build(decoder())
-        found = peft.state_dict(peft.attach(model, BitFit()))
-        assert len([name for name in found if name.endswith("norm.delta_bias")]) == 1
+        found = peft.state_dict(peft.attach(peft.attach(model, BitFit()), LNTuning()))
+        for tensor in ("delta_bias", "delta_gain"):
+            assert len([name for name in found if name.endswith(f"norm.{tensor}")]) == 1
+
+
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_a_norm_of_the_readers_own_has_its_gain_tuned_if_it_has_one(decoder, eps):
+    model = decoder()
+    model.blocks[0].norm_attention = nn.RMSNorm(16, eps=eps)
+    model.blocks[0].norm_feedforward = nn.LayerNorm(16, elementwise_affine=False)
+    model.blocks[1].norm_attention = nn.Identity()
+    peft.attach(model, LNTuning())
+    assert {*peft.state_dict(model)} == {
+        f"{name}.delta_gain" for name in ("blocks.0.norm_attention", "blocks.1.norm_feedforward", "norm")
+    }
+    with torch.no_grad():
+        model.blocks[0].norm_attention.delta_gain.fill_(1.5)
+    x = torch.randn(2, 3, 16)
+    expected = 2.5 * nn.RMSNorm(16, eps=eps)(x)
+    torch.testing.assert_close(model.blocks[0].norm_attention(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_key_of_the_readers_own_in_a_block_has_a_bias_that_learns(decoder):

@@ -14,8 +14,8 @@ from peft.methods.linear import MergeableLinear
 
 # One recipe of each kind that a place can be entered in; the other pairs are slow.
 MAIN = {
-    torch.float32: ("lora all", "prefix hidden", "prompt", "houlsby", "inside_ffn", "bitfit", "ia3"),
-    torch.bfloat16: ("lora all", "prefix hidden", "bitfit", "ia3"),
+    torch.float32: ("lora all", "prefix hidden", "prompt", "houlsby", "inside_ffn", "bitfit", "ia3", "ln_tuning"),
+    torch.bfloat16: ("lora all", "prefix hidden", "bitfit", "ia3", "ln_tuning"),
 }
 SLOW = pytest.mark.slow
 KINDS = {"causal-pre": (True, "pre"), "encoder-post": (False, "post")}

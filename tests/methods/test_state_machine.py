@@ -42,6 +42,7 @@ RECIPES = {
     "parallel": peft.BottleneckAdapter(bottleneck=3, placement="parallel"),
     "bitfit": peft.BitFit(),
     "ia3": peft.IA3(),
+    "ln_tuning": peft.LNTuning(),
 }
 # Recipes of one line are of one kind at a common place, so a second one of them is refused.
 RIVALS = (
@@ -53,6 +54,7 @@ RIVALS = (
     {"lora B"},
     {"bitfit"},
     {"ia3"},
+    {"ln_tuning"},
 )
 MERGEABLE = {"lora", "lora up", "lora B", "dora"}
 taken_steps = itertools.count()

@@ -1,4 +1,4 @@
-"""What Hugging Face's peft computes: five methods on a tiny OPT and a tiny Llama, outputs and gradients, in float64.
+"""What Hugging Face's peft computes: its methods on a tiny OPT and a tiny Llama, outputs and gradients, in float64.
 
     python -m venv elsewhere && elsewhere/bin/pip install torch transformers peft
     elsewhere/bin/python tests/reference/make_huggingface_peft_golden.py [opt | llama]
@@ -10,7 +10,8 @@ another folder than the repository's, or `import peft` finds the wrong one. The 
 All tensors are stored under this repository's names. OPT is a pre-norm decoder with learned positions and separate
 query, key, value and output maps, so it is our Transformer but for the names (its position table has two rows in front
 that are never used). The Llama has fewer heads for keys and values than for queries. There a prefix and a prompt meet
-texts without padding: their library counts padding as positions between them and the text.
+texts without padding: their library counts padding as positions between them and the text. And its norms have no bias,
+which theirs would train beside the gain.
 """
 
 import json
@@ -56,6 +57,7 @@ NAMES = {
     ".lora_B.default.weight": ".B",
     ".lora_magnitude_vector.default.weight": ".magnitude",
     ".ia3_l.default": ".scale",
+    ".ln_tuning_layers.default.weight": ".delta_gain",
     "base_model.model.": "",
 }
 LINEARS = {
@@ -70,7 +72,7 @@ NO_PADDING = {"opt": (), "llama": ("prefix", "prompt")}
 def methods(family: str) -> dict:
     linears = LINEARS[family]
     scaled = {"target_modules": ["k_proj", "v_proj", linears[-1]], "feedforward_modules": linears[-1:]}
-    return {
+    found = {
         "lora": peft.LoraConfig(target_modules=["q_proj", "v_proj"], **LORA),
         "lora all": peft.LoraConfig(target_modules=linears, **LORA),
         "lora rank-stabilised": peft.LoraConfig(target_modules=linears, use_rslora=True, **LORA),
@@ -79,6 +81,7 @@ def methods(family: str) -> dict:
         "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
         "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
     }
+    return found if family == "opt" else found | {"ln_tuning": peft.LNTuningConfig(task_type="CAUSAL_LM")}
 
 
 def our_name(name: str) -> str:
@@ -139,7 +142,8 @@ def main(family: str) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for p in trained.values():
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.4 + (method == "ia3"))
+                from_one = method in ("ia3", "ln_tuning")
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.4 + from_one)
         real = torch.ones_like(mask) if method in NO_PADDING[family] else mask
         places = {} if family == "opt" or method in NO_PADDING[family] else {"position_ids": mask.long().cumsum(1) - 1}
         given = {"input_ids": tokens, "attention_mask": real.long(), **places}

@@ -12,6 +12,7 @@ from peft import (
     BitFit,
     BottleneckAdapter,
     DoRA,
+    LNTuning,
     LoRA,
     PrefixTuning,
     PromptTuning,
@@ -45,6 +46,8 @@ RECIPES = {
     "bitfit layer 1": BitFit(layers=(1,)),
     "ia3": IA3(),
     "ia3 layer 0": IA3(layers=(0,)),
+    "ln_tuning": LNTuning(),
+    "ln_tuning layer 1": LNTuning(layers=(1,)),
 }
 # A method of the package that has no recipe above takes part with its defaults.
 for kind in peft.Method.registry.values():
@@ -58,12 +61,14 @@ SETS = {name: (recipe,) for name, recipe in RECIPES.items()} | {
     "everything": tuple(
         RECIPES[name] for name in ("houlsby", "bitfit", "inside_ffn", "lora all", "ia3", "prompt", "prefix hidden")
     ),
+    "bitfit + ln_tuning": (RECIPES["bitfit"], RECIPES["ln_tuning"]),
     "dora + gated prefix + ia3": (RECIPES["dora"], RECIPES["prefix gated"], RECIPES["ia3"]),
 }
 # Other options of a method that is there already: where what is shown does not depend on them, they are slow.
 VARIANTS = {
     "lora rank-stabilised", "lora layer 1", "prefix kv normal", "prefix hidden normal", "prefix gated hidden",
     "prefix layer 1", "prompt normal", "houlsby layer 0", "bitfit layer 1", "ia3 layer 0",
+    "ln_tuning layer 1",
 }  # fmt: skip
 
 

@@ -285,3 +285,23 @@ def shifted(h, delta_bias):
 
 def shifted_backward(g, h, delta_bias):
     return g, rows(g).sum(axis=0)
+
+
+def normalized(x, eps, centred):
+    """(x - m) / s row by row, and s: the root of the mean square of what stands above it, eps added under it."""
+    x = x - x.mean(axis=-1, keepdims=True) if centred else x
+    s = np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    return x / s, s
+
+
+def gain_update(x, delta_gain, eps, centred=True):
+    return np.einsum("...d,d->...d", normalized(x, eps, centred)[0], delta_gain)
+
+
+def gain_update_backward(g, x, delta_gain, eps, centred=True):
+    """y = Δg n, n = c / s:  dΔg = g n;  with e = g Δg:  dc = (e - n mean(e n)) / s,  dx = dc, less its mean if
+    c = x - mean(x)."""
+    n, s = normalized(x, eps, centred)
+    e = g * delta_gain
+    dc = (e - n * (e * n).mean(axis=-1, keepdims=True)) / s
+    return dc - dc.mean(axis=-1, keepdims=True) if centred else dc, (rows(g) * rows(n)).sum(axis=0)

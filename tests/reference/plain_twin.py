@@ -58,9 +58,10 @@ class PlainTwin:
     def norm(self, site, x):
         if f"{site}.weight" not in self.frozen:
             return x
-        (delta,) = self.own(site, "delta_bias")
-        parts = self.frozen[f"{site}.weight"], self.frozen[f"{site}.bias"]
-        y = F.layer_norm(x, x.shape[-1:], *parts, eps=self.config.norm_eps)
+        delta, delta_gain = self.own(site, "delta_bias", "delta_gain")
+        gain, bias = self.frozen[f"{site}.weight"], self.frozen[f"{site}.bias"]
+        gain = gain if delta_gain is None else gain + delta_gain
+        y = F.layer_norm(x, x.shape[-1:], gain, bias, eps=self.config.norm_eps)
         return y if delta is None else y + delta
 
     def prefix(self, site):
