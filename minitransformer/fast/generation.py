@@ -173,8 +173,10 @@ class FastSteps:
     """A model for one new token a row; see the head of this file. The cache's keys and values are taken out of it."""
 
     def __init__(self, model: nn.Module, cache: KVCache, parts: list[Parts], more: int):
-        # Measured: up to eight rows read a weight equally well either way, and a dozen steps pay for the new layout.
-        relaid = len(cache.layers[0].key) > 8 and more >= 16
+        # Measured: up to eight rows read a weight equally well either way, as do 16 bits; and about 26 steps pay for the
+        # new layout of a model that no processor's cache holds, a dozen for that of a small one.
+        key = cache.layers[0].key
+        relaid = len(key) > 8 and more >= 32 and key.dtype in (torch.float32, torch.float64)
         self.model, self.cache, self.blocks, self.turns = model, cache, [], turns(model, cache, more)
         for block, own in zip(model.blocks, parts, strict=True):
             self.blocks.append(FastBlock(block, own, cache.layers.pop(0), cache.real_keys, more, relaid))
