@@ -11,7 +11,7 @@ else (of a training step forward and backward to the inputs, none with what LoRA
 new words take more than the first alone, which reads the beginning, divided by 31.
 
 As in `against_huggingface.py`: each round starts all sides anew, each job has a fresh process of each side, and they
-take turns. Not part of the tests: it takes some twenty minutes of a quiet machine, and 4 GB of memory. `--rows` takes
+take turns. Not part of the tests: it takes some twenty minutes of a quiet machine, and 6 GB of memory. `--rows` takes
 some of the rows.
 """
 
