@@ -173,8 +173,8 @@ class FastSteps:
     """A model for one new token a row; see the head of this file. The cache's keys and values are taken out of it."""
 
     def __init__(self, model: nn.Module, cache: KVCache, parts: list[Parts], more: int):
-        # Measured: up to eight rows read a weight equally well either way, as do 16 bits; and about 26 steps pay for the
-        # new layout of a model that no processor's cache holds, a dozen for that of a small one.
+        # Measured: up to eight rows read a weight equally well either way, and any number in 16 bits. A dozen steps pay
+        # for the new layout of a small model, about 26 for that of one that no processor's cache holds.
         key = cache.layers[0].key
         relaid = len(key) > 8 and more >= 32 and key.dtype in (torch.float32, torch.float64)
         self.model, self.cache, self.blocks, self.turns = model, cache, [], turns(model, cache, more)

@@ -197,13 +197,15 @@ def table(seconds: dict[str, dict], memory: dict[str, dict], sides: list[str]) -
         if FIRST + job in time:
             own = {side: (own[side] - time[FIRST + job][side]) / (NEW - 1) for side in own}
         peak = {side: memory[job][side]["peak"] for side in own}
-        shown = [f"{own[side]:10.1f}" if side in own else f"{'':10}" for side in sides]
-        shown += [f"{own['ours'] / own[side]:10.3f}" if side in own else f"{'':10}" for side in ("theirs", "limit")]
+        shown = [f"{own[side]:10.1f}" if side in own else f"{'-':>10}" for side in sides]
+        shown += [f"{own['ours'] / own[side]:10.3f}" if side in own else f"{'-':>10}" for side in ("theirs", "limit")]
         shown += [f"{peak['ours']:10.0f}", f"{peak['ours'] / peak['theirs']:10.3f}" if "theirs" in peak else ""]
         lines.append(f"{job:48}" + "".join(shown))
     if STEPS[0] in time and "theirs" in time[STEPS[0]]:
         everywhere = time[STEPS[0]]["theirs"]
-        shares = [f"{job.split(', ')[1]} {time[job]['ours'] / everywhere:.3f}" for job in STEPS[1:] if job in time]
+        shares = [
+            f"{job.removeprefix('step, ')} {time[job]['ours'] / everywhere:.3f}" for job in STEPS[1:] if job in time
+        ]
         lines.append(f"ours, to theirs where all positions meet the LM head: {', '.join(shares)}")
     return "\n".join(lines)
 
