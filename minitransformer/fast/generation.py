@@ -7,7 +7,6 @@ about both, before the first step:
     query, key, value     one weight, one product (and gate with up), where copying them costs less than it saves
     every weight          stored as [d_in, d_out], if many rows will read it in that order
     keys and values       room for all that will come; a prefix lies in it like any other key
-    rotary positions      the angles of all that will come
 
 Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B, H_kv, n + S, d_head].
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from minitransformer.attention import Attention, GroupedQueryAttention
 from minitransformer.block import Block
 from minitransformer.cache import KVCache, LayerCache
+from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, positions
 from minitransformer.fast.stand_in import may_stand_in, says
 from minitransformer.feedforward import FeedForward, GatedFeedForward, activate
@@ -151,22 +151,22 @@ class FastBlock:
         return self.output(F.scaled_dot_product_attention(q, keys, values, real).flatten(1))
 
 
-def turns(model: nn.Module, cache: KVCache, more: int) -> list[Turn] | list[None]:
-    """For each of the next `more` positions, what turns all heads of a row: y ↦ cos y + sin (y, its halves swapped).
+def next_turn(config: TransformerConfig, cache: KVCache, device: torch.device) -> Turn | None:
+    """What turns all heads at the position behind the cache: y ↦ cos y + sin (y, its halves swapped).
 
     As `rotated` for queries and keys; values are not turned: there cos is 1, and sin is 0.
     """
-    config = model.config
     if config.position != "rotary":
-        return [None] * more
-    real, device = cache.real_keys, cache.layers[0].key.device
-    start = cache.n_keys if real is None else real.sum(dim=1, keepdim=True)
-    cos, sin = rotary(start + torch.arange(more, device=device)[None], config.d_head, config.rope_theta)
-    values = (0, 0, 0, (config.n_kv_heads or config.n_heads))  # behind those of queries and keys
-    n_turned = config.n_heads + values[-1]
-    both = zip((torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)), (1.0, 0.0), strict=True)
-    cos, sin = (F.pad(t.transpose(1, 2).expand(-1, -1, n_turned, -1), values, value=v).unbind(1) for t, v in both)
-    return list(zip(cos, sin, strict=True))
+        return None
+    real = cache.real_keys
+    position = torch.full((1, 1), cache.n_keys, device=device) if real is None else real.sum(dim=1, keepdim=True)
+    cos, sin = (angle[:, 0] for angle in rotary(position, config.d_head, config.rope_theta))  # [B, 1, d_head / 2]
+    n_values = config.n_kv_heads or config.n_heads  # they lie behind queries and keys
+    both = (torch.cat([cos, cos], dim=2), 1.0), (torch.cat([-sin, sin], dim=2), 0.0)
+    cos, sin = (
+        F.pad(t.expand(-1, config.n_heads + n_values, -1), (0, 0, 0, n_values), value=value) for t, value in both
+    )
+    return cos, sin
 
 
 class FastSteps:
@@ -177,7 +177,7 @@ class FastSteps:
         # for the new layout of a small model, about 26 for that of one that no processor's cache holds.
         key = cache.layers[0].key
         relaid = len(key) > 8 and more >= 32 and key.dtype in (torch.float32, torch.float64)
-        self.model, self.cache, self.blocks, self.turns = model, cache, [], turns(model, cache, more)
+        self.model, self.cache, self.blocks = model, cache, []
         for block, own in zip(model.blocks, parts, strict=True):
             self.blocks.append(FastBlock(block, own, cache.layers.pop(0), cache.real_keys, more, relaid))
         self.norm, self.head, table = for_rows(model.norm), model.lm_head, model.embedding.token
@@ -192,8 +192,6 @@ class FastSteps:
         for block in self.blocks:
             block.seen = block.seen[:, rows]
             block.real = None if block.real is None else block.real[rows]
-        if self.cache.real_keys is not None:  # else all rows turn alike
-            self.turns = [turn and (turn[0][rows], turn[1][rows]) for turn in self.turns]
 
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from
     def __call__(self, words: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
@@ -203,9 +201,9 @@ class FastSteps:
             x = embedding.summed(embedding.token(words), positions(words, cache=self.cache))[:, 0]
         else:
             x = embedding(words, cache=self.cache)[:, 0]
+        turn = next_turn(self.model.config, self.cache, words.device)
         self.cache.count(1, None)
         self.cache.extend(1, None)
-        turn = self.turns.pop(0)
         for block in self.blocks:
             x = block(x, turn)
         return self.head(self.norm(x))
