@@ -29,4 +29,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         """Zhang & Sennrich 2019, equation 4. For 16-bit numbers the mean is taken in 32 bits."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # mean(x²) = length² / d, with a cheaper gradient
+        return (wide * torch.rsqrt(length.square() / x.shape[-1] + self.eps)).to(x.dtype) * self.weight

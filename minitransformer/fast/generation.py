@@ -4,11 +4,11 @@ Source: Pope et al. 2023, "Efficiently Scaling Transformer Inference", section 2
 rows with every weight, so its time is that of reading the weights, and of starting each operation. What is done here
 about both, before the first step:
 
-    query, key, value     one weight, one product
+    query, key, value     one weight, one product (and gate with up), where copying them costs less than it saves
     every weight          stored as [d_in, d_out], if many rows will read it in that order
     keys and values       room for all that will come; a prefix lies in it like any other key
 
-Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B, H, n + S, d_head].
+Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B, H_kv, n + S, d_head].
 
 Differs from the plain form (`Block.forward` behind a `KVCache`): in rounding only. It serves blocks of linear layers:
 plain ones, and wrappers that say so by `as_linear` or `as_attention`. While it is in use, some of the weights are there
@@ -23,18 +23,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention
+from minitransformer.attention import Attention, GroupedQueryAttention
 from minitransformer.block import Block
 from minitransformer.cache import KVCache, LayerCache
+from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, positions
 from minitransformer.fast.stand_in import may_stand_in, says
-from minitransformer.feedforward import FeedForward, activate
+from minitransformer.feedforward import FeedForward, GatedFeedForward, activate
 from minitransformer.heads import LMHead
+from minitransformer.norm import RMSNorm
+from minitransformer.position import rotary
 
 FEWEST_STEPS = 4  # measured: with fewer, laying out takes longer than it saves
+COPIED = 2**12  # measured: copying as many numbers takes as long as one product less saves in one step
 Linear = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
 Parts = tuple[Attention, tuple[Tensor, Tensor] | None, list[Linear]]
 Rows = Float[Tensor, "B d_model"]
+Turn = tuple[Float[Tensor, "#B heads d_head"], Float[Tensor, "#B heads d_head"]]
 
 
 def fast_steps(model: nn.Module, cache: KVCache, more: int) -> "FastSteps | None":
@@ -53,23 +58,27 @@ def parts_of(block: nn.Module) -> Parts | None:
 
     A wrapper says what it amounts to: `as_attention` returns the first two, `as_linear` a layer's weight and bias.
     """
-    if type(block) is not Block or type(block.feedforward) is not FeedForward:
+    if type(block) is not Block or type(block.feedforward) not in (FeedForward, GatedFeedForward):
         return None
     own, ffn = block.attention, block.feedforward
-    found = (own, None) if type(own) is Attention else getattr(own, "as_attention", lambda: None)()
-    if found is None or hasattr(found[0], "rope_theta"):  # whose queries and keys are turned
+    plain = type(own) in (Attention, GroupedQueryAttention)
+    found = (own, None) if plain else getattr(own, "as_attention", lambda: None)()
+    if found is None:
         return None
-    attention = found[0]
-    layers = attention.query, attention.key, attention.value, attention.output, ffn.up, ffn.down
+    attention, gate = found[0], [ffn.gate] if type(ffn) is GatedFeedForward else []
+    layers = attention.query, attention.key, attention.value, attention.output, ffn.down, *gate, ffn.up
     linear = [(e.weight, e.bias) if type(e) is nn.Linear else getattr(e, "as_linear", lambda: None)() for e in layers]
     return None if None in linear else (*found, linear)
 
 
-def joined(*layers: Linear, relaid: bool) -> Callable[[Tensor], Tensor]:
-    """y = x Wᵀ + b of several layers with one input, their outputs side by side.
+def joined(*layers: Linear, relaid: bool, more: int) -> Callable[[Tensor], Tensor]:
+    """y = x Wᵀ + b of several layers with one input, their outputs side by side, `more` times.
 
-    `relaid` stores the weights as [d_in, d_out]; otherwise a single one is read where it lies, and not copied.
+    `relaid` stores the weights as [d_in, d_out]; otherwise a single one is read where it lies, and large ones as well.
     """
+    if len(layers) > 1 and not relaid and sum(w.numel() for w, _ in layers) > (len(layers) - 1) * more * COPIED:
+        products = [joined(layer, relaid=relaid, more=more) for layer in layers]
+        return lambda x: torch.cat([product(x) for product in products], dim=1)
     weight = layers[0][0].T if len(layers) == 1 else torch.cat([w for w, _ in layers]).T
     weight = weight.contiguous() if relaid else weight
     if all(b is None for _, b in layers):
@@ -79,6 +88,8 @@ def joined(*layers: Linear, relaid: bool) -> Callable[[Tensor], Tensor]:
 
 def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """The norm for [B, d_model]; a wrapped one may count on [B, T, d_model], and gets it."""
+    if type(norm) is RMSNorm:
+        return partial(torch.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=norm.eps)
     if type(norm) is not nn.LayerNorm:
         return lambda x: norm(x[:, None])[:, 0]
     shape = norm.normalized_shape  # its function alone: through the module it takes about twice as long
@@ -92,44 +103,80 @@ class FastBlock:
     """
 
     def __init__(self, block: Block, parts: Parts, cache: LayerCache, real: Tensor | None, more: int, relaid: bool):
-        attention, extra, (query, key, value, *others) = parts
-        self.pre_norm, self.activation = block.pre_norm, block.feedforward.activation
-        self.n_heads, self.d_head = cache.key.shape[1], cache.key.shape[3]
+        attention, extra, (query, key, value, output, down, *ups) = parts
+        self.pre_norm, self.activation, self.gated = block.pre_norm, block.feedforward.activation, len(ups) == 2
+        self.n_kv_heads, self.d_head = cache.key.shape[1], cache.key.shape[3]
         self.norm_attention, self.norm_feedforward = for_rows(block.norm_attention), for_rows(block.norm_feedforward)
-        self.read = joined(query, key, value, relaid=relaid)
-        self.output, self.up, self.down = (joined(layer, relaid=relaid) for layer in others)
+        layers = (query, key, value), (output,), ups, (down,)
+        self.read, self.output, self.up, self.down = (joined(*own, relaid=relaid, more=more) for own in layers)
         seen, n = torch.stack([cache.key, cache.value]), 0 if extra is None else len(extra[0])
         if extra is not None:
-            front = torch.stack([attention.split_heads(part[None]) for part in extra])  # [2, 1, H, n, d_head]
+            front = torch.stack([attention.split_heads(part[None]) for part in extra])  # [2, 1, H_kv, n, d_head]
             seen = torch.cat([front.to(seen.dtype).expand(-1, seen.shape[1], -1, -1, -1), seen], dim=3)
         self.n_seen = seen.shape[3]
-        self.seen = F.pad(seen, (0, 0, 0, more))  # [2, B, H, n + S + more, d_head]
+        self.seen = F.pad(seen, (0, 0, 0, more))  # [2, B, H_kv, n + S + more, d_head]
         self.real = None if real is None else F.pad(real, (n, more), value=True)[:, None, None]
 
-    def __call__(self, x: Rows) -> Rows:
+    def __call__(self, x: Rows, turn: Turn | None) -> Rows:
         """As `Block.forward`, for the newest position."""
         if self.pre_norm:
-            x = x + self.attention(self.norm_attention(x))
-            return x + self.down(activate(self.up(self.norm_feedforward(x)), self.activation))
-        x = self.norm_attention(x + self.attention(x))
-        return self.norm_feedforward(x + self.down(activate(self.up(x), self.activation)))
+            x = x + self.attention(self.norm_attention(x), turn)
+            return x + self.feedforward(self.norm_feedforward(x))
+        x = self.norm_attention(x + self.attention(x, turn))
+        return self.norm_feedforward(x + self.feedforward(x))
 
-    def attention(self, x: Rows) -> Rows:
-        """As `Attention.forward`; the key and value of x are noted."""
-        new = self.read(x).view(-1, 3, self.n_heads, 1, self.d_head).transpose(0, 1)  # [3, B, H, 1, d_head]
-        self.seen.narrow(3, self.n_seen, 1).copy_(new[1:])
+    def feedforward(self, x: Rows) -> Rows:
+        """As `FeedForward.forward`, or `GatedFeedForward.forward`."""
+        hidden = self.up(x)
+        if not self.gated:
+            return self.down(activate(hidden, self.activation))
+        gate, up = hidden.chunk(2, dim=1)
+        return self.down(activate(gate, self.activation).mul_(up))
+
+    def attention(self, x: Rows, turn: Turn | None) -> Rows:
+        """As `Attention.forward`; the key and value of x are noted.
+
+        The newest query sees all keys, so those of one group can stand side by side where other queries of the text
+        would: H_kv heads of H / H_kv queries.
+        """
+        new, kv = self.read(x).view(len(x), -1, self.d_head), 2 * self.n_kv_heads  # [B, H + 2 H_kv, d_head]
+        if turn is not None:
+            new = torch.addcmul(new * turn[0], new.roll(self.d_head // 2, dims=2), turn[1]).to(new.dtype)
+        newest = new[:, -kv:].view(len(x), 2, -1, 1, self.d_head).transpose(0, 1)  # [2, B, H_kv, 1, d_head]
+        self.seen.narrow(3, self.n_seen, 1).copy_(newest)
         self.n_seen += 1
-        keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H, n + S, d_head]
+        keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H_kv, n + S, d_head]
         real = None if self.real is None else self.real[..., : self.n_seen]
-        return self.output(F.scaled_dot_product_attention(new[0], keys, values, real).flatten(1))
+        q = new[:, :-kv].unflatten(1, (self.n_kv_heads, -1))  # [B, H_kv, H / H_kv, d_head]
+        return self.output(F.scaled_dot_product_attention(q, keys, values, real).flatten(1))
+
+
+def next_turn(config: TransformerConfig, cache: KVCache, device: torch.device) -> Turn | None:
+    """What turns all heads at the position behind the cache: y ↦ cos y + sin (y, its halves swapped).
+
+    As `rotated` for queries and keys; values are not turned: there cos is 1, and sin is 0.
+    """
+    if config.position != "rotary":
+        return None
+    real = cache.real_keys
+    position = torch.full((1, 1), cache.n_keys, device=device) if real is None else real.sum(dim=1, keepdim=True)
+    cos, sin = (angle[:, 0] for angle in rotary(position, config.d_head, config.rope_theta))  # [B, 1, d_head / 2]
+    n_values = config.n_kv_heads or config.n_heads  # they lie behind queries and keys
+    both = (torch.cat([cos, cos], dim=2), 1.0), (torch.cat([-sin, sin], dim=2), 0.0)
+    cos, sin = (
+        F.pad(t.expand(-1, config.n_heads + n_values, -1), (0, 0, 0, n_values), value=value) for t, value in both
+    )
+    return cos, sin
 
 
 class FastSteps:
     """A model for one new token a row; see the head of this file. The cache's keys and values are taken out of it."""
 
     def __init__(self, model: nn.Module, cache: KVCache, parts: list[Parts], more: int):
-        # Measured: up to eight rows read a weight equally well either way, and a dozen steps pay for the new layout.
-        relaid = len(cache.layers[0].key) > 8 and more >= 16
+        # Measured: up to eight rows read a weight equally well either way, and any number in 16 bits. A dozen steps pay
+        # for the new layout of a small model, about 26 for that of one that no processor's cache holds.
+        key = cache.layers[0].key
+        relaid = len(key) > 8 and more >= 32 and key.dtype in (torch.float32, torch.float64)
         self.model, self.cache, self.blocks = model, cache, []
         for block, own in zip(model.blocks, parts, strict=True):
             self.blocks.append(FastBlock(block, own, cache.layers.pop(0), cache.real_keys, more, relaid))
@@ -137,7 +184,8 @@ class FastSteps:
         self.is_tied = type(model.head) is LMHead and type(table) is nn.Embedding
         if self.is_tied:
             scale = model.head.logit_scale
-            self.head = joined((table.weight if scale == 1.0 else scale * table.weight, None), relaid=relaid)
+            weight = table.weight if scale == 1.0 else scale * table.weight
+            self.head = joined((weight, None), relaid=relaid, more=more)
 
     def keep(self, rows: Int[Tensor, "b"]) -> None:
         """Go on with these rows alone; the cache's owner drops them there."""
@@ -153,8 +201,9 @@ class FastSteps:
             x = embedding.summed(embedding.token(words), positions(words, cache=self.cache))[:, 0]
         else:
             x = embedding(words, cache=self.cache)[:, 0]
+        turn = next_turn(self.model.config, self.cache, words.device)
         self.cache.count(1, None)
         self.cache.extend(1, None)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, turn)
         return self.head(self.norm(x))

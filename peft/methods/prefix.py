@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitransformer.attention import Attention, Context, Hidden, Mask
+from minitransformer.attention import Attention, Context, GroupedQueryAttention, Hidden, Mask
 from minitransformer.config import TransformerConfig
 from minitransformer.position import in_front
 from peft.functional import gated_prefix, prefix_attention
@@ -129,7 +129,7 @@ class PrefixAttention(Wrapper):
 
     def as_attention(self) -> tuple[Attention, KeysAndValues | None] | None:
         """The frozen layer and P_k, P_v; None for what is more than keys and values in front."""
-        if type(self.base) is not Attention or (self.enabled and self.recipe.gated):
+        if type(self.base) not in (Attention, GroupedQueryAttention) or (self.enabled and self.recipe.gated):
             return None
         return self.base, self.prefix() if self.enabled else None
 

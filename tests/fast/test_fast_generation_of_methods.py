@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference.method_cases import SETS, each_of, train_a_little
 from reference.random_weights import randomize
+from reference.tiny_models import LLAMA
 
 import peft
 from minitransformer import Transformer, TransformerConfig
@@ -22,8 +23,8 @@ WORDS = torch.randint(23, (3, 3, 1), generator=torch.Generator().manual_seed(0))
 SLOW = ("houlsby", "pfeiffer", "parallel", "inside_ffn", "gated", "adapter", "everything")
 
 
-def with_methods(name, dtype=torch.float64):
-    model = randomize(Transformer(TransformerConfig(**CONFIG)), std=0.5).to(dtype)
+def with_methods(name, dtype=torch.float64, **changes):
+    model = randomize(Transformer(TransformerConfig(**CONFIG, **changes)), std=0.5).to(dtype)
     for recipe in SETS[name]:
         peft.attach(model, recipe)
     return train_a_little(model).eval()
@@ -47,6 +48,12 @@ def compare(model, real=None):
 @each_of("name", {name: name for name in SETS})
 def test_methods_that_end_in_linear_maps_or_keys_keep_the_fast_form(name, real):
     assert compare(with_methods(name), real) == (not any(slow in name for slow in SLOW))
+
+
+@pytest.mark.parametrize("real", [None, REAL], ids=["no padding", "left padding"])
+@each_of("name", {name: name for name in SETS})
+def test_the_llama_family_keeps_it_with_the_same_methods(name, real):
+    assert compare(with_methods(name, **LLAMA), real) == (not any(slow in name for slow in SLOW))
 
 
 @each_of("name", {name: name for name in SETS})
