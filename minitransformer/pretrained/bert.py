@@ -11,6 +11,7 @@ from typing import Any
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
+    SIZES,
     check_options,
     check_tied,
     filled,
@@ -58,14 +59,6 @@ COPIES = {  # of tied weights: either or both may be saved
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 
-SIZES = (
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "intermediate_size",
-)
 SUPPORTED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,

@@ -26,6 +26,14 @@ ACTIVATIONS = {
     "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
 }
+SIZES = (  # as BERT and the Llama family name them
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+)
 EMBEDDINGS = ("wte.weight", "embeddings.word_embeddings.weight", "embed_tokens.weight")
 NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitransformer.config import TransformerConfig
-from minitransformer.pretrained.huggingface import check_options, filled, read_activation, read_number
+from minitransformer.pretrained.huggingface import SIZES, check_options, filled, read_activation, read_number
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
 
@@ -46,14 +46,6 @@ OUTSIDE = {"embedding.token": "embed_tokens", "norm": "norm", "head": "lm_head"}
 HEAD = "lm_head.weight"
 COPIES = {HEAD: "embed_tokens.weight"}  # of a tied weight: either or both may be saved
 
-SIZES = (
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "intermediate_size",
-)
 SUPPORTED = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
