@@ -16,7 +16,7 @@ beside every method, the last three from SmolLM2. A method joins a comparison by
 What a language model says is right if it is the answer, all of it and nothing else, in greedy generation. A rate is
 chosen by such answers to a part of the validation split (64 rows, of the reviews 200), and among equals by the loss per
 word there: 64 answers to movers take as long as two training steps, and the loss alone may fall where the answers get
-worse. So many steps of 16 rows are few enough that a run which chooses is as long as a final one.
+worse. A run that chooses has half the steps of a final one.
 The test is the whole test split: 200 rows, of the reviews all 1,000 of the unseen films.
 """
 
@@ -155,7 +155,7 @@ REAL_TEXT = {
 }
 
 
-STEPS = {"movers": 100, "records": 100, "rotten_tomatoes_words": 150}  # of 16 rows; a run that chooses has as many
+STEPS = {"movers": 100, "records": 100, "rotten_tomatoes_words": 150}  # of 16 rows; a run that chooses has half as many
 
 
 def language(
@@ -164,7 +164,8 @@ def language(
 ) -> dict:  # fmt: skip
     """The entries of a method on these tasks: the same rates on each; a mapping has a recipe for each task."""
     recipes = method if isinstance(method, Mapping) else dict.fromkeys(STEPS, method)
-    return {name: Entry(recipes[name], rates, 0 if frozen else STEPS[name], frozen=frozen) for name in on}
+    steps = {name: 0 if frozen else STEPS[name] for name in on}
+    return {name: Entry(recipes[name], rates, own, own // 2, frozen=frozen) for name, own in steps.items()}
 
 
 # The real words that a prefix and a soft prompt start from, in SmolLM2's numbers; `INIT_WORDS` spells them.

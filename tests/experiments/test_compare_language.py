@@ -64,7 +64,7 @@ def short(entry):
         method = replace(method, init_tokens=tuple(range(2, 18)))
     if hasattr(method, "rank"):
         method = replace(method, rank=2)
-    return replace(entry, method=method, steps=4 if entry.steps else 0)
+    return replace(entry, method=method, steps=4 if entry.steps else 0, choice_steps=None)
 
 
 @pytest.fixture

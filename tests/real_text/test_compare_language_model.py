@@ -38,7 +38,7 @@ def test_the_sizes_of_the_methods(language_model):
 @pytest.mark.parametrize("backbone", TASKS["movers"].models)
 def test_a_run_of_one_step(chat, backbone, monkeypatch):
     own = TASKS["movers"]
-    entries = own.entries | {LORA: replace(own.entries[LORA], steps=1)}
+    entries = own.entries | {LORA: replace(own.entries[LORA], steps=1, choice_steps=None)}
     monkeypatch.setitem(TASKS, "movers", replace(own, entries=entries, warmup=0, note_every=1))
     whole = own.splits()
     task = pair_task(whole.texts, chat, validation=4, test=4)
