@@ -155,7 +155,7 @@ REAL_TEXT = {
 }
 
 
-STEPS = {"movers": 100, "records": 100, "rotten_tomatoes_words": 150}  # of 16 rows; a run that chooses has half as many
+STEPS = {"movers": 100, "records": 100, "rotten_tomatoes_words": 300}  # of 16 rows; a run that chooses has half as many
 
 
 def language(

@@ -301,5 +301,5 @@ def test_every_language_task_has_a_rate_to_choose_and_words_to_start_from(name):
     assert (own.seeds, own.batch_size, own.schedule, own.warmup) == (3, 16, "linear", 10)
     assert {LORA, PREFIX, PROMPT, FULL, UNTRAINED} <= set(own.entries)
     for entry in own.entries.values():
-        assert entry.frozen or (len(entry.learning_rates) >= 2 and entry.steps in (100, 150))
+        assert entry.frozen or (len(entry.learning_rates) >= 2 and entry.steps in (100, 300))
     assert len(tasks.INIT_TOKENS[name]) == own.entries[PREFIX].method.length == 16
