@@ -13,6 +13,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from minitransformer.quantized_layer import Quantized
 from peft.attach import restore
 from peft.methods.linear import MergeableLinear
 from peft.sites import all_wrappers, merged_wrappers
@@ -42,6 +43,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _checked_weight(name: str, wrapper: MergeableLinear) -> Tensor:
     frozen = wrapper.base.weight
+    if isinstance(wrapper.base, Quantized):
+        raise ValueError(f"the weight of {name} is quantised, and W would be rounded away; dequantize(model) first")
     if type(frozen) not in (Tensor, nn.Parameter):
         raise ValueError(f"the weight of {name} is a {type(frozen).__name__}, not a plain tensor; use it unmerged")
     weight = wrapper.weight_to_merge()
