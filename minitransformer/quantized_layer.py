@@ -11,6 +11,7 @@ through to what can: LoRA's factors, or any other method's tensors, which stay i
 Shapes: x [..., d_in], W [d_out, d_in], y [..., d_out]. How bytes become weights: `code_book.py`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,15 +25,16 @@ Unpack = Callable[..., Weight]  # from the bytes to float32
 
 
 class Quantized(nn.Module):
-    """A frozen weight that is stored as bytes: parameters, but none that can require a gradient, or that a cast changes.
+    """A frozen weight of some `shape`, stored as bytes: parameters that can require no gradient, and that no cast
+    changes.
 
     `weight` unpacks them, in the precision of the model, at each reading; it cannot be set. `.to(torch.bfloat16)`
     rounds what comes out, not what is stored.
     """
 
-    def store(self, unpack: Unpack, stored: dict[str, Bytes], dtype: torch.dtype) -> None:
+    def store(self, unpack: Unpack, stored: dict[str, Bytes], shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Let the weight be `unpack(*stored.values())`."""
-        self.unpack, self.names = unpack, tuple(stored)
+        self.unpack, self.names, self.shape = unpack, tuple(stored), shape
         for name, tensor in stored.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         like = torch.empty(0, dtype=dtype, device=next(iter(stored.values())).device)
@@ -48,6 +50,11 @@ class Quantized(nn.Module):
         """The whole weight, in the precision of the model."""
         return self.unpack(*self.stored).to(self.like.dtype)
 
+    @property
+    def bits(self) -> float:
+        """Of each weight, its share of the scales included."""
+        return 8 * sum(tensor.numel() for tensor in self.stored) / math.prod(self.shape)
+
 
 class QuantizedLinear(Quantized, nn.Linear):
     """A linear layer with a quantised weight. The bias is a parameter as ever."""
@@ -57,7 +64,7 @@ class QuantizedLinear(Quantized, nn.Linear):
     def __init__(self, unpack: Unpack, stored: dict[str, Bytes], like: nn.Linear):
         nn.Module.__init__(self)  # that of nn.Linear would make a weight
         self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
-        self.store(unpack, stored, like.weight.dtype)
+        self.store(unpack, stored, tuple(like.weight.shape), like.weight.dtype)
         self.train(like.training)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
@@ -73,8 +80,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        bits = 8 * sum(tensor.numel() for tensor in self.stored) / (self.in_features * self.out_features)
-        return f"{super().extra_repr()}, {bits:.4g} bits a weight"
+        return f"{super().extra_repr()}, {self.bits:.4g} bits a weight"
 
 
 class FrozenProduct(torch.autograd.Function):
