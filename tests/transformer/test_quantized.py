@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,9 +34,7 @@ def layer_of(weight, bias=None, storage="nf4", block=8, double=True):
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = bias if bias is None else nn.Parameter(bias)
-    model = tiny_of({})(d_model=weight.shape[1]).requires_grad_(False)
-    model.blocks[0].attention.query = plain
-    return quantize(model.requires_grad_(False), storage, block, double).blocks[0].attention.query
+    return QuantizedLinear(partial(unpacked, storage), packed(weight, storage, block, double), plain)
 
 
 def tiny(kind=None, block=8, **changes):
@@ -55,7 +54,8 @@ def twin(weight, book, block, double):
     """In NumPy and one weight at a time: bytes of the codes, and the weights they stand for."""
     blocks = weight.numpy().reshape(-1, block)
     scales = np.abs(blocks).max(axis=1)
-    codes = np.array([[np.argmin(np.abs(w - c * book)) if c else 7 for w in own] for own, c in zip(blocks, scales)])
+    zero = np.argmin(np.abs(book))
+    codes = np.array([[np.argmin(np.abs(w - c * book)) if c else zero for w in own] for own, c in zip(blocks, scales)])
     if double:
         mean = scales.mean()
         for start in range(0, len(scales), 256):
@@ -78,7 +78,6 @@ def test_packing_and_unpacking_against_a_numpy_twin(storage, double, shape, bloc
     assert {tensor.dtype for tensor in stored.values()} == {torch.uint8}
     back = unpacked(storage, *stored.values())
     assert not back[1, :block].any()
-    codes[1, : block // 2] = stored["codes"][1, : block // 2].numpy()  # of zeros, in whatever code
     assert np.array_equal(stored["codes"].numpy(), codes)
     np.testing.assert_allclose(back.numpy(), values, atol=2e-6)
 
@@ -96,10 +95,10 @@ def expected_error(book, block):
 
     The others are then normal between -c and c, and the largest itself is exact.
     """
-    c = np.linspace(1e-3, 7.0, 1_500)
+    c = np.linspace(1e-3, 7.0, 700)
     within = np.array([math.erf(x / math.sqrt(2)) for x in c])
     density = block * within ** (block - 1) * 2 * np.exp(-(c**2) / 2) / math.sqrt(2 * math.pi)  # of the largest
-    w = np.linspace(-1, 1, 2_001)
+    w = np.linspace(-1, 1, 1_001)
     missed = np.min(np.abs(w[:, None] - book[None]), axis=1) ** 2
     normal = np.exp(-((c[:, None] * w[None]) ** 2) / 2) / math.sqrt(2 * math.pi)
     square = c**3 * np.trapezoid(normal * missed[None], w, axis=1) / within
@@ -108,7 +107,7 @@ def expected_error(book, block):
 
 @pytest.mark.parametrize("block", [32, 64])
 def test_the_error_is_what_integration_over_normal_weights_predicts(block):
-    weight, found = drawn(2_000, 512), {}
+    weight, found = drawn(1_000, 512), {}
     for storage in ("nf4", "int4"):
         back = unpacked(storage, *packed(weight, storage, block, double=False).values())
         found[storage] = (back - weight).square().mean().item()
@@ -143,8 +142,10 @@ def test_the_layer_computes_w_x_plus_b_and_its_gradients(storage):
     np.testing.assert_allclose(x.grad.numpy(), g.numpy() @ W, atol=1e-12)
     np.testing.assert_allclose(layer.bias.grad.numpy(), g.numpy().sum((0, 1)), atol=1e-12)
     assert all(tensor.grad is None for tensor in layer.stored)
-    assert torch.autograd.gradcheck(layer, x, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda x: layer(x).tanh(), x)
+    few = layer_of(drawn(3, 8), drawn(3), storage).double()
+    x = drawn(2, 8).double().requires_grad_()
+    assert torch.autograd.gradcheck(few, (x,))
+    assert torch.autograd.gradgradcheck(lambda x: few(x).tanh(), (x,))
 
 
 def test_the_backward_pass_keeps_bytes_and_no_weight():
@@ -156,7 +157,7 @@ def test_the_backward_pass_keeps_bytes_and_no_weight():
 
 
 def test_function_transforms():
-    layer = layer_of(drawn(10, 24), drawn(10, seed=1))
+    layer = layer_of(drawn(3, 24), drawn(3, seed=1))
     plain = dequantize(nn.ModuleList([copy.deepcopy(layer)]))[0]
     x = drawn(4, 24, seed=2)
     for apply in (
@@ -232,7 +233,7 @@ def test_autocast():
 
 
 def test_state_dict_copies_and_pickles():
-    model, other = tiny(seed=0), tiny(seed=3)
+    model, other = tiny(), quantize(randomize(tiny_of({})(), seed=3).requires_grad_(False), block=8)
     assert not torch.equal(model(TOKENS), other(TOKENS))
     other.load_state_dict(model.state_dict())
     for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -279,7 +280,7 @@ def wrapped(model):
         (None, {"block": 64}, "block=64 must be an even number that divides d_in = 16 of blocks.0.attention.query"),
         (None, {"block": 16}, "divides d_in = 24 of blocks.0.feedforward.down"),
         (None, {"block": 0}, "block=0 must be an even number"),
-        (None, {"block": 8.0}, "block=8.0 must be an even number"),
+        (None, {"block": 7}, "block=7 must be an even number"),
         (lambda m: m.norm.requires_grad_(), {}, r"norm.weight is trained, .* model.requires_grad_\(False\)"),
         (shared, {}, "weight of blocks.0.attention.key is shared with another module"),
         (twice, {}, "weight of blocks.0.attention.key is shared with another module"),
