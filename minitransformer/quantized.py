@@ -82,9 +82,7 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
         elif holds_linear and not isinstance(module, (Attention, FeedForward)):
             raise ValueError(f"{name} is a {type(module).__name__}: quantise the plain model, and attach afterwards")
     if not found:
-        raise ValueError(
-            "the model has no blocks of linear layers; give a Transformer, or a module that contains one"
-        )
+        raise ValueError("the model has no blocks of linear layers; give a Transformer, or a module that contains one")
     return found
 
 

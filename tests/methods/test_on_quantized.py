@@ -105,9 +105,10 @@ def test_a_file_knows_its_base(tmp_path):
     changed.blocks[1].feedforward.up.codes[3, 3] += 1
     rescaled = tiny()
     rescaled.blocks[1].feedforward.up.scales[3] += 1
+    wide_scales = quantize(tiny_of({})().requires_grad_(False), block=8, double=False)
     others = {
         "float32": tiny_of({})(), "dequantised": dequantize(tiny()), "int4": tiny(storage="int4"), "one code": changed,
-        "one scale": rescaled, "scales in 32 bits": quantize(tiny_of({})().requires_grad_(False), block=8, double=False),
+        "one scale": rescaled, "scales in 32 bits": wide_scales,
         "float64": tiny().double(),
     }  # fmt: skip
     for name, other in others.items():
@@ -153,12 +154,12 @@ def test_merging_is_refused_and_exact_once_dequantised(recipe):
 def test_what_would_train_a_quantised_weight_is_refused_by_name():
     for also in ("query", "blocks.1", "feedforward"):
         model = tiny()
-        with pytest.raises(ValueError, match=r"train_also names blocks.\S+, which holds no parameters that can be trained"):
+        with pytest.raises(ValueError, match=r"train_also names blocks.\S+, which holds no parameters"):
             peft.attach(model, LoRA(rank=2), train_also=(also,))
         assert not peft.attached(model)
     with pytest.raises(ValueError, match="quantise the plain model, and attach afterwards"):
         quantize(peft.attach(tiny_of({})(), LoRA(rank=2)), block=8)
-    with pytest.raises(ValueError, match="embedding.* is trained"):
+    with pytest.raises(ValueError, match=r"embedding.* is trained"):
         quantize(peft.attach(tiny_of({})(), peft.PromptTuning(length=2)), block=8)
 
 
@@ -181,9 +182,6 @@ def test_fit(tmp_path):
         assert all(torch.equal(p, before[name]) != p.requires_grad for name, p in model.named_parameters())
         ends.append(peft.state_dict(model))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    fit(peft.attach(dequantize(tiny()), LoRA(rank=2)), rows, steps=3, batch_size=4, progress=False,
-        checkpoint=tmp_path / "plain", every=1)  # fmt: skip
-    assert abs((tmp_path / "run").stat().st_size - (tmp_path / "plain").stat().st_size) < 200  # no code is in it
 
 
 @pytest.mark.parametrize("recipe", [LoRA(rank=2, targets=ALL_LINEARS), PrefixTuning(length=3), RECIPES["houlsby"]])
