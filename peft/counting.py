@@ -4,15 +4,17 @@ The two must agree; a test says so for every method. The closed form needs a sha
 that fit into no computer of ours.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.quantized_layer import Quantized
 from peft.attach import declared
 from peft.method import Method
-from peft.sites import merged_wrappers, named_tensors
+from peft.sites import merged_wrappers, named_tensors, sites_of
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,18 @@ def in_columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
-    """Every tensor of the model: name, shape, how many parameters, trained or frozen."""
-    belonging, named = declared(model), named_tensors(model).items()
-    rows = tuple(Row(name, tuple(p.shape), p.numel(), p.requires_grad, name in belonging) for name, p in named)
-    return ParameterTable(rows, tuple(f"{site}.weight" for site in merged_wrappers(model)))
+    """Every tensor of the model: name, shape, how many parameters, trained or frozen. A quantised weight is one tensor,
+    and counts as the parameters it stands for, not as its bytes."""
+    belonging, tensors, quantised = declared(model), named_tensors(model), []
+    for site, (module, *_) in sites_of(model).items():
+        if isinstance(module, Quantized):
+            quantised.append(
+                Row(f"{site}.weight", module.shape, math.prod(module.shape), trained=False, declared=False)
+            )
+            for name in module.names:
+                del tensors[f"{site}.{name}"]
+    rows = [Row(name, tuple(p.shape), p.numel(), p.requires_grad, name in belonging) for name, p in tensors.items()]
+    return ParameterTable((*rows, *quantised), tuple(f"{site}.weight" for site in merged_wrappers(model)))
 
 
 def expected_parameters(config: TransformerConfig, method: Method) -> int:

@@ -10,6 +10,7 @@ them, `expected_parameters` says in closed form how many parameters that trains.
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from types import UnionType
 from typing import ClassVar, get_args, get_origin
 
@@ -230,7 +231,8 @@ def normal(shape: tuple[int, ...], std: float | int, generator: Generator) -> Te
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """What a frozen module computes in, whatever is wrapped round it: the type of its innermost weights."""
-    return next((p.dtype for p in unwrapped(module).parameters() if p.is_floating_point()), torch.float32)
+    tensors = chain(unwrapped(module).parameters(), unwrapped(module).buffers())  # a quantised weight is bytes
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
 def parameter_like(values: Tensor, module: nn.Module, requires_grad: bool = True) -> nn.Parameter:

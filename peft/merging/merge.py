@@ -13,6 +13,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from minitransformer.quantized_layer import Quantized
 from peft.attach import restore
 from peft.methods.linear import MergeableLinear
 from peft.sites import all_wrappers, merged_wrappers
@@ -26,8 +27,8 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: nothing is attached that a weight can hold, a class that does not say which weight computes the
-            same, it is merged already, a frozen weight that is no plain tensor, or a tensor holds a NaN or an infinity.
-            Nothing has changed then.
+            same, it is merged already, a frozen weight that is quantised or no plain tensor, or a tensor holds a NaN or
+            an infinity. Nothing has changed then.
     """
     found = {name: w for name, ws in all_wrappers(model).items() for w in ws if isinstance(w, MergeableLinear)}
     if not found:
@@ -41,6 +42,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _checked_weight(name: str, wrapper: MergeableLinear) -> Tensor:
+    _check_not_quantised(name, wrapper.base)
     frozen = wrapper.base.weight
     if type(frozen) not in (Tensor, nn.Parameter):
         raise ValueError(f"the weight of {name} is a {type(frozen).__name__}, not a plain tensor; use it unmerged")
@@ -49,6 +51,11 @@ def _checked_weight(name: str, wrapper: MergeableLinear) -> Tensor:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"the update of {name} holds a NaN or an infinity, so nothing was merged")
     return weight
+
+
+def _check_not_quantised(name: str, base: nn.Module) -> None:
+    if isinstance(base, Quantized):
+        raise ValueError(f"the weight of {name} is quantised, and cannot hold an update; dequantize(model) first")
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -87,6 +94,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
                 f"then attach or load alone what can be merged"
             )
         base = wrappers[-1].base
+        _check_not_quantised(name, base)
         if not wrappers[-1].is_replaceable(base.weight) or holders.count(id(base.weight)) > 1:
             raise ValueError(
                 f"the weight of {name} cannot be written to: it is tied to another module, pruned or parametrised, a "
