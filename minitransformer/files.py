@@ -42,6 +42,31 @@ def write_whole(path: str | Path, data: bytes) -> None:
         raise
 
 
+def write_folder(folder: str | Path, files: dict[str, bytes]) -> None:
+    """Write a new folder of these files beside the target, and rename it in one move.
+
+    Raises:
+        ValueError: there is something of that name, other than an empty folder.
+        OSError: it cannot be written; nothing is there then, or what was before.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; remove it first, or choose another name")
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"the folder {folder.parent} is not there; make it first")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            write_whole(temporary / name, data)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def fingerprint(tensors: dict[str, Tensor], heading: str = "") -> str:
     """SHA-256 of a heading and of the names, types, shapes and bytes of some tensors."""
     digest = hashlib.sha256(heading.encode())
