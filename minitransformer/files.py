@@ -42,26 +42,25 @@ def write_whole(path: str | Path, data: bytes) -> None:
         raise
 
 
-def write_folder(folder: str | Path, files: dict[str, bytes]) -> None:
-    """Write a new folder of these files beside the target, and rename it in one move.
+def write_folder(path: str | Path, files: dict[str, bytes]) -> None:
+    """Make a folder of these files beside the target, and rename it in one move; nothing half-written has the name.
 
     Raises:
-        ValueError: there is something of that name, other than an empty folder.
-        OSError: it cannot be written; nothing is there then, or what was before.
+        OSError: there is something of that name already, other than an empty folder; or a file cannot be written.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; remove it first, or choose another name")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"the folder {folder.parent} is not there; make it first")
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    path = Path(path).resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already; choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} is not there; make it first")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir()
         for name, data in files.items():
             write_whole(temporary / name, data)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
+        if path.is_dir():  # an empty one, which not every system replaces
+            path.rmdir()
+        os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -107,7 +107,7 @@ def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
         check_tied(config, "lm_head.")
     is_tied = HEAD in tensors or (HEAD not in saved and config.get("tie_word_embeddings", True))
     pieces = _split(_transposed(one_of_each(tensors, COPIES)), config["n_embd"])
-    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, _names)
+    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, names)
 
 
 def _with_their_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -159,7 +159,8 @@ def _joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return _transposed(joined)
 
 
-def _names(n_layers: int) -> dict[str, str]:
+def names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's, below `transformer`."""
     layers = {f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()}
     return EMBEDDING | layers | LAST
 
@@ -189,4 +190,4 @@ def _their_config(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-WRITER = Writer(FORM, {"tied": "GPT2LMHeadModel", "none": "GPT2Model"}, _their_config, _our_config, _names, _joined)
+WRITER = Writer(FORM, {"tied": "GPT2LMHeadModel", "none": "GPT2Model"}, _their_config, _our_config, names, _joined)

@@ -117,7 +117,7 @@ def from_llama(
     if config.get("tie_word_embeddings", False):
         tensors = one_of_each(tensors, COPIES)
         lm_head = "tied" if lm_head == "untied" or HEAD not in saved else "none"
-    return filled(_our_config(config, lm_head, form), tensors, _names, assign)
+    return filled(_our_config(config, lm_head, form), tensors, names, assign)
 
 
 def _check_windows(config: Mapping[str, Any], form: Form) -> None:
@@ -156,7 +156,8 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return read_number({**config, **found}, "rope_theta", 10_000.0)
 
 
-def _names(n_layers: int) -> dict[str, str]:
+def names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's: all are below `model`, but for the head."""
     layers = {f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()}
     return OUTSIDE | layers
 
@@ -199,7 +200,7 @@ def _their_config(config: TransformerConfig, form: Form) -> dict[str, Any]:
 
 def _writer(form: Form) -> Writer:
     classes = {"none": f"{form.model}Model", **dict.fromkeys(("tied", "untied"), f"{form.model}ForCausalLM")}
-    return Writer(form, classes, partial(_their_config, form=form), partial(_our_config, form=form), _names)
+    return Writer(form, classes, partial(_their_config, form=form), partial(_our_config, form=form), names)
 
 
 WRITERS = _writer(LLAMA), _writer(QWEN2)  # a Mistral is written as the Llama that it is

@@ -39,8 +39,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         ValueError: a model that is not plain, such as one with methods attached; one that none of these architectures
-            computes, with what is different; weights that are not finite or quantised; a folder that is not empty.
-        OSError: the folder cannot be written.
+            computes, with what is different; weights that are not finite or quantised.
+        OSError: the folder is there and not empty, or cannot be written.
     """
     check_plain(model)
     writer = _writer(model.config)

@@ -198,10 +198,10 @@ def test_the_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     save_pretrained(model, target)  # an empty folder may be there
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     assert sorted(before) == ["config.json", "model.safetensors"]
-    with pytest.raises(ValueError, match="out is there already; remove it first, or choose another name"):
+    with pytest.raises(FileExistsError, match="out is there already; choose another name, or remove it first"):
         save_pretrained(model_of(LLAMA), target)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(FileExistsError, match="is there already"):
         save_pretrained(model, tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="make it first"):
         save_pretrained(model, tmp_path / "no" / "out")
