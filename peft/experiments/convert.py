@@ -1,0 +1,102 @@
+"""Files of methods from the shell: into Hugging Face's form and out of it, and what a file or a folder holds.
+
+    python -m peft convert method.safetensors folder --base smollm2
+    python -m peft convert folder method.safetensors --base path/of/the/model
+    python -m peft describe method.safetensors          or folder
+
+A file of ours knows the very base that it was trained on, by a hash, and theirs only its name; so `convert` needs the
+base, in float32. For a base of another kind, or with a head on top, load the method there, and call `to_huggingface` or
+`save`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+from minitransformer.pretrained import from_pretrained, smollm2, toy_backbone
+from minitransformer.pretrained.folder import read_json, read_tensors
+from minitransformer.transformer import Transformer
+
+BASES = {"toy": toy_backbone, "smollm2": smollm2}
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Of a config's options those that say where a method enters, and how large it is.
+TELLING = (
+    "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "target_modules", "feedforward_modules",
+    "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "modules_to_save",
+)  # fmt: skip
+
+
+def base_model(name: str) -> Transformer:
+    """The base that a command line names: "toy", "smollm2", or a folder that `from_pretrained` reads."""
+    return BASES[name]() if name in BASES else from_pretrained(name)
+
+
+def described(path: Path) -> str:
+    """What a file of ours or a folder of Hugging Face's peft holds, without a model.
+
+    Raises:
+        ValueError: it is neither, or damaged.
+        OSError: it cannot be read.
+    """
+    return describe_folder(path) if path.is_dir() else str(peft.describe(path))
+
+
+def describe_folder(folder: Path) -> str:
+    """The method of a folder, its sizes and places, its tensors, and the name of its base. Errors as in `described`."""
+    config = read_json(folder / CONFIG, "the method's config")
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder / WEIGHTS} is absent, the method's tensors; get the folder again, or save it so")
+    tensors = read_tensors(folder / WEIGHTS)
+    options = [f"{name}={config[name]!r}" for name in TELLING if config.get(name) not in (None, False, [], {})]
+    size = (folder / WEIGHTS).stat().st_size
+    lines = [f"{config.get('peft_type')}: {', '.join(options)}".rstrip(": ")]
+    lines += [f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes"]
+    lines += [f"  {name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())]
+    return "\n".join([*lines, f"trained on the base {config.get('base_model_name_or_path')!r}"])
+
+
+def converted(source: Path, target: Path, base: str) -> None:
+    """Write a file of ours as a folder of Hugging Face's peft, or such a folder as a file of ours.
+
+    Raises:
+        ValueError: the source is absent, damaged or of another base, or has no exact counterpart.
+        OSError: a file cannot be read or written.
+        ModuleNotFoundError: the base is in a package that is not installed.
+    """
+    described(source)  # before the base is loaded
+    model = base_model(base)
+    if source.is_dir():
+        peft.save(peft.from_huggingface(model, source), target)
+    else:
+        peft.to_huggingface(peft.load(model, source), target)
+
+
+def convert(arguments: Sequence[str] | None = None) -> None:
+    """`python -m peft convert`."""
+    parser = argparse.ArgumentParser(
+        "python -m peft convert", description="A file of ours to a folder of Hugging Face's peft, or back.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("source", type=Path, help="a file that peft.save wrote, or a folder of Hugging Face's peft")
+    parser.add_argument("target", type=Path, help="the folder or the file to write")
+    parser.add_argument("--base", required=True, help="toy, smollm2, or a folder with config.json and the weights")
+    options = parser.parse_args(arguments)
+    try:
+        converted(options.source, options.target, options.base)
+        print(described(options.target))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+def describe(arguments: Sequence[str] | None = None) -> None:
+    """`python -m peft describe`."""
+    parser = argparse.ArgumentParser(
+        "python -m peft describe", description="What a file or folder of a method holds.", allow_abbrev=False
+    )
+    parser.add_argument("path", type=Path, help="a file that peft.save wrote, or a folder of Hugging Face's peft")
+    options = parser.parse_args(arguments)
+    try:
+        print(described(options.path))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
