@@ -141,9 +141,22 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file} is absent, {what}; download it with the weights")
     try:
-        held = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        held = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}); download it again") from error
     if not isinstance(held, dict):
         raise ValueError(f"{file} holds no JSON object, but {type(held).__name__}; download it again")
     return held
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values; ValueError for a name that is there twice, of which readers differ."""
+    if len(held := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return held
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -37,6 +37,7 @@ SIZES = {  # ours -> as BERT and the Llama family name them
 }
 EMBEDDINGS = ("wte.weight", "embeddings.word_embeddings.weight", "embed_tokens.weight")
 NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ def check_options(
     for name in (*sizes, *(name for name in optional if config.get(name) is not None)):
         if type(config[name]) is not int or not 1 <= config[name] < 2**30:
             raise ValueError(f"config has {name}={config[name]!r}, which is no size; pass the checkpoint's config.json")
+    for name in FLAGS:
+        if type(config.get(name, False)) is not bool:
+            raise ValueError(f"config has {name}={config[name]!r}, where true or false is needed; write which it is")
     for name, value in (supported | NOT_QUANTISED).items():
         given = config.get(name, value)
         if given != value and not (value is False and not given):

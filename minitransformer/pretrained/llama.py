@@ -122,11 +122,10 @@ def from_llama(
 
 def _check_windows(config: Mapping[str, Any], form: Form) -> None:
     """Raise ValueError where a layer sees less than the whole text."""
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise ValueError(
-            f"config has layer_types with {min(kinds)!r}, but only 'full_attention' is supported; {CHOOSE}"
-        )
+    kinds = config.get("layer_types") or []
+    other = [kind for kind in kinds if kind != "full_attention"] if isinstance(kinds, list) else [kinds]
+    if other:
+        raise ValueError(f"config has layer_types with {other[0]!r}, but only 'full_attention' is supported; {CHOOSE}")
     if form is QWEN2:  # its window is off, unless use_sliding_window is on
         return
     window = config.get("sliding_window", 4096 if form is MISTRAL else None)
@@ -149,7 +148,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         found |= given
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"config turns a part of each head only ({found}), but all of it is supported; {CHOOSE}")
-    if config.get("rope_theta", found.get("rope_theta")) != found.get("rope_theta", config.get("rope_theta")):
+    if {"rope_theta"} <= config.keys() & found.keys() and config["rope_theta"] != found["rope_theta"]:
         raise ValueError(
             f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep the right one"
         )
