@@ -89,10 +89,11 @@ def from_bert(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
     if has_head := any(name.startswith("cls.predictions.") for name in tensors):
         check_tied(config, "cls.")
     our_config = _our_config(config, "bert" if has_head else "none")
-    return filled(our_config, one_of_each(tensors, COPIES), _names)
+    return filled(our_config, one_of_each(tensors, COPIES), names)
 
 
-def _names(n_layers: int) -> dict[str, str]:
+def names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's: all are below `bert`, but for the head's."""
     layers = {
         f"blocks.{i}.{ours}": f"encoder.layer.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()
     }

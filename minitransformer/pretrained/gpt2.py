@@ -95,7 +95,7 @@ def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
         check_tied(config, "lm_head.")
     is_tied = HEAD in tensors or (HEAD not in saved and config.get("tie_word_embeddings", True))
     pieces = _split(_transposed(one_of_each(tensors, COPIES)), config["n_embd"])
-    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, _names)
+    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, names)
 
 
 def _with_their_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -137,7 +137,8 @@ def _split(tensors: dict[str, Tensor], d_model: int) -> dict[str, Tensor]:
     return split
 
 
-def _names(n_layers: int) -> dict[str, str]:
+def names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's, below `transformer`."""
     layers = {f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()}
     return EMBEDDING | layers | LAST
 
