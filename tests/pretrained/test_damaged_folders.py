@@ -27,7 +27,7 @@ NO_NUMBERS = ["x", -1, True, ["x"], {}, float("nan"), float("inf"), None]
 
 def options(kind):
     """What each option cannot be."""
-    found = dict.fromkeys(SIZES[kind], [*OF_NO_OPTION, 0, 2**29]) | dict.fromkeys(NUMBERS[kind], NO_NUMBERS)
+    found = {name: [*OF_NO_OPTION, 0, 2**29] for name in SIZES[kind]} | dict.fromkeys(NUMBERS[kind], NO_NUMBERS)
     found["hidden_act" if kind != "gpt2" else "activation_function"] = ["x", 1, None, [], {"x": 1}]
     found["model_type"] = ["roberta", "x", 1, [], *({"gpt2", "bert", "llama", "mistral"} - {kind.split()[0]})]
     found["tie_word_embeddings"] = ["x", 1, [], {}, float("nan"), None]

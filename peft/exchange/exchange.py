@@ -1,0 +1,196 @@
+"""Adapters in and out of folders as Hugging Face's peft writes and reads them.
+
+One folder holds one method, and one head that was trained whole beside it. What a folder cannot say, or we do not
+compute, is refused: nothing is left out in silence.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from minitransformer.modes import undone
+from peft.attach import attach, attached, declared, detach, load_state_dict, parts_of
+from peft.checkpoint import complete_state
+from peft.exchange import ia3, lora, prompts, vera
+from peft.exchange.folder import Folder, read_folder, write
+from peft.exchange.found import FRONT, Found, Written, check_tensors
+from peft.exchange.names import Names, names_of
+from peft.exchange.options import Options
+from peft.method import Wrapper
+from peft.methods.dora import DoRALinear
+from peft.methods.ia3 import Rescaled
+from peft.methods.lora import LoRALinear
+from peft.methods.prefix import PrefixAttention
+from peft.methods.prompt import PromptEmbedding
+from peft.methods.vera import VeRALinear
+from peft.sites import all_wrappers, sites_of
+
+
+class Kind(NamedTuple):
+    """How one of their methods is read and written."""
+
+    written: Callable[[dict[str, Any], Names], Written]
+    found: Callable[[Options, dict[str, Tensor], Names, dict[str, Any]], Found]
+    front: str = FRONT  # of the names of a head's tensors
+
+
+KINDS = {
+    "LORA": Kind(lora.written, lora.found),
+    "IA3": Kind(ia3.written, ia3.found),
+    "VERA": Kind(vera.written, vera.found),
+    "PREFIX_TUNING": Kind(prompts.written_prefix, prompts.found_prefix, "base_model."),
+    "PROMPT_TUNING": Kind(prompts.written_prompt, prompts.found_prompt, "base_model."),
+}
+PEFT_TYPES: dict[type[Wrapper], str] = {
+    LoRALinear: "LORA",
+    DoRALinear: "LORA",
+    Rescaled: "IA3",
+    VeRALinear: "VERA",
+    PrefixAttention: "PREFIX_TUNING",
+    PromptEmbedding: "PROMPT_TUNING",
+}
+
+
+def to_huggingface(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
+    """Write the attached method as Hugging Face's peft does: `PeftModel.from_pretrained(their_model, folder)` reads it.
+
+    Their model has the same weights. A `SequenceClassifier` is theirs "for token classification": it scores each token,
+    and the scores of a row are their mean here, or the first (`pool`).
+
+    Args:
+        model: of a shape that from_llama, from_bert or from_gpt2 gives, alone or in a `SequenceClassifier`.
+        folder: is made, whole or not at all.
+        base_model: the name or path of their model, which `AutoPeftModel` needs.
+
+    Raises:
+        ValueError: nothing is attached; a method, or several, that a folder cannot hold; a prefix with learned
+            positions; what `peft.save` refuses.
+        OSError: there is something of that name, or it cannot be written.
+    """
+    complete_state(model)
+    names = names_of(model)
+    wrappers, peft_type = _the_one_kind(model, names)
+    kind = KINDS[peft_type]
+    options, tensors, record = kind.written(wrappers, names)
+    head = _trained_head(model, names)
+    tensors |= {f"{kind.front}{theirs}": tensor for theirs, tensor in head.items()}
+    is_gpt2 = names.architecture.form.model_type == "gpt2"
+    config = options | {
+        "task_type": _task(names),
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in head}) or None,
+    }
+    config |= {"fan_in_fan_out": is_gpt2} if "target_modules" in options else {}
+    write(folder, Folder(config, tensors, record))
+
+
+def from_huggingface(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Attach what a folder of Hugging Face's peft holds, in place; returns the model.
+
+    Ranks or alphas that differ become several recipes. All tensors of LoRA are trained if training goes on, whichever
+    were before.
+
+    Args:
+        model: with the weights that the adapter was trained on, as from_llama, from_bert or from_gpt2 gives them.
+        folder: with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ValueError: a method is attached already; a folder that is damaged or not of this model; an option that we do
+            not compute. The model is as it was then.
+    """
+    if attached(model):
+        raise ValueError("a method is attached to this model; detach(model) first, or load into a fresh model")
+    config, tensors, record = read_folder(folder)
+    check_tensors(tensors)
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in KINDS:
+        raise ValueError(f"{folder} is of peft_type {peft_type!r}, but only {', '.join(KINDS)} are supported")
+    if config.get("task_type") == "SEQ_CLS":
+        raise ValueError(
+            "task_type SEQ_CLS scores the last token, or BERT's pooled first one, which no head of ours does; train "
+            "it for TOKEN_CLS, or take the head and modules_to_save out of the folder, and set task_type to null"
+        )
+    kind, options, names = KINDS[peft_type], Options(config), names_of(model, tensors)
+    tensors, head = _without_head(tensors, options, names, kind)
+    recipes, own = kind.found(options, tensors, names, record)
+    options.finish()
+    own |= head
+    train_also = ("head",) if head else ()
+    try:
+        for recipe in recipes:
+            attach(model, recipe, train_also=train_also if recipe is recipes[0] else ())
+        state = declared(model)
+        with undone([*state.values()]):
+            load_state_dict(model, {name: own[name] for name in state})
+    except BaseException:
+        if attached(model):
+            detach(model)
+        raise
+    return model
+
+
+def _the_one_kind(model: nn.Module, names: Names) -> tuple[dict[str, Wrapper], str]:
+    """The wrappers by site, and their peft_type; ValueError if a folder cannot hold them."""
+    wrappers = {}
+    for site, at_site in all_wrappers(model).items():
+        wrappers[site] = at_site[0]
+        for wrapper in at_site:
+            if type(wrapper) not in PEFT_TYPES:
+                recipe = type(wrapper).__name__
+                raise ValueError(f"Hugging Face's peft has no form for a {recipe}; save it by peft.save")
+    kinds = {type(wrapper) for at_site in all_wrappers(model).values() for wrapper in at_site}
+    if len(kinds) > 1:
+        listed = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"a folder holds one method, and this model has {listed}; attach one alone")
+    peft_type = PEFT_TYPES[kinds.pop()]
+    on_linears = KINDS[peft_type].front == FRONT
+    if strange := [site for site in wrappers if on_linears and site not in names.places]:
+        raise ValueError(f"{strange[0]} has no counterpart in theirs; choose other targets")
+    return wrappers, peft_type
+
+
+def _trained_head(model: nn.Module, names: Names) -> dict[str, Tensor]:
+    """The tensors of a head that is trained whole, by their names; ValueError for another module."""
+    whole = {name: part for name, part, _ in parts_of(sites_of(model)) if not isinstance(part, Wrapper)}
+    if whole.keys() - {"head"} or (whole and not names.head):
+        raise ValueError(
+            f"{', '.join(sorted(whole))} is trained whole, which a folder can say of an untied LM head or of the head "
+            f"of a SequenceClassifier alone; leave it out of train_also"
+        )
+    return {theirs: getattr(whole["head"], ours.rpartition(".")[2]) for ours, theirs in names.head.items() if whole}
+
+
+def _without_head(
+    tensors: dict[str, Tensor], options: Options, names: Names, kind: Kind
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the method, and those of a head by our names.
+
+    Raises:
+        ValueError: a head that is trained whole in theirs and not here, or is of another shape.
+    """
+    saved = [name for name in options.names("modules_to_save") if name not in ("classifier", "score")]
+    own = {theirs: ours for ours, theirs in names.head.items()}
+    modules = {theirs.rpartition(".")[0] for theirs in own}
+    asked = [name for name in options.names("modules_to_save") if name in modules]
+    if unknown := [name for name in saved if name not in modules]:
+        raise ValueError(f"modules_to_save names {unknown[0]!r}, which this model has not as a head of its own")
+    head = {}
+    for theirs, ours in own.items():
+        name = f"{kind.front}{theirs}"
+        if asked and name not in tensors:
+            raise ValueError(f"the folder lacks {name}, which modules_to_save={asked} asks for; get it again")
+        if asked:
+            head[ours] = tensors[name]
+    return {name: tensor for name, tensor in tensors.items() if name.removeprefix(kind.front) not in own}, head
+
+
+def _task(names: Names) -> str | None:
+    """Their task_type, which says by which class the folder is read."""
+    if names.root:
+        return "TOKEN_CLS"
+    return {"tied": "CAUSAL_LM", "untied": "CAUSAL_LM", "bert": None, "none": "FEATURE_EXTRACTION"}[
+        names.config.lm_head
+    ]

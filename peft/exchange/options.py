@@ -1,0 +1,77 @@
+"""adapter_config.json, option by option: what we do not compute must have the value that makes no difference."""
+
+import math
+from typing import Any
+
+# What says where a folder comes from, or how training began: without a part in what is computed.
+WITHOUT_A_PART = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out",  # says how the frozen weight lies; their library corrects it
+}  # fmt: skip
+
+
+class Options:
+    """The options of one folder. Each method reads those that it knows; `finish` refuses what nobody has read.
+
+    Raises:
+        ValueError: in each method, an option of another type or value than there can be.
+    """
+
+    def __init__(self, values: dict[str, Any]):
+        self.values, self.known = values, {*WITHOUT_A_PART}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.known.add(name)
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if type(value) is not int or not 1 <= value < 2**30:
+            raise ValueError(f"adapter_config.json has {name}={value!r}, where a whole number from 1 is needed")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        return as_number(name, self.get(name, default))
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name, False)
+        if type(value) is not bool:
+            raise ValueError(f"adapter_config.json has {name}={value!r}, where true or false is needed")
+        return value
+
+    def names(self, name: str) -> list[str]:
+        """A list of names; empty where the option is left out."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
+            raise ValueError(
+                f"adapter_config.json has {name}={value!r}, where a list of modules' names is needed; write the names "
+                f"out, which the tensors' names tell"
+            )
+        return value
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Raise ValueError unless the option has one of these values, or is left out."""
+        value = self.get(name, allowed[0])
+        if not any(type(value) is type(other) and value == other for other in allowed):
+            listed = " or ".join(repr(other) for other in allowed)
+            raise ValueError(f"adapter_config.json has {name}={value!r}, but only {listed} is supported")
+
+    def unused(self, *names: str) -> None:
+        """These have no part in what is computed."""
+        self.known.update(names)
+
+    def finish(self) -> None:
+        """Raise ValueError for an option that nobody has read, unless it is off: null, false or empty."""
+        for name, value in self.values.items():
+            if name not in self.known and not (value is None or value is False or value in ("", [], {})):
+                raise ValueError(
+                    f"adapter_config.json has {name}={value!r}, which is not supported; choose a folder without it"
+                )
+
+
+def as_number(name: str, value: Any) -> float:
+    """The value; ValueError unless it is a finite number."""
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) >= 2**63:
+        raise ValueError(f"adapter_config.json has {name}={value!r}, where a finite number is needed")
+    return value

@@ -1,0 +1,127 @@
+"""Prefix and prompt tuning in Hugging Face's form (peft_type PREFIX_TUNING and PROMPT_TUNING).
+
+    prompt_embeddings    [n, n_layers 2 d_kv]    for each layer the keys and then the values
+                         [n, d_model]            our prompt
+
+**Positions.** Behind a prefix, their text stands at positions n, n + 1, …, ours at 0, 1, … With rotary positions a
+score depends on the difference alone, so their key is ours turned by n positions, k' = R(n) k, and outputs are the
+same. With learned positions there is no such key, and the exchange is refused. Where a batch has padding on the left,
+theirs count it as positions: texts without it compare.
+
+A prompt takes positions in both libraries. Their logits have those of the prompt in front.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitransformer.position import rotary, rotated
+from peft.exchange.found import Found, Written, check_shape
+from peft.exchange.names import Names
+from peft.exchange.options import Options
+from peft.methods.prefix import PrefixAttention, PrefixTuning
+from peft.methods.prompt import PromptEmbedding, PromptTuning
+
+NAME = "prompt_embeddings"
+
+
+def written_prefix(wrappers: dict[str, PrefixAttention], names: Names) -> Written:
+    """The folder's contents for the prefixes of all layers.
+
+    Raises:
+        ValueError: learned positions; a prefix that is more than keys and values, or is not in every layer.
+    """
+    _require_rotary(names)
+    config, ordered = names.config, []
+    for layer in range(config.n_layers):
+        wrapper = wrappers.get(names.site(f"blocks.{layer}.attention"))
+        if wrapper is None or len(wrapper.prefix()[0]) != len(next(iter(wrappers.values())).prefix()[0]):
+            raise ValueError("a folder has a prefix of one length in every layer; leave `layers` of PrefixTuning out")
+        recipe = wrapper.recipe
+        if recipe.reparameterize is not None:
+            raise ValueError("the prefix is made by an MLP; fold(model) first")
+        if recipe.at != "kv" or recipe.gated:
+            raise ValueError(f'a folder holds keys and values alone, which {recipe} is not; train at="kv" without gate')
+        ordered += [turned(wrapper.key, names, 1), wrapper.value]
+    n = len(ordered[0])
+    options = {"peft_type": "PREFIX_TUNING", **_sizes(n, config.d_kv, config.d_kv // config.d_head, names)}
+    options |= {"encoder_hidden_size": config.d_kv, "prefix_projection": False}
+    return Written(options, {NAME: torch.stack(ordered, dim=1).flatten(1)}, {})
+
+
+def found_prefix(options: Options, tensors: dict[str, Tensor], names: Names, record: dict[str, Any]) -> Found:
+    """The recipe and the tensors that a folder holds: keys and values, however they were made in training.
+
+    Raises:
+        ValueError: learned positions; an option, a name or a shape that does not fit.
+    """
+    _require_rotary(names)
+    options.unused("encoder_hidden_size", "prefix_projection", "init_weights")  # the MLP is folded away in the file
+    d, n_layers = names.config.d_kv, names.config.n_layers
+    n = _length(options, tensors, names, d, d // names.config.d_head, 2 * n_layers)
+    parts = tensors[NAME].view(n, n_layers, 2, d).unbind(2)
+    ours = {}
+    for layer, (key, value) in enumerate(zip(*(part.unbind(1) for part in parts), strict=True)):
+        site = names.site(f"blocks.{layer}.attention")
+        ours |= {f"{site}.key": turned(key, names, -1), f"{site}.value": value}
+    return Found([PrefixTuning(length=n, init="normal")], ours)
+
+
+def written_prompt(wrappers: dict[str, PromptEmbedding], names: Names) -> Written:
+    """The folder's contents for a prompt."""
+    (wrapper,) = wrappers.values()
+    n, d = wrapper.prompt.shape
+    options = {"peft_type": "PROMPT_TUNING", **_sizes(n, d, names.config.n_heads, names)}
+    return Written(options | {"prompt_tuning_init": "RANDOM"}, {NAME: wrapper.prompt}, {})
+
+
+def found_prompt(options: Options, tensors: dict[str, Tensor], names: Names, record: dict[str, Any]) -> Found:
+    """The recipe and the tensor that a folder holds.
+
+    Raises:
+        ValueError: an option, a name or a shape that does not fit.
+    """
+    options.unused("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    n = _length(options, tensors, names, names.config.d_model, names.config.n_heads)
+    return Found([PromptTuning(length=n, init="normal")], {names.site("embedding.prompt"): tensors[NAME]})
+
+
+def turned(key: Tensor, names: Names, direction: int) -> Tensor:
+    """R(± n) k of n keys [n, d_kv]: from ours to theirs (1) or back (-1)."""
+    n, config = len(key), names.config
+    heads = key.detach().double().view(1, n, -1, config.d_head).transpose(1, 2)
+    angles = rotary(torch.full((1, n), direction * n, device=key.device), config.d_head, config.rope_theta)
+    return rotated(heads, *angles).transpose(1, 2).reshape(n, -1).to(key.dtype)
+
+
+def _sizes(n: int, width: int, n_heads: int, names: Names) -> dict[str, Any]:
+    return {
+        "num_virtual_tokens": n,
+        "token_dim": width,
+        "num_attention_heads": n_heads,
+        "num_layers": names.config.n_layers,
+        "num_transformer_submodules": 1,
+    }
+
+
+def _length(
+    options: Options, tensors: dict[str, Tensor], names: Names, width: int, n_heads: int, pieces: int = 1
+) -> int:
+    """How many positions the folder holds, once its one tensor is known to be so many pieces of that width."""
+    n = options.count("num_virtual_tokens")
+    for option, value in _sizes(n, width, n_heads, names).items():
+        options.only(option, value)
+    if tensors.keys() != {NAME}:
+        strange = min(tensors.keys() ^ {NAME})
+        raise ValueError(f"the folder must hold {NAME} alone, and {strange!r} is one too many or is missing")
+    check_shape(NAME, tensors[NAME], n, pieces * width)
+    return n
+
+
+def _require_rotary(names: Names) -> None:
+    if names.config.position != "rotary":
+        raise ValueError(
+            "behind a prefix, Hugging Face's text stands at positions n, n + 1, …, ours at 0, 1, …, and with learned "
+            "positions no keys make up for that; exchange a prompt or LoRA, or a prefix of the Llama family"
+        )
