@@ -22,10 +22,12 @@ import sys
 from pathlib import Path
 
 import torch
-from llama_shapes import weight
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from reference.llama_shapes import weight  # noqa: E402
+
 GOLDEN = HERE / "huggingface_exchange"
 BAR = 1e-5
 N_WORDS = 23
@@ -63,7 +65,7 @@ def our_base(family: str):
 
 
 def our_methods(family: str) -> dict:
-    """Recipes by the name of their cell."""
+    """By the name of the cell: recipes to attach one after the other."""
     from peft import ALL_LINEARS, IA3, DoRA, LoRA, PrefixTuning, PromptTuning, VeRA
 
     three = ("query", "key", "value")
@@ -83,7 +85,23 @@ def our_methods(family: str) -> dict:
         "prompt": PromptTuning(length=3),
         "VeRA": VeRA(rank=5, targets=("query", "value")),
     }
+    found = {name: (recipe,) for name, recipe in found.items()}
+    found["LoRA, ranks by pattern"] = LoRA(rank=2, alpha=5, targets=three), LoRA(rank=3, targets=("output",))
+    if family == "llama":
+        found["LoRA, head trained whole"] = (LoRA(rank=3, alpha=5, targets=three), ("head",))
     return found if family != "bert" else {name: found[name] for name in found if name != "prompt"}
+
+
+def with_methods(family: str, entries: tuple):
+    """The tiny model with recipes attached, and moved; a tuple of names among them is trained whole."""
+    import peft
+
+    model, train_also = our_base(family), next((entry for entry in entries if isinstance(entry, tuple)), ())
+    for recipe in entries:
+        if not isinstance(recipe, tuple):
+            peft.attach(model, recipe, train_also=train_also)
+    moved(peft.trainable_parameters(model))
+    return model
 
 
 def their_methods(family: str) -> dict:
@@ -101,19 +119,20 @@ def their_methods(family: str) -> dict:
         "rsLoRA": peft.LoraConfig(target_modules=attention, use_rslora=True, **lora),
         "DoRA": peft.LoraConfig(target_modules=attention, use_dora=True, **lora),
     }
-    if family != "llama":
-        return found
+    found["IA3"] = peft.IA3Config(**task)  # their default places
+    if family == "bert":
+        return found | {"VeRA": peft.VeraConfig(r=5, target_modules=["query", "value"], **task)}
+    found["prompt"] = peft.PromptTuningConfig(num_virtual_tokens=3, **task)
+    if family == "gpt2":
+        return found | {"prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **task)}
     patterns = {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 4}, "alpha_pattern": {"q_proj": 7}}
-    ia3 = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"], **task}
     return found | {
         "LoRA, query and value": peft.LoraConfig(target_modules=["q_proj", "v_proj"], **lora),
         "LoRA, all-linear": peft.LoraConfig(target_modules="all-linear", **lora),
         "LoRA, ranks by pattern": peft.LoraConfig(target_modules=["q_proj", "v_proj"], **patterns, **lora),
         "LoRA, a pattern of targets": peft.LoraConfig(target_modules=r".*\.1\.self_attn\.(q|k)_proj", **lora),
         "LoRA, head trained whole": peft.LoraConfig(target_modules=attention, modules_to_save=["lm_head"], **lora),
-        "IA3": peft.IA3Config(**ia3),
         "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **task),
-        "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, **task),
         "VeRA": peft.VeraConfig(r=5, target_modules=["q_proj", "v_proj"], **task),
     }
 
@@ -126,17 +145,18 @@ def write(folder: Path) -> None:
     said = {}
     for family in BASES:
         save_pretrained(our_base(family), folder / family)
-        for cell, recipe in our_methods(family).items():
-            model, target = peft.attach(our_base(family), recipe), folder / "ours" / family / cell
-            moved(peft.trainable_parameters(model))
+        without = our_base(family)(TOKENS).detach()
+        for cell, entries in our_methods(family).items():
+            model, target = with_methods(family, entries), folder / "ours" / family / cell
+            logits = model(TOKENS).detach()
+            assert (logits - without).abs().max() > 0.1, f"{cell} changes nothing, so it would prove nothing"
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 peft.to_huggingface(model, target)
             except ValueError as error:
                 said[f"{family}: {cell}"] = f"refused: {error}"
             else:
-                with torch.no_grad():
-                    save_file({"logits": model(TOKENS)}, target / "expected.safetensors")
+                save_file({"logits": logits}, target / "expected.safetensors")
     (folder / "ours.json").write_text(json.dumps(said, indent=1))
 
 
@@ -154,6 +174,7 @@ def answer(folder: Path) -> None:
             said[f"{family}: {target.name}"] = float((logits - expected).abs().max())
         for cell, config in their_methods(family).items():
             target = folder / "theirs" / family / cell
+            torch.manual_seed(0)
             model = peft.get_peft_model(their_base(folder / family), config).eval()
             moved({name: p for name, p in model.named_parameters() if p.requires_grad})
             model.save_pretrained(target)
@@ -187,7 +208,8 @@ def read(folder: Path) -> None:
             else:
                 we_read[f"{family}: {target.name}"] = float((model(TOKENS) - expected).abs().max())
     wrong = []
-    print(f"| cell | they read ours | we read theirs |\n|---|---|---|  (largest difference of logits; bar {BAR:.0e})")
+    print(f"The largest difference of logits; bar {BAR:.0e}\n")
+    print("| cell | they read ours | we read theirs |\n|---|---|---|")
     for cell in sorted({*theirs_reads, *we_read}):
         found = [side.get(cell, "") for side in (theirs_reads, we_read)]
         wrong += [cell] * any(isinstance(value, float) and not value <= BAR for value in found)
