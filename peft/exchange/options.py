@@ -26,10 +26,7 @@ class Options:
         return default if value is None else value
 
     def count(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, default)
-        if type(value) is not int or not 1 <= value < 2**30:
-            raise ValueError(f"adapter_config.json has {name}={value!r}, where a whole number from 1 is needed")
-        return value
+        return as_count(name, self.get(name, default))
 
     def number(self, name: str, default: float) -> float:
         return as_number(name, self.get(name, default))
@@ -70,8 +67,15 @@ class Options:
                 )
 
 
+def as_count(name: str, value: Any) -> int:
+    """The value; ValueError unless it is a whole number from 1."""
+    if type(value) is not int or not 1 <= value < 2**30:
+        raise ValueError(f"adapter_config.json says {name}={value!r}, where a whole number from 1 is needed")
+    return value
+
+
 def as_number(name: str, value: Any) -> float:
     """The value; ValueError unless it is a finite number."""
     if type(value) not in (int, float) or not math.isfinite(value) or abs(value) >= 2**63:
-        raise ValueError(f"adapter_config.json has {name}={value!r}, where a finite number is needed")
+        raise ValueError(f"adapter_config.json says {name}={value!r}, where a finite number is needed")
     return value
