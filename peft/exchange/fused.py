@@ -124,7 +124,7 @@ def _fits(own: Any, rows: Tensor, update: Update, stabilized: bool) -> bool:
     if not isinstance(own, list) or len(own) != 3 or [type(n) for n in own[:2]] != [int, int]:
         return False
     start, stop, alpha = own
-    if not 0 <= start < stop <= update.rank or type(alpha) not in (int, float):
+    if not 0 <= start < stop <= update.rank or type(alpha) not in (int, float) or not abs(alpha) < 2**63:
         return False
     beside = torch.cat([rows[:, :start], rows[:, stop:]], dim=1)
     return close(alpha, alpha_of(update, stop - start, stabilized)) and not bool(beside.any())

@@ -108,12 +108,8 @@ def from_huggingface(model: nn.Module, folder: str | Path) -> nn.Module:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in KINDS:
         raise ValueError(f"{folder} is of peft_type {peft_type!r}, but only {', '.join(KINDS)} are supported")
-    if config.get("task_type") == "SEQ_CLS":
-        raise ValueError(
-            "task_type SEQ_CLS scores the last token, or BERT's pooled first one, which no head of ours does; train "
-            "it for TOKEN_CLS, or take the head and modules_to_save out of the folder, and set task_type to null"
-        )
     kind, options, names = KINDS[peft_type], Options(config), names_of(model, tensors)
+    _check_task(options, names)
     head = _head(tensors, options, names, kind.front)
     rest = {name: tensor for name, tensor in tensors.items() if name not in head}
     recipes, own = kind.found(options, rest, names, record)
@@ -176,6 +172,18 @@ def _head(tensors: dict[str, Tensor], options: Options, names: Names, front: str
     if absent := [name for name in head if name not in tensors]:
         raise ValueError(f"the folder lacks {absent[0]}, for which modules_to_save asks; get it again")
     return head
+
+
+def _check_task(options: Options, names: Names) -> None:
+    """Raise ValueError for a task whose head we do not compute."""
+    if options.get("task_type") == "SEQ_CLS":
+        raise ValueError(
+            "task_type SEQ_CLS scores the last token, or BERT's pooled first one, which no head of ours does; train "
+            "it for TOKEN_CLS, or take the head and modules_to_save out of the folder, and set task_type to null"
+        )
+    options.only("task_type", None, "CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION")
+    if options.get("task_type") == "CAUSAL_LM" and not names.config.causal:
+        raise ValueError("task_type CAUSAL_LM is a decoder's, and this model is an encoder; load it into a decoder")
 
 
 def _task(names: Names) -> str | None:

@@ -55,7 +55,7 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
         ValueError: an option, a name or a shape that does not fit; scales that ours has not.
     """
     inputs = options.names("feedforward_modules")
-    options.unused("init_ia3_weights")
+    options.unused({"init_ia3_weights": bool})
     modules = by_module(tensors, names, options, (SCALE,))
     scales: dict[tuple[int, str, str], Tensor] = {}  # block, layer in it, side
     for module, own in modules.items():

@@ -16,7 +16,7 @@ from peft.exchange.contents import FRONT, Found, Written, check_shape
 from peft.exchange.fused import Update, apart, joined
 from peft.exchange.names import Names
 from peft.exchange.options import Options, as_count, as_number
-from peft.exchange.targets import by_module, entering, matched, patterned, read_pattern, targets_of
+from peft.exchange.targets import by_module, check_pattern, entering, matched, patterned, read_pattern, targets_of
 from peft.methods.dora import DoRA, DoRALinear
 from peft.methods.lora import LoRA, LoRALinear
 
@@ -99,9 +99,10 @@ def _updates(options: Options, tensors: dict[str, Tensor], names: Names, is_dora
     alpha, alphas = options.number("lora_alpha", 8), read_pattern(options, "alpha_pattern")
     options.only("bias", "none")
     options.only("init_lora_weights", True, False, "gaussian", "orthogonal")  # others change the frozen weights
-    options.unused("megatron_core", "qalora_group_size")  # of options that are off
-    updates = {}
-    for module, own in by_module(tensors, names, options, (A, B, MAGNITUDE) if is_dora else (A, B)).items():
+    options.unused({"megatron_core": str, "qalora_group_size": int})  # of options that are off
+    modules, updates = by_module(tensors, names, options, (A, B, MAGNITUDE) if is_dora else (A, B)), {}
+    check_pattern(ranks, modules), check_pattern(alphas, modules)
+    for module, own in modules.items():
         d_in, d_out = names.shape(module)
         r = as_count(f"the rank of {module}", matched(ranks, module, rank))
         check_shape(f"{FRONT}{module}.{A}", own[A], r, d_in)

@@ -57,7 +57,8 @@ def found_prefix(options: Options, tensors: dict[str, Tensor], names: Names, rec
         ValueError: learned positions; an option, a name or a shape that does not fit.
     """
     _require_rotary(names)
-    options.unused("encoder_hidden_size", "prefix_projection", "init_weights")  # the MLP is folded away in the file
+    # An MLP is folded away in the file.
+    options.unused({"encoder_hidden_size": int, "prefix_projection": bool, "init_weights": str})
     d, n_layers = names.config.d_kv, names.config.n_layers
     n = _length(options, tensors, names, d, d // names.config.d_head, 2 * n_layers)
     parts = tensors[NAME].view(n, n_layers, 2, d).unbind(2)
@@ -82,7 +83,8 @@ def found_prompt(options: Options, tensors: dict[str, Tensor], names: Names, rec
     Raises:
         ValueError: an option, a name or a shape that does not fit.
     """
-    options.unused("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    options.unused(dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"), str))
+    options.unused({"tokenizer_kwargs": dict})
     n = _length(options, tensors, names, names.config.d_model, names.config.n_heads)
     return Found([PromptTuning(length=n, init="normal")], {names.site("embedding.prompt"): tensors[NAME]})
 

@@ -103,9 +103,20 @@ def patterned(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, pattern
 
 
+def check_pattern(pattern: dict[str, Any], modules: Collection[str]) -> None:
+    """Raise ValueError for a name in a pattern that is none of these modules, nor the end of one."""
+    for key in pattern:
+        if not any(_matches(key, module) for module in modules):
+            raise ValueError(f"a pattern in adapter_config.json names {key!r}, and the folder has no such module")
+
+
 def matched(pattern: dict[str, Any], module: str, common: Any) -> Any:
     """The value for a module: of the first name that is its own or its end by whole parts, as their library does."""
-    return next((pattern[key] for key in pattern if re.match(rf"(.*\.)?({key})$", module)), common)
+    return next((pattern[key] for key in pattern if _matches(key, module)), common)
+
+
+def _matches(key: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def read_pattern(options: Options, name: str) -> dict[str, Any]:

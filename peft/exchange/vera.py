@@ -60,7 +60,7 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
     rank, initial_d = options.count("r", 256), options.number("d_initial", 0.1)
     options.only("bias", "none")
     options.only("vera_dropout", 0.0, 0)
-    options.unused("init_weights", "projection_prng_key", "save_projection")
+    options.unused({"init_weights": bool, "projection_prng_key": int, "save_projection": bool})
     if absent := [name for name in SHARED.values() if name not in tensors]:
         raise ValueError(f"the folder lacks {absent[0]}; save it with save_projection=True where it was made")
     own = {name: tensor for name, tensor in tensors.items() if name not in SHARED.values()}
