@@ -9,7 +9,7 @@ from peft.audit import AuditError, gradient_audit
 from peft.checkpoint import load, save
 from peft.contents import describe
 from peft.counting import expected_parameters, parameter_table
-from peft.exchange.exchange import from_huggingface, to_huggingface
+from peft.exchange.huggingface import from_huggingface, to_huggingface
 from peft.many_tasks.task_bank import TaskBank
 from peft.merging.combine import combine, soup
 from peft.merging.fold import fold

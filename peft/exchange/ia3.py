@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft.exchange.found import FRONT, Found, Written, by_module, check_shape, require_targeted, targets_of
+from peft.exchange.contents import FRONT, Found, Written, check_shape
 from peft.exchange.names import PARTS, Names, ends_in
 from peft.exchange.options import Options
+from peft.exchange.targets import by_module, targets_of
 from peft.methods.ia3 import IA3, PLACES, Rescaled
 
 SCALE = "ia3_l"
@@ -54,14 +55,12 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
         ValueError: an option, a name or a shape that does not fit; scales that ours has not.
     """
     inputs = options.names("feedforward_modules")
-    options.unused("init_ia3_weights")
+    options.unused({"init_ia3_weights": bool})
     modules = by_module(tensors, names, options, (SCALE,))
-    require_targeted(modules, names, options)
     scales: dict[tuple[int, str, str], Tensor] = {}  # block, layer in it, side
     for module, own in modules.items():
         sites, side = names.modules[module], "input" if ends_in(module, inputs) else "output"
-        linears = [names.linears[site] for site in sites.values()]
-        d_in, d_out = linears[0].in_features, sum(layer.out_features for layer in linears)
+        d_in, d_out = names.shape(module)
         check_shape(f"{FRONT}{module}.{SCALE}", own[SCALE], *((1, d_in) if side == "input" else (d_out, 1)))
         if side == "input" and len(sites) > 1:
             raise ValueError(f"{module} is scaled at its input, for which our IA3 has no scale; choose another folder")

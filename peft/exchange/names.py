@@ -9,6 +9,7 @@ A class with a head has the Transformer as a part (`model.`, `bert.`, `transform
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
@@ -92,13 +93,22 @@ class Names:
     def config(self) -> TransformerConfig:
         return self.transformer.config
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, dict[str | None, str]]:
         """Their linear layer -> our site of each of its parts."""
         found: dict[str, dict[str | None, str]] = {}
         for site, place in self.places.items():
             found.setdefault(place.module, {})[place.part] = site
         return found
+
+    def linears_of(self, module: str) -> dict[str | None, nn.Linear]:
+        """Our linear layers in one of theirs, by part."""
+        return {part: self.linears[site] for part, site in self.modules[module].items()}
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """d_in and d_out of a linear layer of theirs."""
+        layers = [*self.linears_of(module).values()]
+        return layers[0].in_features, sum(layer.out_features for layer in layers)
 
     def site(self, module: str) -> str:
         """The full name of a module of our Transformer."""

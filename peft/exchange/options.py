@@ -1,13 +1,16 @@
 """adapter_config.json, option by option: what we do not compute must have the value that makes no difference."""
 
-import math
 from typing import Any
 
-# What says where a folder comes from, or how training began: without a part in what is computed.
-WITHOUT_A_PART = {
-    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-    "fan_in_fan_out",  # says how the frozen weight lies; their library corrects it
-}  # fmt: skip
+# Where a folder comes from, and how the frozen weights lie: without a part in what is computed.
+ORIGIN: dict[str, type] = {
+    "peft_version": str,
+    "base_model_name_or_path": str,
+    "revision": str,
+    "auto_mapping": dict,
+    "inference_mode": bool,
+    "fan_in_fan_out": bool,
+}
 
 
 class Options:
@@ -18,7 +21,8 @@ class Options:
     """
 
     def __init__(self, values: dict[str, Any]):
-        self.values, self.known = values, {*WITHOUT_A_PART}
+        self.values, self.known = values, {"peft_type"}
+        self.unused(ORIGIN)
 
     def get(self, name: str, default: Any = None) -> Any:
         self.known.add(name)
@@ -26,10 +30,7 @@ class Options:
         return default if value is None else value
 
     def count(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, default)
-        if type(value) is not int or not 1 <= value < 2**30:
-            raise ValueError(f"adapter_config.json has {name}={value!r}, where a whole number from 1 is needed")
-        return value
+        return as_count(name, self.get(name, default))
 
     def number(self, name: str, default: float) -> float:
         return as_number(name, self.get(name, default))
@@ -57,9 +58,12 @@ class Options:
             listed = " or ".join(repr(other) for other in allowed)
             raise ValueError(f"adapter_config.json has {name}={value!r}, but only {listed} is supported")
 
-    def unused(self, *names: str) -> None:
-        """These have no part in what is computed."""
-        self.known.update(names)
+    def unused(self, kinds: dict[str, type]) -> None:
+        """These have no part in what is computed, of whatever value of their type."""
+        for name, kind in kinds.items():
+            value = self.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"adapter_config.json has {name}={value!r}, which is no {kind.__name__}; correct it")
 
     def finish(self) -> None:
         """Raise ValueError for an option that nobody has read, unless it is off: null, false or empty."""
@@ -70,8 +74,15 @@ class Options:
                 )
 
 
+def as_count(name: str, value: Any) -> int:
+    """The value; ValueError unless it is a whole number from 1."""
+    if type(value) is not int or not 1 <= value < 2**30:
+        raise ValueError(f"adapter_config.json says {name}={value!r}, where a whole number from 1 is needed")
+    return value
+
+
 def as_number(name: str, value: Any) -> float:
     """The value; ValueError unless it is a finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) >= 2**63:
-        raise ValueError(f"adapter_config.json has {name}={value!r}, where a finite number is needed")
+    if type(value) not in (int, float) or not abs(value) < 2**63:  # of a NaN neither is true
+        raise ValueError(f"adapter_config.json says {name}={value!r}, where a finite number is needed")
     return value

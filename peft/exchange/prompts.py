@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitransformer.position import rotary, rotated
-from peft.exchange.found import Found, Written, check_shape
+from minitransformer.position import rotated
+from peft.exchange.contents import Found, Written, check_shape
 from peft.exchange.names import Names
 from peft.exchange.options import Options
 from peft.methods.prefix import PrefixAttention, PrefixTuning
@@ -43,7 +43,7 @@ def written_prefix(wrappers: dict[str, PrefixAttention], names: Names) -> Writte
             raise ValueError("the prefix is made by an MLP; fold(model) first")
         if recipe.at != "kv" or recipe.gated:
             raise ValueError(f'a folder holds keys and values alone, which {recipe} is not; train at="kv" without gate')
-        ordered += [turned(wrapper.key, names, 1), wrapper.value]
+        ordered += [turned(wrapper.key, names, 1), wrapper.value.double()]
     n = len(ordered[0])
     options = {"peft_type": "PREFIX_TUNING", **_sizes(n, config.d_kv, config.d_kv // config.d_head, names)}
     options |= {"encoder_hidden_size": config.d_kv, "prefix_projection": False}
@@ -57,7 +57,8 @@ def found_prefix(options: Options, tensors: dict[str, Tensor], names: Names, rec
         ValueError: learned positions; an option, a name or a shape that does not fit.
     """
     _require_rotary(names)
-    options.unused("encoder_hidden_size", "prefix_projection", "init_weights")  # the MLP is folded away in the file
+    # An MLP is folded away in the file.
+    options.unused({"encoder_hidden_size": int, "prefix_projection": bool, "init_weights": str})
     d, n_layers = names.config.d_kv, names.config.n_layers
     n = _length(options, tensors, names, d, d // names.config.d_head, 2 * n_layers)
     parts = tensors[NAME].view(n, n_layers, 2, d).unbind(2)
@@ -82,17 +83,19 @@ def found_prompt(options: Options, tensors: dict[str, Tensor], names: Names, rec
     Raises:
         ValueError: an option, a name or a shape that does not fit.
     """
-    options.unused("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    options.unused(dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"), str))
+    options.unused({"tokenizer_kwargs": dict})
     n = _length(options, tensors, names, names.config.d_model, names.config.n_heads)
     return Found([PromptTuning(length=n, init="normal")], {names.site("embedding.prompt"): tensors[NAME]})
 
 
 def turned(key: Tensor, names: Names, direction: int) -> Tensor:
-    """R(± n) k of n keys [n, d_kv]: from ours to theirs (1) or back (-1)."""
+    """R(± n) k of n keys [n, d_kv]: from ours to theirs (1) or back (-1). In float64, so that the way back is exact."""
     n, config = len(key), names.config
-    heads = key.detach().double().view(1, n, -1, config.d_head).transpose(1, 2)
-    angles = rotary(torch.full((1, n), direction * n, device=key.device), config.d_head, config.rope_theta)
-    return rotated(heads, *angles).transpose(1, 2).reshape(n, -1).to(key.dtype)
+    exponents = torch.arange(0, config.d_head, 2, dtype=torch.float64, device=key.device) / config.d_head
+    angles = (direction * n * config.rope_theta**-exponents).view(1, 1, 1, -1)
+    heads = key.detach().double().view(n, -1, 1, config.d_head)  # every key is turned by the same n
+    return rotated(heads, angles.cos(), angles.sin()).flatten(1)
 
 
 def _sizes(n: int, width: int, n_heads: int, names: Names) -> dict[str, Any]:

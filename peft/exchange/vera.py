@@ -13,18 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from peft.exchange.found import (
-    FRONT,
-    Found,
-    Written,
-    by_module,
-    check_shape,
-    entering,
-    require_targeted,
-    targets_of,
-)
+from peft.exchange.contents import FRONT, Found, Written, check_shape
 from peft.exchange.names import Names
 from peft.exchange.options import Options
+from peft.exchange.targets import by_module, entering, targets_of
 from peft.methods.vera import VeRA, VeRALinear
 
 SHARED = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
@@ -68,12 +60,11 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
     rank, initial_d = options.count("r", 256), options.number("d_initial", 0.1)
     options.only("bias", "none")
     options.only("vera_dropout", 0.0, 0)
-    options.unused("init_weights", "projection_prng_key", "save_projection")
+    options.unused({"init_weights": bool, "projection_prng_key": int, "save_projection": bool})
     if absent := [name for name in SHARED.values() if name not in tensors]:
         raise ValueError(f"the folder lacks {absent[0]}; save it with save_projection=True where it was made")
     own = {name: tensor for name, tensor in tensors.items() if name not in SHARED.values()}
     modules = by_module(own, names, options, (D, B))
-    require_targeted(modules, names, options)
     sites, ours = [], {}
     for module, parts in modules.items():
         for part, site in names.modules[module].items():

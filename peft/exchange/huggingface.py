@@ -14,8 +14,8 @@ from minitransformer.modes import undone
 from peft.attach import attach, attached, declared, detach, load_state_dict, parts_of
 from peft.checkpoint import complete_state
 from peft.exchange import ia3, lora, prompts, vera
+from peft.exchange.contents import FRONT, Found, Written, check_tensors
 from peft.exchange.folder import Folder, read_folder, write
-from peft.exchange.found import FRONT, Found, Written, check_tensors
 from peft.exchange.names import Names, names_of
 from peft.exchange.options import Options
 from peft.method import Wrapper
@@ -108,16 +108,15 @@ def from_huggingface(model: nn.Module, folder: str | Path) -> nn.Module:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in KINDS:
         raise ValueError(f"{folder} is of peft_type {peft_type!r}, but only {', '.join(KINDS)} are supported")
-    if config.get("task_type") == "SEQ_CLS":
-        raise ValueError(
-            "task_type SEQ_CLS scores the last token, or BERT's pooled first one, which no head of ours does; train "
-            "it for TOKEN_CLS, or take the head and modules_to_save out of the folder, and set task_type to null"
-        )
     kind, options, names = KINDS[peft_type], Options(config), names_of(model, tensors)
-    tensors, head = _without_head(tensors, options, names, kind)
-    recipes, own = kind.found(options, tensors, names, record)
+    _check_task(options, names)
+    head = _head(tensors, options, names, kind.front)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in head}
+    recipes, own = kind.found(options, rest, names, record)
     options.finish()
-    own |= head
+    if record:
+        raise ValueError(f"the metadata of the tensors speaks of {min(record)!r}, which is no part of them")
+    own |= {ours: tensors[theirs] for theirs, ours in head.items()}
     train_also = ("head",) if head else ()
     try:
         for recipe in recipes:
@@ -134,22 +133,18 @@ def from_huggingface(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def _the_one_kind(model: nn.Module, names: Names) -> tuple[dict[str, Wrapper], str]:
     """The wrappers by site, and their peft_type; ValueError if a folder cannot hold them."""
-    wrappers = {}
-    for site, at_site in all_wrappers(model).items():
-        wrappers[site] = at_site[0]
-        for wrapper in at_site:
-            if type(wrapper) not in PEFT_TYPES:
-                recipe = type(wrapper).__name__
-                raise ValueError(f"Hugging Face's peft has no form for a {recipe}; save it by peft.save")
-    kinds = {type(wrapper) for at_site in all_wrappers(model).values() for wrapper in at_site}
+    at_sites, methods = all_wrappers(model), [entry.method for entry in attached(model)]
+    kinds = {type(wrapper) for wrappers in at_sites.values() for wrapper in wrappers}
     if len(kinds) > 1:
-        listed = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ValueError(f"a folder holds one method, and this model has {listed}; attach one alone")
-    peft_type = PEFT_TYPES[kinds.pop()]
-    on_linears = KINDS[peft_type].front == FRONT
-    if strange := [site for site in wrappers if on_linears and site not in names.places]:
+        listed = "; ".join(map(str, methods))
+        raise ValueError(f"a folder holds one method, and this model has {listed}; attach one of them alone")
+    kind = kinds.pop()
+    if kind not in PEFT_TYPES:
+        raise ValueError(f"Hugging Face's peft has no form for what {methods[0]} computes; save it by peft.save")
+    on_linears = KINDS[PEFT_TYPES[kind]].front == FRONT
+    if strange := [site for site in at_sites if on_linears and site not in names.places]:
         raise ValueError(f"{strange[0]} has no counterpart in theirs; choose other targets")
-    return wrappers, peft_type
+    return {site: wrapper for site, (wrapper,) in at_sites.items()}, PEFT_TYPES[kind]
 
 
 def _trained_head(model: nn.Module, names: Names) -> dict[str, Tensor]:
@@ -163,28 +158,32 @@ def _trained_head(model: nn.Module, names: Names) -> dict[str, Tensor]:
     return {theirs: getattr(whole["head"], ours.rpartition(".")[2]) for ours, theirs in names.head.items() if whole}
 
 
-def _without_head(
-    tensors: dict[str, Tensor], options: Options, names: Names, kind: Kind
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the method, and those of a head by our names.
+def _head(tensors: dict[str, Tensor], options: Options, names: Names, front: str) -> dict[str, str]:
+    """The names of the tensors of a head that was trained whole -> ours.
 
     Raises:
-        ValueError: a head that is trained whole in theirs and not here, or is of another shape.
+        ValueError: `modules_to_save` names what is no such head here, or a tensor of it is missing.
     """
-    saved = [name for name in options.names("modules_to_save") if name not in ("classifier", "score")]
-    own = {theirs: ours for ours, theirs in names.head.items()}
-    modules = {theirs.rpartition(".")[0] for theirs in own}
-    asked = [name for name in options.names("modules_to_save") if name in modules]
-    if unknown := [name for name in saved if name not in modules]:
-        raise ValueError(f"modules_to_save names {unknown[0]!r}, which this model has not as a head of its own")
-    head = {}
-    for theirs, ours in own.items():
-        name = f"{kind.front}{theirs}"
-        if asked and name not in tensors:
-            raise ValueError(f"the folder lacks {name}, which modules_to_save={asked} asks for; get it again")
-        if asked:
-            head[ours] = tensors[name]
-    return {name: tensor for name, tensor in tensors.items() if name.removeprefix(kind.front) not in own}, head
+    modules = {theirs.rpartition(".")[0] for theirs in names.head.values()}
+    asked = {*options.names("modules_to_save")}
+    if unknown := asked - modules - {"classifier", "score"}:  # which their library names whether they are there or not
+        raise ValueError(f"modules_to_save has {min(unknown)!r}, and this model has no such head of its own")
+    head = {f"{front}{theirs}": ours for ours, theirs in names.head.items() if asked & modules}
+    if absent := [name for name in head if name not in tensors]:
+        raise ValueError(f"the folder lacks {absent[0]}, for which modules_to_save asks; get it again")
+    return head
+
+
+def _check_task(options: Options, names: Names) -> None:
+    """Raise ValueError for a task whose head we do not compute."""
+    if options.get("task_type") == "SEQ_CLS":
+        raise ValueError(
+            "task_type SEQ_CLS scores the last token, or BERT's pooled first one, which no head of ours does; train "
+            "it for TOKEN_CLS, or take the head and modules_to_save out of the folder, and set task_type to null"
+        )
+    options.only("task_type", None, "CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION")
+    if options.get("task_type") == "CAUSAL_LM" and not names.config.causal:
+        raise ValueError("task_type CAUSAL_LM is a decoder's, and this model is an encoder; load it into a decoder")
 
 
 def _task(names: Names) -> str | None:
