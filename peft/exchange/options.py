@@ -33,7 +33,8 @@ class Options:
         return as_count(name, self.get(name, default))
 
     def number(self, name: str, default: float | int) -> float | int:
-        return as_number(name, self.get(name, default))
+        self.known.add(name)
+        return as_number(name, self.values.get(name, default))  # null is no number, and no default
 
     def flag(self, name: str) -> bool:
         value = self.get(name, False)

@@ -61,6 +61,8 @@ def _targeted(names: Names, options: Options) -> list[str]:
     patterns = [patterns] if isinstance(patterns, str) else patterns or []
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise ValueError(f"adapter_config.json has layers_to_transform={layers!r}, where whole numbers are needed")
+    if patterns and not layers:
+        raise ValueError("adapter_config.json has layers_pattern without layers_to_transform; take it out")
     if not isinstance(patterns, list):
         raise ValueError(f"adapter_config.json has layers_pattern={patterns!r}, where a list of names is needed")
     found = [name for name in names.modules if ends_in(name, targets) and not ends_in(name, excluded)]

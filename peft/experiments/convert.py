@@ -50,9 +50,9 @@ def describe_folder(folder: Path) -> str:
     tensors = read_tensors(folder / WEIGHTS)
     options = [f"{name}={config[name]!r}" for name in TELLING if config.get(name) not in (None, False, [], {})]
     size = (folder / WEIGHTS).stat().st_size
-    lines = [f"{config.get('peft_type')}: {', '.join(options)}".rstrip(": ")]
+    lines = [f"{config.get('peft_type')!r}: {', '.join(options)}".rstrip(": ")]
     lines += [f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes"]
-    lines += [f"  {name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())]
+    lines += [f"  {name!r} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())]
     return "\n".join([*lines, f"trained on the base {config.get('base_model_name_or_path')!r}"])
 
 

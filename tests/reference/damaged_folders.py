@@ -24,7 +24,11 @@ OTHER_BYTES = {
     "a pointer of LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "a web page": b"<!DOCTYPE html><html></html>",
 }
-OF_NO_OPTION = ["x", -1, 1.5, True, ["x"], [[]], {"x": "x"}, {"q_proj": -1}, float("nan"), float("inf"), 10**30]
+BEYOND = "-1e999"  # a number that JSON allows and no float holds
+OF_NO_OPTION = [
+    "x", -1, 1.5, True, ["x"], [[]], {"x": "x"}, {"q_proj": -1}, {"x": [[]]}, float("nan"), float("inf"), BEYOND,
+    10**30,
+]  # fmt: skip
 
 
 class Code:
@@ -129,7 +133,8 @@ def of_options(name: str, options: dict[str, list]) -> Iterator[Damage]:
         for value in values:
 
             def put(data: bytes, option=option, value=value) -> bytes:
-                return json.dumps({**json.loads(data), option: value}).encode()
+                text = json.dumps({**json.loads(data), option: "<here>" if value is BEYOND else value})
+                return text.replace('"<here>"', "-1e999").encode()
 
             yield f"{option}={value!r:.40}", changed(name, put)
 
@@ -201,6 +206,7 @@ def of_tensors(name: str, generator: random.Random, n: int) -> Iterator[Damage]:
             "lost": lambda t, key: {k: v for k, v in t.items() if k != key},
             "renamed": lambda t, key: {k + "x" * (k == key): v for k, v in t.items()},
             "named without its beginning": lambda t, key: {k[(k == key) :]: v for k, v in t.items()},
+            "named by a path": lambda t, key: {("../" + k if k == key else k): v for k, v in t.items()},
             "added": lambda t, key: {**t, f"{key}.more": t[key].clone()},
             "of a block that is not there": lambda t, key: {
                 re.sub(r"\.\d+\.", ".7.", k) if k == key and re.search(r"\.\d+\.", k) else k + "x" * (k == key): v
