@@ -74,14 +74,14 @@ def mixed(model):
     return model
 
 
-EVERY_CELL = [pytest.param(cell, 4, 1, marks=pytest.mark.slow, id=cell) for cell in CELLS]
+EVERY_CELL = [pytest.param(cell, 4, marks=pytest.mark.slow, id=cell) for cell in CELLS]
 
 
-@pytest.mark.parametrize("cell, n, step", [pytest.param(CELLS[0], 2, 2, id="some"), *EVERY_CELL])
-def test_no_damaged_folder_is_attached(cell, n, step, tmp_path, unchecked):
+@pytest.mark.parametrize("cell, n", [pytest.param(CELLS[0], 1, id="some"), *EVERY_CELL])
+def test_no_damaged_folder_is_attached(cell, n, tmp_path, unchecked):
     folder_of(cell, tmp_path / "sound")
     model = mixed(base_of(cell))
-    before, accepted, tried = state(model), [], [*damages(cell, n)][::step]
+    before, accepted, tried = state(model), [], [*damages(cell, n)]
     for what, damage in tried:
         folder = tmp_path / "damaged"
         shutil.copytree(tmp_path / "sound", folder)
@@ -95,7 +95,7 @@ def test_no_damaged_folder_is_attached(cell, n, step, tmp_path, unchecked):
         assert not (folder / "run").exists(), what
         assert_as_before(before, state(model), what)
         shutil.rmtree(folder)
-    assert not accepted and len(tried) >= (200 if step == 1 else 300)
+    assert not accepted and len(tried) >= (300 if "LoRA" in cell else 200)
     peft.from_huggingface(model, tmp_path / "sound")
 
 
