@@ -25,7 +25,7 @@ class Update(NamedTuple):
 
     A: Tensor  # [r, d_in]
     B: Tensor  # [d_out, r]
-    alpha: float
+    alpha: float | int
     magnitude: Tensor | None = None  # [d_out]
 
     @property
@@ -89,12 +89,12 @@ def apart(update: Update, linears: dict[str, nn.Linear], ranges: Any, stabilized
     return found
 
 
-def alpha_of(update: Update, rank: int, stabilized: bool) -> float:
+def alpha_of(update: Update, rank: int, stabilized: bool) -> float | int:
     """The alpha that gives another rank the same scale."""
     return update.alpha * (math.sqrt(rank / update.rank) if stabilized else rank / update.rank)
 
 
-def close(a: float, b: float) -> bool:
+def close(a: float | int, b: float | int) -> bool:
     """Whether two numbers are one but for rounding."""
     return math.isclose(a, b, rel_tol=1e-12)
 

@@ -122,6 +122,6 @@ def _one(wrappers: dict[str, LoRALinear], option: str) -> Any:
     return values.pop()
 
 
-def plain(alpha: float) -> float:
+def plain(alpha: float | int) -> float | int:
     """3 for 3.0, as their files have it."""
     return int(alpha) if alpha == int(alpha) else alpha

@@ -32,7 +32,7 @@ class Options:
     def count(self, name: str, default: int | None = None) -> int:
         return as_count(name, self.get(name, default))
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float | int) -> float | int:
         return as_number(name, self.get(name, default))
 
     def flag(self, name: str) -> bool:
@@ -81,7 +81,7 @@ def as_count(name: str, value: Any) -> int:
     return value
 
 
-def as_number(name: str, value: Any) -> float:
+def as_number(name: str, value: Any) -> float | int:
     """The value; ValueError unless it is a finite number."""
     if type(value) not in (int, float) or not abs(value) < 2**63:  # of a NaN neither is true
         raise ValueError(f"adapter_config.json says {name}={value!r}, where a finite number is needed")
