@@ -78,7 +78,7 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
         if None not in sites:
             parts = apart(update, names.linears_of(module), record.pop(module, None), rs)
         updates |= {sites[part]: own for part, own in parts.items()}
-    together: dict[tuple[int, float], list[str]] = {}
+    together: dict[tuple[int, float | int], list[str]] = {}
     for site, update in updates.items():
         together.setdefault((update.rank, update.alpha), []).append(site)
     same = {"dropout": options.number("lora_dropout", 0.0), "rank_stabilized": rs}
