@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft.exchange.names import PARTS
@@ -23,10 +24,10 @@ Ranges = dict[str, list]  # part -> its first row of A, the row behind its last,
 class Update(NamedTuple):
     """A low-rank update of one linear layer; DoRA's has a length for each row."""
 
-    A: Tensor  # [r, d_in]
-    B: Tensor  # [d_out, r]
+    A: Float[Tensor, "r d_in"]
+    B: Float[Tensor, "d_out r"]
     alpha: float | int
-    magnitude: Tensor | None = None  # [d_out]
+    magnitude: Float[Tensor, " d_out"] | None = None
 
     @property
     def rank(self) -> int:

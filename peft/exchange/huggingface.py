@@ -56,8 +56,9 @@ PEFT_TYPES: dict[type[Wrapper], str] = {
 def to_huggingface(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
     """Write the attached method as Hugging Face's peft does: `PeftModel.from_pretrained(their_model, folder)` reads it.
 
-    Their model has the same weights. A `SequenceClassifier` is theirs "for token classification": it scores each token,
-    and the scores of a row are their mean here, or the first (`pool`).
+    Their model has the same frozen weights. A `SequenceClassifier` is theirs "for token classification": it scores each
+    token, and the scores of a row are their mean here, or the first (`pool`). Behind a prefix their text stands at
+    positions n, n + 1, …, ours at 0, 1, …: the keys are turned for that (`prompts.py`).
 
     Args:
         model: of a shape that from_llama, from_bert or from_gpt2 gives, alone or in a `SequenceClassifier`.
@@ -190,6 +191,6 @@ def _task(names: Names) -> str | None:
     """Their task_type, which says by which class the folder is read."""
     if names.root:
         return "TOKEN_CLS"
-    return {"tied": "CAUSAL_LM", "untied": "CAUSAL_LM", "bert": None, "none": "FEATURE_EXTRACTION"}[
-        names.config.lm_head
-    ]
+    if names.config.lm_head == "none":
+        return "FEATURE_EXTRACTION"
+    return "CAUSAL_LM" if names.config.causal else None  # they have none for BERT's masked words

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitransformer.config import TransformerConfig
 from peft.exchange.contents import FRONT, Found, Written, check_shape
 from peft.exchange.names import PARTS, Names, ends_in
 from peft.exchange.options import Options
@@ -64,9 +65,12 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
         check_shape(f"{FRONT}{module}.{SCALE}", own[SCALE], *((1, d_in) if side == "input" else (d_out, 1)))
         if side == "input" and len(sites) > 1:
             raise ValueError(f"{module} is scaled at its input, for which our IA3 has no scale; choose another folder")
-        for site, scale in zip(sites.values(), own[SCALE].flatten().split(d_out // len(sites)), strict=False):
-            _, block, layer = site.removeprefix(names.root).split(".", 2)
-            scales[int(block), layer, side] = own[SCALE].flatten() if side == "input" else scale
+        scale = own[SCALE].flatten()
+        for site, part in zip(sites.values(), scale.split(len(scale) // len(sites)), strict=True):
+            where = site.removeprefix(names.root).split(".", 2)
+            if where[0] != "blocks":
+                raise ValueError(f"{module} has a scale, and our IA3 stays inside of blocks; choose another folder")
+            scales[int(where[1]), where[2], side] = part
     blocks = sorted({block for block, _, _ in scales})
     ours = {}
     for block in blocks:
@@ -77,16 +81,11 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
 
 def _ours(scales: dict[tuple[str, str], Tensor], block: int, names: Names) -> dict[str, Tensor]:
     """The scales of one block, by the layers that ours has them at."""
-    config = names.config
     moved: dict[tuple[str, str], Tensor] = {}
     for (layer, side), scale in scales.items():
-        movable = config.d_kv == config.n_heads * config.d_head and (layer, config.position) != (
-            "attention.query",
-            "rotary",
-        )
-        other = SAME.get((layer, side)) if movable else None
+        other = SAME.get((layer, side)) if _may_move(layer, names.config) else None
         place = (layer, side) if other is None else (other, PLACES[other])
-        moved[place] = scale if place not in moved else moved[place] * scale
+        moved[place] = scale * moved.get(place, 1)
     needed = {*PLACES.items()}
     if moved.keys() != needed:
         layer, side = min(moved.keys() ^ needed)
@@ -96,3 +95,8 @@ def _ours(scales: dict[tuple[str, str], Tensor], block: int, names: Names) -> di
             f"key and value and the input of down, no more and no less; choose a folder with these"
         )
     return {layer: moved[layer, side] for layer, side in PLACES.items()}
+
+
+def _may_move(layer: str, config: TransformerConfig) -> bool:
+    """Whether keys and values have the numbers that a scale of queries, or of what they see, is for."""
+    return config.d_kv == config.n_heads * config.d_head and not ("query" in layer and config.position == "rotary")

@@ -36,7 +36,7 @@ class Architecture(NamedTuple):
 
 
 COMMON = {"n_segments": 0, "embedding_norm": False, "logit_scale": 1.0}
-EQUAL_HEADS = {
+OLDER = {
     "position": "learned",
     "norm_type": "layer",
     "gated": False,
@@ -55,7 +55,7 @@ ARCHITECTURES = (
     Architecture(
         bert.FORM,
         bert.names,
-        EQUAL_HEADS | {"causal": False, "norm": "post", "embedding_norm": True, "logit_scale": 1.0},
+        OLDER | {"causal": False, "norm": "post", "embedding_norm": True, "logit_scale": 1.0},
         ("bert", "none"),
         "classifier",
         ("pooler.dense",),
@@ -63,7 +63,7 @@ ARCHITECTURES = (
     Architecture(
         gpt2.FORM,
         gpt2.names,
-        COMMON | EQUAL_HEADS | {"causal": True, "norm": "pre"},
+        COMMON | OLDER | {"causal": True, "norm": "pre"},
         ("tied", "none"),
         "classifier",
     ),
@@ -87,7 +87,7 @@ class Names:
     linears: dict[str, nn.Linear]  # our linear layers that have a place, by their sites
     places: dict[str, Place]
     head: dict[str, str]  # our tensors of a head that may be trained whole -> theirs
-    others: tuple[str, ...]  # their further linear layers
+    others: tuple[str, ...]  # linear layers that only theirs has
 
     @property
     def config(self) -> TransformerConfig:
@@ -127,24 +127,27 @@ def names_of(model: nn.Module, tensors: Iterable[str] | None = None) -> Names:
     if len(found) != 1 or not isinstance(outer, (Transformer, SequenceClassifier)):
         raise ValueError("the folder is about one Transformer, alone or in a SequenceClassifier; give such a model")
     name, transformer = found[0]
-    root = f"{name}." if name else ""
-    architecture = _architecture(transformer.config)
+    root, architecture = f"{name}." * bool(name), _architecture(transformer.config)
     base = f"{architecture.form.base}."
     if tensors is None:
         is_bare = transformer.config.lm_head == "none" and not root
     else:
         is_bare = not any(tensor.startswith(f"base_model.model.{base}") for tensor in tensors)
-    base = "" if is_bare else base
+    base *= not is_bare
     linears, places = {}, {}
     for ours, theirs in architecture.names(transformer.config.n_layers).items():
         site = f"{root}{ours}"
         if site in sites and isinstance(sites[site].module, nn.Linear):
             linears[site] = sites[site].module
-            full = theirs if ours.startswith("head") else f"{base}{theirs}"
-            fused, _, part = full.rpartition(".")
-            places[site] = Place(fused, part) if fused.endswith("c_attn") else Place(full)
+            places[site] = _place(theirs if ours.startswith("head") else f"{base}{theirs}")
     others = (*(f"{base}{name}" for name in architecture.unnamed), "lm_head", "cls.predictions.decoder")
     return Names(architecture, transformer, root, linears, places, _head(architecture, outer), others)
+
+
+def _place(name: str) -> Place:
+    """`gpt2.py` calls the parts of c_attn by names below its own."""
+    module, _, part = name.rpartition(".")
+    return Place(module, part) if module.endswith("c_attn") else Place(name)
 
 
 def _architecture(config: TransformerConfig) -> Architecture:

@@ -57,7 +57,9 @@ class Options:
         value = self.get(name, allowed[0])
         if not any(type(value) is type(other) and value == other for other in allowed):
             listed = " or ".join(repr(other) for other in allowed)
-            raise ValueError(f"adapter_config.json has {name}={value!r}, but only {listed} is supported")
+            raise ValueError(
+                f"adapter_config.json has {name}={value!r}, but only {listed} is supported; choose such a folder"
+            )
 
     def unused(self, kinds: dict[str, type]) -> None:
         """These have no part in what is computed, of whatever value of their type."""

@@ -14,6 +14,7 @@ A prompt takes positions in both libraries. Their logits have those of the promp
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from minitransformer.position import rotated
@@ -33,18 +34,19 @@ def written_prefix(wrappers: dict[str, PrefixAttention], names: Names) -> Writte
         ValueError: learned positions; a prefix that is more than keys and values, or is not in every layer.
     """
     _require_rotary(names)
-    config, ordered = names.config, []
-    for layer in range(config.n_layers):
-        wrapper = wrappers.get(names.site(f"blocks.{layer}.attention"))
-        if wrapper is None or len(wrapper.prefix()[0]) != len(next(iter(wrappers.values())).prefix()[0]):
-            raise ValueError("a folder has a prefix of one length in every layer; leave `layers` of PrefixTuning out")
-        recipe = wrapper.recipe
+    config = names.config
+    for recipe in [wrapper.recipe for wrapper in wrappers.values()]:
         if recipe.reparameterize is not None:
             raise ValueError("the prefix is made by an MLP; fold(model) first")
         if recipe.at != "kv" or recipe.gated:
             raise ValueError(f'a folder holds keys and values alone, which {recipe} is not; train at="kv" without gate')
+    (n, *others) = {wrapper.recipe.length for wrapper in wrappers.values()}
+    if others or len(wrappers) < config.n_layers:
+        raise ValueError("a folder has a prefix of one length in every layer; leave `layers` of PrefixTuning out")
+    ordered = []
+    for layer in range(config.n_layers):
+        wrapper = wrappers[names.site(f"blocks.{layer}.attention")]
         ordered += [turned(wrapper.key, names, 1), wrapper.value.double()]
-    n = len(ordered[0])
     options = {"peft_type": "PREFIX_TUNING", **_sizes(n, config.d_kv, config.d_kv // config.d_head, names)}
     options |= {"encoder_hidden_size": config.d_kv, "prefix_projection": False}
     return Written(options, {NAME: torch.stack(ordered, dim=1).flatten(1)}, {})
@@ -89,8 +91,8 @@ def found_prompt(options: Options, tensors: dict[str, Tensor], names: Names, rec
     return Found([PromptTuning(length=n, init="normal")], {names.site("embedding.prompt"): tensors[NAME]})
 
 
-def turned(key: Tensor, names: Names, direction: int) -> Tensor:
-    """R(± n) k of n keys [n, d_kv]: from ours to theirs (1) or back (-1). In float64, so that the way back is exact."""
+def turned(key: Float[Tensor, "n d_kv"], names: Names, direction: int) -> Float[Tensor, "n d_kv"]:
+    """R(± n) k of n keys: from ours to theirs (1) or back (-1). In float64, so that the way back is exact."""
     n, config = len(key), names.config
     exponents = torch.arange(0, config.d_head, 2, dtype=torch.float64, device=key.device) / config.d_head
     angles = (direction * n * config.rope_theta**-exponents).view(1, 1, 1, -1)
