@@ -5,8 +5,8 @@
     python -m peft describe method.safetensors          or folder
 
 A file of ours knows the very base that it was trained on, by a hash, and theirs only its name; so `convert` needs the
-base, in float32. For a base of another kind, or with a head on top, load the method there, and call `to_huggingface` or
-`save`.
+base, whose weights are read as float32. For a base of another type, or with a head on top, load the method there, and
+call `to_huggingface` or `save`.
 """
 
 import argparse
@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import peft
-from minitransformer.pretrained import from_pretrained, smollm2, toy_backbone
+from minitransformer.pretrained import from_pretrained, smollm2
 from minitransformer.pretrained.folder import read_json, read_tensors
 from minitransformer.transformer import Transformer
 
-BASES = {"toy": toy_backbone, "smollm2": smollm2}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of a config's options those that say where a method enters, and how large it is.
 TELLING = (
@@ -28,8 +27,8 @@ TELLING = (
 
 
 def base_model(name: str) -> Transformer:
-    """The base that a command line names: "toy", "smollm2", or a folder that `from_pretrained` reads."""
-    return BASES[name]() if name in BASES else from_pretrained(name)
+    """The base that a command line names: "smollm2", or a folder that `from_pretrained` reads."""
+    return smollm2() if name == "smollm2" else from_pretrained(name)
 
 
 def described(path: Path) -> str:
@@ -53,7 +52,8 @@ def describe_folder(folder: Path) -> str:
     lines = [f"{config.get('peft_type')!r}: {', '.join(options)}".rstrip(": ")]
     lines += [f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes"]
     lines += [f"  {name!r} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())]
-    return "\n".join([*lines, f"trained on the base {config.get('base_model_name_or_path')!r}"])
+    name = config.get("base_model_name_or_path")
+    return "\n".join([*lines, "its base has no name" if name is None else f"trained on the base {name!r}"])
 
 
 def converted(source: Path, target: Path, base: str) -> None:
@@ -69,7 +69,7 @@ def converted(source: Path, target: Path, base: str) -> None:
     if source.is_dir():
         peft.save(peft.from_huggingface(model, source), target)
     else:
-        peft.to_huggingface(peft.load(model, source), target)
+        peft.to_huggingface(peft.load(model, source), target, None if base == "smollm2" else base)
 
 
 def convert(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +80,7 @@ def convert(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("source", type=Path, help="a file that peft.save wrote, or a folder of Hugging Face's peft")
     parser.add_argument("target", type=Path, help="the folder or the file to write")
-    parser.add_argument("--base", required=True, help="toy, smollm2, or a folder with config.json and the weights")
+    parser.add_argument("--base", required=True, help="smollm2, or a folder with config.json and the weights")
     options = parser.parse_args(arguments)
     try:
         converted(options.source, options.target, options.base)
