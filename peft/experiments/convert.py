@@ -15,10 +15,9 @@ from pathlib import Path
 
 import peft
 from minitransformer.pretrained import from_pretrained, smollm2
-from minitransformer.pretrained.folder import read_json, read_tensors
 from minitransformer.transformer import Transformer
+from peft.exchange.folder import TENSORS, read_folder
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of a config's options those that say where a method enters, and how large it is.
 TELLING = (
     "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "target_modules", "feedforward_modules",
@@ -43,12 +42,9 @@ def described(path: Path) -> str:
 
 def describe_folder(folder: Path) -> str:
     """The method of a folder, its sizes and places, its tensors, and the name of its base. Errors as in `described`."""
-    config = read_json(folder / CONFIG, "the method's config")
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder / WEIGHTS} is absent, the method's tensors; get the folder again, or save it so")
-    tensors = read_tensors(folder / WEIGHTS)
+    config, tensors, _ = read_folder(folder)
     options = [f"{name}={config[name]!r}" for name in TELLING if config.get(name) not in (None, False, [], {})]
-    size = (folder / WEIGHTS).stat().st_size
+    size = (folder / TENSORS).stat().st_size
     lines = [f"{config.get('peft_type')!r}: {', '.join(options)}".rstrip(": ")]
     lines += [f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes"]
     lines += [f"  {name!r} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())]
