@@ -7,6 +7,8 @@ from reference.their_form import changed, read, state_dict, write
 
 import peft
 from peft import ALL_LINEARS, IA3, DoRA, LoRA, VeRA
+from peft.exchange.fused import Update, joined
+from peft.exchange.names import PARTS
 
 EVERY = (*ALL_LINEARS, "gate")
 OURS = {  # family, recipes
@@ -194,6 +196,12 @@ def test_parts_of_c_attn_with_a_common_a_stay_narrow(tmp_path):
     peft.to_huggingface(model, tmp_path / "again")
     written = read(tmp_path / "again")[1]
     assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
+
+
+def test_parts_with_a_common_a_and_two_scales_are_refused():
+    A, B, linears = normal(2, 24, seed=0), normal(24, 2, seed=1), dict.fromkeys(PARTS, torch.nn.Linear(24, 24))
+    with pytest.raises(ValueError, match="different scales"):
+        joined({"query": Update(A, B, 4), "value": Update(A, B, 5)}, linears, stabilized=False, module="c_attn")
 
 
 def test_stacked_parts_without_their_record_compute_the_same(tmp_path):
