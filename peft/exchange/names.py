@@ -21,7 +21,7 @@ from minitransformer.pretrained.state_dict import Form
 from minitransformer.transformer import Transformer
 from peft.sites import sites_of
 
-PARTS = ("query", "key", "value")  # of GPT-2's c_attn, in their order
+PARTS = gpt2.PARTS  # of c_attn, in their order
 
 
 class Architecture(NamedTuple):
