@@ -43,7 +43,7 @@ def test_their_folder_gives_their_logits_and_is_written_again_as_it_was(cell, tm
     model = peft.from_huggingface(base_of(cell), tmp_path / "theirs")
     ours = model(TOKENS).detach()
     torch.testing.assert_close(ours, logits, rtol=0, atol=BAR)
-    assert (ours - base_of(cell)(TOKENS)).abs().max() > 0.1
+    assert (ours - base_of(cell)(TOKENS)).abs().max() > 0.01
     peft.to_huggingface(model, tmp_path / "again")
     written = load_file(tmp_path / "again" / "adapter_model.safetensors")
     said = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
