@@ -179,6 +179,14 @@ def test_the_names_are_theirs(tmp_path):
         assert config["task_type"] == (None if family == "bert" else "CAUSAL_LM")
 
 
+def test_targets_name_no_layer_that_only_theirs_has(tmp_path):
+    """Every `dense` that ours has is chosen; BERT's pooler has one as well."""
+    model = with_methods(built("bert"), LoRA(rank=2, targets=("output", "up", "down", "head.dense")))
+    peft.to_huggingface(model, tmp_path / "folder")
+    targets = read(tmp_path / "folder")[0]["target_modules"]
+    assert targets == ["output.dense", "intermediate.dense", "transform.dense"]
+
+
 def test_the_config_is_short_where_all_layers_are_alike(tmp_path):
     peft.to_huggingface(with_methods(built("llama"), LoRA(rank=3, alpha=5)), tmp_path / "folder", base_model="a/b")
     assert read(tmp_path / "folder")[0] == {
