@@ -42,6 +42,30 @@ def write_whole(path: str | Path, data: bytes) -> None:
         raise
 
 
+def write_folder(path: str | Path, files: dict[str, bytes]) -> None:
+    """Make a folder of these files beside the target, and rename it in one move; nothing half-written has the name.
+
+    Raises:
+        OSError: there is something of that name already, other than an empty folder; or a file cannot be written.
+    """
+    path = Path(path).resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already; choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} is not there; make it first")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            write_whole(temporary / name, data)
+        if path.is_dir():  # an empty one, which not every system replaces
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def fingerprint(tensors: dict[str, Tensor], heading: str = "") -> str:
     """SHA-256 of a heading and of the names, types, shapes and bytes of some tensors."""
     digest = hashlib.sha256(heading.encode())

@@ -9,6 +9,7 @@ from peft.audit import AuditError, gradient_audit
 from peft.checkpoint import load, save
 from peft.contents import describe
 from peft.counting import expected_parameters, parameter_table
+from peft.exchange.huggingface import from_huggingface, to_huggingface
 from peft.many_tasks.task_bank import TaskBank
 from peft.merging.combine import combine, soup
 from peft.merging.fold import fold
@@ -30,6 +31,7 @@ __all__ = [
     "disabled",
     "expected_parameters",
     "fold",
+    "from_huggingface",
     "gradient_audit",
     "load",
     "load_state_dict",
@@ -39,6 +41,7 @@ __all__ = [
     "save",
     "soup",
     "state_dict",
+    "to_huggingface",
     "trainable_parameters",
     "unmerge",
 ]

@@ -1,4 +1,4 @@
-"""`python -m peft compare | report | doctor`: see `peft/experiments/cli.py`."""
+"""`python -m peft compare | report | doctor | convert | describe`: see `peft/experiments/cli.py`."""
 
 from peft.experiments.cli import main
 

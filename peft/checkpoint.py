@@ -25,18 +25,24 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept,
     also with an OSError. ValueError if nothing is attached, a tensor holds a NaN or an infinity, or `load` could not
     give this model again: a tensor is trained that no method declares, or modules were moved since a method came."""
-    tensors, entries = state_dict(model), attached(model)
-    for name in [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-        raise ValueError(f"{name} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
+    tensors, entries = complete_state(model), attached(model)
     for entry in entries:
         _require_found_again(model, entry)
+    methods = [{"recipe": e.method.as_dict(), "seed": e.seed, "train_also": list(e.train_also)} for e in entries]
+    record = {"format": FORMAT, "methods": methods, "base": base_hash(model), "merged": is_merged(model)}
+    write_whole(path, pack(tensors, record, KEY))
+
+
+def complete_state(model: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of a model; ValueError if a tensor holds a NaN or an infinity, or would be left out."""
+    tensors = state_dict(model)
+    for name in [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise ValueError(f"{name} holds a NaN or an infinity, so nothing was saved; train again at a lower rate")
     undeclared = [name for name, p in named_tensors(model).items() if p.requires_grad and name not in tensors]
     if undeclared:
         names = f"{', '.join(undeclared[:3])} ({len(undeclared)} tensors)"
         raise ValueError(f"{names} would be left out: trained, but of no method; name the module in train_also")
-    methods = [{"recipe": e.method.as_dict(), "seed": e.seed, "train_also": list(e.train_also)} for e in entries]
-    record = {"format": FORMAT, "methods": methods, "base": base_hash(model), "merged": is_merged(model)}
-    write_whole(path, pack(tensors, record, KEY))
+    return tensors
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

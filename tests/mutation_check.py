@@ -61,6 +61,7 @@ TESTS = {  # files of tests/methods, or paths below tests
     "sweep": "experiments/test_sweep.py experiments/test_identity.py experiments/test_commands.py",
     "results": "experiments/test_results.py experiments/test_sweep.py experiments/test_identity.py",
     "doctor": "experiments/test_doctor.py",
+    "exchange": "exchange",  # a folder: of every file in it
 }
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", ""]  # in this process, the slow tests too
 SECONDS = 240  # a mutant that takes longer, in an endless loop perhaps, counts as caught
@@ -172,9 +173,15 @@ class Replace(ast.NodeTransformer):
         return self.new if node is self.old else super().generic_visit(node)
 
 
+def key(target: str) -> str:
+    """What `TESTS` calls a file: its folder if that is there, or its own name."""
+    folder = Path(target).parent.name
+    return folder if folder in TESTS else Path(target).stem
+
+
 def tests_of(target: str) -> list[str]:
     """The paths of the tests that a file's mutants run against."""
-    names = TESTS[Path(target).stem].split()
+    names = TESTS[key(target)].split()
     methods = {name: f"tests/methods/test_{name}.py" for name in names}
     return [methods[name] if (ROOT / methods[name]).is_file() else f"tests/{name}" for name in names]
 
@@ -220,7 +227,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     files = [Path(file).resolve().relative_to(ROOT).as_posix() for file in options.files]
-    targets = [file for file in files if Path(file).stem in TESTS]
+    targets = [file for file in files if key(file) in TESTS]
     survivors, tried = [], 0
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory) / "work"

@@ -12,12 +12,16 @@ from typing import Any
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
     SIZES,
+    Writer,
     check_options,
     check_tied,
     filled,
     read_activation,
     read_dropout,
     read_number,
+    read_sizes,
+    written_activation,
+    written_sizes,
 )
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
@@ -83,16 +87,17 @@ def from_bert(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
         ValueError: an option that we do not compute; a tensor that is missing, unexpected, of a wrong shape, or no
             weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
-    check_options(config, FORM, SIZES, SUPPORTED, optional=("type_vocab_size",))
+    check_options(config, FORM, SIZES.values(), SUPPORTED, optional=("type_vocab_size",))
     tensors = left_out(plain_tensors(state_dict, FORM), leave_out)
     check_weights(tensors)
     if has_head := any(name.startswith("cls.predictions.") for name in tensors):
         check_tied(config, "cls.")
     our_config = _our_config(config, "bert" if has_head else "none")
-    return filled(our_config, one_of_each(tensors, COPIES), _names)
+    return filled(our_config, one_of_each(tensors, COPIES), names)
 
 
-def _names(n_layers: int) -> dict[str, str]:
+def names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's: all are below `bert`, but for the head's."""
     layers = {
         f"blocks.{i}.{ours}": f"encoder.layer.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()
     }
@@ -101,12 +106,7 @@ def _names(n_layers: int) -> dict[str, str]:
 
 def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
     return TransformerConfig(
-        vocab_size=config["vocab_size"],
-        max_len=config["max_position_embeddings"],
-        d_model=config["hidden_size"],
-        n_heads=config["num_attention_heads"],
-        n_layers=config["num_hidden_layers"],
-        d_ff=config["intermediate_size"],
+        **read_sizes(config, SIZES),
         dropout=read_dropout(config, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
         causal=False,
         norm="post",
@@ -116,3 +116,17 @@ def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
         embedding_norm=True,
         lm_head=lm_head,
     )
+
+
+def _their_config(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        **written_sizes(config, SIZES),
+        "hidden_act": written_activation(config.activation),
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "layer_norm_eps": config.norm_eps,
+        **({"type_vocab_size": config.n_segments} if config.n_segments else {}),
+    }
+
+
+WRITER = Writer(FORM, {"bert": "BertForMaskedLM", "none": "BertModel"}, _their_config, _our_config, names)

@@ -45,7 +45,7 @@ def from_pretrained(folder: str | Path, leave_out: tuple[str, ...] = ()) -> Tran
             else "is absent; download the checkpoint first"
         )
         raise ValueError(f"{folder} {what}")
-    config = _read_json(folder / "config.json", "the checkpoint's config")
+    config = read_json(folder / "config.json", "the checkpoint's config")
     reader = _reader(config)
     return reader(_weights(folder), config, leave_out)
 
@@ -72,7 +72,7 @@ def _weights(folder: Path) -> Mapping[str, Any]:
                 f"{folder} has {' and '.join(path.name for path in found)}; remove the one that is not meant"
             )
         if found:
-            return _read_shards(found[0]) if found[0].suffix == ".json" else _read(found[0])
+            return _read_shards(found[0]) if found[0].suffix == ".json" else read_tensors(found[0])
     others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in LOOK_LIKE_WEIGHTS)[:3])
     raise ValueError(
         f"{folder} has no weights: model.safetensors, pytorch_model.bin and an index of shards (*.index.json) are all "
@@ -82,7 +82,7 @@ def _weights(folder: Path) -> Mapping[str, Any]:
 
 def _read_shards(index: Path) -> dict[str, Any]:
     """The tensors of every shard; each shard holds exactly those that the index says."""
-    shard_of = _read_json(index, "the index of the shards").get("weight_map")
+    shard_of = read_json(index, "the index of the shards").get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{index} has no weight_map, which says which tensor is in which file; download it again")
     for shard in shard_of.values():
@@ -97,7 +97,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
         )
     tensors: dict[str, Any] = {}
     for shard in shards:
-        held = _read(index.parent / shard)
+        held = read_tensors(index.parent / shard)
         said = {name for name, file in shard_of.items() if file == shard}
         if held.keys() != said:
             name = min(map(str, held.keys() ^ said))
@@ -116,8 +116,8 @@ def _is_plain_name(shard: Any) -> bool:
     )
 
 
-def _read(file: Path) -> Mapping[str, Any]:
-    """The dict in a file of safetensors or a pickle, from which no code is run."""
+def read_tensors(file: Path) -> Mapping[str, Any]:
+    """The dict in a file of safetensors or a pickle, from which no code is run; ValueError if it cannot be read."""
     with open(file, "rb") as opened:
         if opened.read(len(LFS)) == LFS:
             raise ValueError(f"{file} is a pointer of Git LFS and not the weights; get them by `git lfs pull`")
@@ -136,13 +136,27 @@ def _read(file: Path) -> Mapping[str, Any]:
     return held
 
 
-def _read_json(file: Path, what: str) -> dict[str, Any]:
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """The object in a file of JSON; ValueError, with the cure, if there is none."""
     if not file.is_file():
         raise ValueError(f"{file} is absent, {what}; download it with the weights")
     try:
-        held = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        held = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}); download it again") from error
     if not isinstance(held, dict):
         raise ValueError(f"{file} holds no JSON object, but {type(held).__name__}; download it again")
     return held
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values; ValueError for a name that is there twice, of which readers differ."""
+    if len(held := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return held
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

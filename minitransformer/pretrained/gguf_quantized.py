@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitransformer.code_book import Bytes, Weight
 from minitransformer.pretrained.gguf_file import dequantized, gguf_tensors
-from minitransformer.pretrained.llama import HEAD, from_llama, module_names
+from minitransformer.pretrained.llama import HEAD, from_llama, names
 from minitransformer.quantized_layer import QuantizedEmbedding, QuantizedLinear
 from minitransformer.transformer import Transformer
 
@@ -60,7 +60,7 @@ def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Tran
         else:
             weights[name] = dequantized(kind, rows, dtype)
     model = from_llama(weights, config, assign=True).requires_grad_(False)
-    for ours, theirs in module_names(model.config.n_layers).items():
+    for ours, theirs in names(model.config.n_layers).items():
         if own := stored.get(f"model.{theirs}.weight"):
             parent, _, attribute = ours.rpartition(".")
             layer = model.get_submodule(ours)

@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
+    Writer,
     check_options,
     check_shape,
     check_tied,
@@ -22,6 +24,9 @@ from minitransformer.pretrained.huggingface import (
     read_activation,
     read_dropout,
     read_number,
+    read_sizes,
+    written_activation,
+    written_sizes,
 )
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
@@ -52,10 +57,17 @@ BLOCK = {  # below blocks.{i} and h.{i}
     "feedforward.down": "mlp.c_proj",
 }
 LAST = {"norm": "ln_f"}
+PARTS = ("query", "key", "value")  # of c_attn, in this order
 HEAD = "lm_head.weight"
 COPIES = {HEAD: "wte.weight"}  # of the tied weight: either or both may be saved
 
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer")
+SIZES = {  # ours -> theirs
+    "vocab_size": "vocab_size",
+    "max_len": "n_positions",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+}
 SUPPORTED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -87,7 +99,7 @@ def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
             weight; tied weights that differ; a beginning in `leave_out` that no name has.
     """
     config = _with_their_names(config)
-    check_options(config, FORM, SIZES, SUPPORTED, optional=("n_inner",))
+    check_options(config, FORM, SIZES.values(), SUPPORTED, optional=("n_inner",))
     saved = plain_tensors(state_dict, FORM)
     tensors = left_out(saved, leave_out)
     check_weights(tensors)
@@ -95,7 +107,7 @@ def from_gpt2(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_ou
         check_tied(config, "lm_head.")
     is_tied = HEAD in tensors or (HEAD not in saved and config.get("tie_word_embeddings", True))
     pieces = _split(_transposed(one_of_each(tensors, COPIES)), config["n_embd"])
-    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, _names)
+    return filled(_our_config(config, "tied" if is_tied else "none"), pieces, names)
 
 
 def _with_their_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -132,23 +144,30 @@ def _split(tensors: dict[str, Tensor], d_model: int) -> dict[str, Tensor]:
             continue
         expected = (3 * d_model, d_model) if last == "weight" else (3 * d_model,)
         check_shape(f"{name} (transposed)", tensor, expected)
-        for part, piece in zip(("query", "key", "value"), tensor.split(d_model), strict=True):
+        for part, piece in zip(PARTS, tensor.split(d_model), strict=True):
             split[f"{fused}c_attn.{part}.{last}"] = piece
     return split
 
 
-def _names(n_layers: int) -> dict[str, str]:
+def _joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value fused again, and weights [in, out]: `_split` and `_transposed` undone."""
+    joined = {name: tensor for name, tensor in tensors.items() if "c_attn." not in name}
+    for name in tensors:
+        fused, query, last = name.rpartition("query.")
+        if query:
+            joined[fused + last] = torch.cat([tensors[f"{fused}{part}.{last}"] for part in PARTS])
+    return _transposed(joined)
+
+
+def names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's, below `transformer`."""
     layers = {f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()}
     return EMBEDDING | layers | LAST
 
 
 def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
     return TransformerConfig(
-        vocab_size=config["vocab_size"],
-        max_len=config["n_positions"],
-        d_model=config["n_embd"],
-        n_heads=config["n_head"],
-        n_layers=config["n_layer"],
+        **read_sizes(config, SIZES),
         d_ff=config.get("n_inner") or 4 * config["n_embd"],
         dropout=read_dropout(config, ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
         causal=True,
@@ -157,3 +176,18 @@ def _our_config(config: Mapping[str, Any], lm_head: str) -> TransformerConfig:
         norm_eps=read_number(config, "layer_norm_epsilon", 1e-5),
         lm_head=lm_head,
     )
+
+
+def _their_config(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        **written_sizes(config, SIZES),
+        "n_inner": config.d_ff,
+        "activation_function": written_activation(config.activation),
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "layer_norm_epsilon": config.norm_eps,
+    }
+
+
+WRITER = Writer(FORM, {"tied": "GPT2LMHeadModel", "none": "GPT2Model"}, _their_config, _our_config, names, _joined)

@@ -4,7 +4,8 @@ A checkpoint that fits only in part still runs and gives wrong numbers, so every
 or be known to be of no use, and every option that we do not compute must have the value that makes no difference.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,20 +27,48 @@ ACTIVATIONS = {
     "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
 }
-SIZES = (  # as BERT and the Llama family name them
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "intermediate_size",
-)
+SIZES = {  # ours -> as BERT and the Llama family name them
+    "vocab_size": "vocab_size",
+    "max_len": "max_position_embeddings",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+    "d_ff": "intermediate_size",
+}
 EMBEDDINGS = ("wte.weight", "embeddings.word_embeddings.weight", "embed_tokens.weight")
 NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """An architecture's reader the other way round."""
+
+    form: Form
+    classes: Mapping[str, str]  # our lm_head -> theirs with such a head
+    their_config: Callable[[TransformerConfig], dict[str, Any]]  # what config.json says of such a model
+    our_config: Callable[[Mapping[str, Any], str], TransformerConfig]  # what the reader makes of it and of our lm_head
+    names: Callable[[int], dict[str, str]]  # for so many layers: our module -> theirs
+    joined: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # by their names: as their file lays tensors out
+
+
+def read_sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+    """The sizes of a config by our names; `names`: ours -> theirs."""
+    return {ours: config[theirs] for ours, theirs in names.items()}
+
+
+def written_sizes(config: TransformerConfig, names: Mapping[str, str]) -> dict[str, int]:
+    """The sizes of our config by their names; `names`: ours -> theirs."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
+
+
+def written_activation(activation: str) -> str:
+    """Hugging Face's first name for our activation; of another one where there is none."""
+    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == activation), "gelu")
 
 
 def check_options(
-    config: Mapping[str, Any], form: Form, sizes: tuple[str, ...], supported: dict, optional: tuple[str, ...] = ()
+    config: Mapping[str, Any], form: Form, sizes: Iterable[str], supported: dict, optional: tuple[str, ...] = ()
 ) -> None:
     """Raise ValueError unless `config` is of this architecture, states every size, and has only supported options.
 
@@ -67,6 +96,9 @@ def check_options(
     for name in (*sizes, *(name for name in optional if config.get(name) is not None)):
         if type(config[name]) is not int or not 1 <= config[name] < 2**30:
             raise ValueError(f"config has {name}={config[name]!r}, which is no size; pass the checkpoint's config.json")
+    for name in FLAGS:
+        if type(config.get(name, False)) is not bool:
+            raise ValueError(f"config has {name}={config[name]!r}, where true or false is needed; write which it is")
     for name, value in (supported | NOT_QUANTISED).items():
         given = config.get(name, value)
         if given != value and not (value is False and not given):

@@ -8,10 +8,21 @@ What is not computed is refused by name: scaled rotary angles, sliding windows, 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from minitransformer.config import TransformerConfig
-from minitransformer.pretrained.huggingface import SIZES, check_options, filled, read_activation, read_number
+from minitransformer.pretrained.huggingface import (
+    SIZES,
+    Writer,
+    check_options,
+    filled,
+    read_activation,
+    read_number,
+    read_sizes,
+    written_activation,
+    written_sizes,
+)
 from minitransformer.pretrained.state_dict import Form, check_weights, left_out, one_of_each, plain_tensors
 from minitransformer.transformer import Transformer
 
@@ -96,7 +107,7 @@ def from_llama(
     """
     known = [form for form in FORMS if isinstance(config, Mapping) and form.is_of(config)]
     form = known[0] if known else LLAMA
-    sizes = SIZES if form is LLAMA else (*SIZES, "num_key_value_heads")
+    sizes = (*SIZES.values(), *["num_key_value_heads"] * (form is not LLAMA))
     check_options(config, form, sizes, SUPPORTED, optional=("head_dim", "num_key_value_heads"))
     _check_windows(config, form)
     saved = plain_tensors(state_dict, form)
@@ -106,16 +117,15 @@ def from_llama(
     if config.get("tie_word_embeddings", False):
         tensors = one_of_each(tensors, COPIES)
         lm_head = "tied" if lm_head == "untied" or HEAD not in saved else "none"
-    return filled(_our_config(config, form, lm_head), tensors, module_names, assign)
+    return filled(_our_config(config, lm_head, form), tensors, names, assign)
 
 
 def _check_windows(config: Mapping[str, Any], form: Form) -> None:
     """Raise ValueError where a layer sees less than the whole text."""
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise ValueError(
-            f"config has layer_types with {min(kinds)!r}, but only 'full_attention' is supported; {CHOOSE}"
-        )
+    kinds = config.get("layer_types") or []
+    other = [kind for kind in kinds if kind != "full_attention"] if isinstance(kinds, list) else [kinds]
+    if other:
+        raise ValueError(f"config has layer_types with {other[0]!r}, but only 'full_attention' is supported; {CHOOSE}")
     if form is QWEN2:  # its window is off, unless use_sliding_window is on
         return
     window = config.get("sliding_window", 4096 if form is MISTRAL else None)
@@ -138,31 +148,26 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         found |= given
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"config turns a part of each head only ({found}), but all of it is supported; {CHOOSE}")
-    if config.get("rope_theta", found.get("rope_theta")) != found.get("rope_theta", config.get("rope_theta")):
+    if {"rope_theta"} <= config.keys() & found.keys() and config["rope_theta"] != found["rope_theta"]:
         raise ValueError(
             f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep the right one"
         )
     return read_number({**config, **found}, "rope_theta", 10_000.0)
 
 
-def module_names(n_layers: int) -> dict[str, str]:
-    """Our module -> Hugging Face's, of a model with so many layers."""
+def names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's: all are below `model`, but for the head."""
     layers = {f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()}
     return OUTSIDE | layers
 
 
-def _our_config(config: Mapping[str, Any], form: Form, lm_head: str) -> TransformerConfig:
+def _our_config(config: Mapping[str, Any], lm_head: str, form: Form) -> TransformerConfig:
     d_model, n_heads = config["hidden_size"], config["num_attention_heads"]
     n_kv_heads, head_dim = config.get("num_key_value_heads") or n_heads, config.get("head_dim") or 0
     activation = config.get("hidden_act", "silu")
     asked = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return TransformerConfig(
-        vocab_size=config["vocab_size"],
-        max_len=config["max_position_embeddings"],
-        d_model=d_model,
-        n_heads=n_heads,
-        n_layers=config["num_hidden_layers"],
-        d_ff=config["intermediate_size"],
+        **read_sizes(config, SIZES),
         causal=True,
         norm="pre",
         activation="silu" if activation in ("silu", "swish") else read_activation(activation),
@@ -176,3 +181,25 @@ def _our_config(config: Mapping[str, Any], form: Form, lm_head: str) -> Transfor
         head_dim=0 if head_dim * n_heads == d_model else head_dim,
         bias={LLAMA: BIAS[asked], QWEN2: "query+key+value", MISTRAL: "none"}[form],
     )
+
+
+def _their_config(config: TransformerConfig, form: Form) -> dict[str, Any]:
+    asked = next((asked for asked, bias in BIAS.items() if bias == config.bias), (False, False))
+    biases = {"attention_bias": asked[0], "mlp_bias": asked[1]} if form is LLAMA else {}
+    return {
+        **written_sizes(config, SIZES),
+        **biases,
+        "num_key_value_heads": config.n_kv_heads or config.n_heads,
+        "head_dim": config.d_head,
+        "hidden_act": "silu" if config.activation == "silu" else written_activation(config.activation),
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+    }
+
+
+def _writer(form: Form) -> Writer:
+    classes = {"none": f"{form.model}Model", **dict.fromkeys(("tied", "untied"), f"{form.model}ForCausalLM")}
+    return Writer(form, classes, partial(_their_config, form=form), partial(_our_config, form=form), names)
+
+
+WRITERS = _writer(LLAMA), _writer(QWEN2)  # a Mistral is written as the Llama that it is

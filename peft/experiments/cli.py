@@ -3,11 +3,14 @@
     python -m peft compare --task sentiment --methods lora,prefix,adapter --seeds 3 --out results
     python -m peft report
     python -m peft doctor
+    python -m peft convert method.safetensors folder --base smollm2
+    python -m peft describe method.safetensors
 
 `compare` runs the sweep of one task: it says what it will cost, shows its progress, goes on where it was stopped, and
 leaves a table, a CSV file and a figure; `torchrun --nproc-per-node 2 -m peft compare …` shares every run between two
 processes. `report` writes the tables of all results. `doctor` says whether this environment is right, and what to do if
-it is not.
+it is not. `convert` writes a file of a method as a folder of Hugging Face's peft, or such a folder as a file, and
+`describe` says what either holds.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from pathlib import Path
 import torch
 
 from minitransformer.training.distributed import is_writer
-from peft.experiments import compare, doctor, report, sweep
+from peft.experiments import compare, convert, doctor, report, sweep
 from peft.experiments.plots import STYLE, plot_comparison, plt
 from peft.experiments.processes import launched_together
 from peft.experiments.results import read_rows
@@ -128,7 +131,13 @@ def compared(study: sweep.Study, out: Path, options: argparse.Namespace) -> None
     print(f"\nrows in {out}, figure in {picture}")
 
 
-COMMANDS = {"compare": run_comparison, "report": report.main, "doctor": doctor.main}
+COMMANDS = {
+    "compare": run_comparison,
+    "report": report.main,
+    "doctor": doctor.main,
+    "convert": convert.convert,
+    "describe": convert.describe,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
