@@ -112,6 +112,13 @@ THEIRS = {
             target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=1,
         ),
     ),
+    "lora layer 0": (
+        "llama",
+        *lora(
+            {name: shape for name, shape in LLAMA.items() if ".0." in name}, 2,
+            target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[0], layers_pattern="layers",
+        ),
+    ),
     "lora but one": (
         "llama",
         *lora(
