@@ -72,15 +72,14 @@ def parts_of(block: nn.Module) -> Parts | None:
     return None if None in linear else (*found, linear)
 
 
-def product(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """y = x Wᵀ + b, and + `residual` where one is given. Many rows stand side by side: y = (W xᵀ)ᵀ."""
-    across, bias = weight.T, None if bias is None else bias[None]
+def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """y = x Wᵀ + b. Many rows stand side by side: y = (W xᵀ + b)ᵀ."""
+    across = weight.T
 
-    def times(x: Float[Tensor, "B d_in"], residual: Float[Tensor, "B d_out"] | None = None) -> Float[Tensor, "B d_out"]:
-        onto = bias if residual is None else residual if bias is None else residual + bias
+    def times(x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
         if x.shape[0] > FEW:
-            return (torch.mm(weight, x.T) if onto is None else torch.addmm(onto.T, weight, x.T)).T
-        return torch.mm(x, across) if onto is None else torch.addmm(onto, x, across)
+            return (torch.mm(weight, x.T) if bias is None else torch.addmm(bias[:, None], weight, x.T)).T
+        return torch.mm(x, across) if bias is None else torch.addmm(bias, x, across)
 
     return times
 
@@ -135,17 +134,17 @@ class FastBlock:
     def __call__(self, x: Rows, turn: Turn | None) -> Rows:
         """As `Block.forward`, for the newest position."""
         if self.pre_norm:
-            x = self.attention(self.norm_attention(x), turn, x)
-            return self.feedforward(self.norm_feedforward(x), x)
-        x = self.norm_attention(self.attention(x, turn, x))
-        return self.norm_feedforward(self.feedforward(x, x))
+            x = x + self.attention(self.norm_attention(x), turn)
+            return x + self.feedforward(self.norm_feedforward(x))
+        x = self.norm_attention(x + self.attention(x, turn))
+        return self.norm_feedforward(x + self.feedforward(x))
 
-    def feedforward(self, x: Rows, residual: Rows) -> Rows:
+    def feedforward(self, x: Rows) -> Rows:
         """As `FeedForward.forward`, or `GatedFeedForward.forward`."""
         hidden = activate(self.ups[0](x), self.activation)
-        return self.down(hidden if len(self.ups) == 1 else hidden.mul_(self.ups[1](x)), residual)
+        return self.down(hidden if len(self.ups) == 1 else hidden.mul_(self.ups[1](x)))
 
-    def attention(self, x: Rows, turn: Turn | None, residual: Rows) -> Rows:
+    def attention(self, x: Rows, turn: Turn | None) -> Rows:
         """As `Attention.forward`; the key and value of x are noted.
 
         The newest query sees all keys, so those of one group can stand side by side where other queries of the text
@@ -160,7 +159,7 @@ class FastBlock:
         keys, values = self.seen.narrow(2, 0, self.n_seen).chunk(2, dim=1)  # [B, H_kv, n + S, d_head]
         real = None if self.real is None else self.real[..., : self.n_seen]
         q = q.view(len(x), self.n_kv_heads, -1, self.d_head)  # [B, H_kv, H / H_kv, d_head]
-        return self.output(F.scaled_dot_product_attention(q, keys, values, real).flatten(1), residual)
+        return self.output(F.scaled_dot_product_attention(q, keys, values, real).flatten(1))
 
 
 def next_turn(config: TransformerConfig, cache: KVCache, device: torch.device) -> Turn | None:
