@@ -4,11 +4,11 @@ Source: Pope et al. 2023, "Efficiently Scaling Transformer Inference", section 2
 rows with every weight, so its time is that of reading the weights, and of starting each operation. What is done here
 about both, before the first step:
 
-    query, key, value     one weight, one product (and gate with up), where copying them costs less than it saves
-    every weight          stored as [d_in, d_out], if many rows will read it in that order
+    query, key, value     one weight, one product, where copying them costs less than it saves
+    many rows             as the columns of a product: W xᵀ reads W in a better order than x Wᵀ
     keys and values       room for all that will come; a prefix lies in it like any other key
 
-Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [2, B, H_kv, n + S, d_head].
+Shapes: x [B, d_model], the newest token of each row -> logits [B, V]; keys and values [B, 2 H_kv, n + S, d_head].
 
 Differs from the plain form (`Block.forward` behind a `KVCache`): in rounding only. It serves blocks of linear layers:
 plain ones, and wrappers that say so by `as_linear` or `as_attention`. While it is in use, some of the weights are there
@@ -35,6 +35,7 @@ from minitransformer.norm import RMSNorm
 from minitransformer.position import rotary
 
 FEWEST_STEPS = 4  # measured: with fewer, laying out takes longer than it saves
+FEW = 7  # measured, in 32 bits and in 16: more rows meet a weight better as columns, fewer as rows
 COPIED = 2**11  # measured: copying as many numbers takes as long as one product less saves in one step
 Linear = tuple[Tensor, Tensor | None]  # weight [d_out, d_in] and bias [d_out]
 Parts = tuple[Attention, tuple[Tensor, Tensor] | None, list[Linear]]
@@ -71,37 +72,42 @@ def parts_of(block: nn.Module) -> Parts | None:
     return None if None in linear else (*found, linear)
 
 
-def joined(*layers: Linear, relaid: bool, more: int) -> Callable[[Tensor], Tensor]:
-    """y = x Wᵀ + b of several layers with one input, their outputs side by side, `more` times.
+def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """y = x Wᵀ + b. Many rows stand side by side: y = (W xᵀ + b)ᵀ."""
+    across = weight.T
 
-    `relaid` stores the weights as [d_in, d_out]; otherwise a single one is read where it lies, and large ones as well.
-    """
-    if len(layers) > 1 and not relaid and sum(w.numel() for w, _ in layers) > (len(layers) - 1) * more * COPIED:
-        products = [joined(layer, relaid=relaid, more=more) for layer in layers]
-        return lambda x: torch.cat([product(x) for product in products], dim=1)
-    weight = layers[0][0].T if len(layers) == 1 else torch.cat([w for w, _ in layers]).T
-    weight = weight.contiguous() if relaid else weight
-    if all(b is None for _, b in layers):
-        return partial(torch.mm, mat2=weight)
-    return partial(torch.addmm, torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in layers]), mat2=weight)
+    def times(x: Float[Tensor, "B d_in"]) -> Float[Tensor, "B d_out"]:
+        if x.shape[0] > FEW:
+            return (torch.mm(weight, x.T) if bias is None else torch.addmm(bias[:, None], weight, x.T)).T
+        return torch.mm(x, across) if bias is None else torch.addmm(bias, x, across)
+
+    return times
+
+
+def joined(*layers: Linear, more: int) -> Callable[[Tensor], Tensor]:
+    """The `product` of several layers with one input, their outputs side by side, `more` times."""
+    if sum(w.numel() for w, _ in layers) > (len(layers) - 1) * more * COPIED:
+        products = [product(*layer) for layer in layers]
+        return lambda x: torch.cat([times(x) for times in products], dim=1)
+    biases = [w.new_zeros(len(w)) if b is None else b for w, b in layers]
+    return product(torch.cat([w for w, _ in layers]), None if all(b is None for _, b in layers) else torch.cat(biases))
 
 
 def for_rows(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """The norm for [B, d_model]; a wrapped one may count on [B, T, d_model], and gets it."""
     if type(norm) is RMSNorm:
-        if norm.weight.dtype not in (torch.float32, torch.float64):
-            return partial(torch.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=norm.eps)
-        return partial(rms_norm, weight=norm.weight.detach(), eps=norm.weight.new_tensor(norm.eps))
+        d, wide = len(norm.weight), norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))
+        return partial(rms_norm, weight=wide * d**0.5, root=wide.new_tensor((d * norm.eps) ** 0.5))
     if type(norm) is not nn.LayerNorm:
         return lambda x: norm(x[:, None])[:, 0]
     shape = norm.normalized_shape  # its function alone: through the module it takes about twice as long
     return partial(torch.layer_norm, normalized_shape=shape, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
-def rms_norm(x: Rows, weight: Tensor, eps: Tensor) -> Rows:
-    """As `RMSNorm.forward`, in as few operations as there are."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return (x * torch.addcmul(eps, length, length, value=1 / len(weight)).rsqrt_()).mul_(weight)
+def rms_norm(x: Rows, weight: Tensor, root: Tensor) -> Rows:
+    """As `RMSNorm.forward`, in as few operations as there are: x √d g / √(|x|² + d eps)."""
+    wide = x.to(weight.dtype)
+    return (wide * weight).div_(torch.linalg.vector_norm(wide, dim=1, keepdim=True).hypot_(root)).to(x.dtype)
 
 
 class FastBlock:
@@ -110,19 +116,19 @@ class FastBlock:
     `real` [B, S] says which of those are real tokens (None: all of them); `more` tokens will come.
     """
 
-    def __init__(self, block: Block, parts: Parts, cache: LayerCache, real: Tensor | None, more: int, relaid: bool):
+    def __init__(self, block: Block, parts: Parts, cache: LayerCache, real: Tensor | None, more: int):
         attention, extra, (query, key, value, output, down, *ups) = parts
-        self.pre_norm, self.activation, self.gated = block.pre_norm, block.feedforward.activation, len(ups) == 2
+        self.pre_norm, self.activation = block.pre_norm, block.feedforward.activation
         self.n_kv_heads, self.d_head = cache.key.shape[1], cache.key.shape[3]
         self.norm_attention, self.norm_feedforward = for_rows(block.norm_attention), for_rows(block.norm_feedforward)
-        layers = (query, key, value), (output,), ups, (down,)
-        self.read, self.output, self.up, self.down = (joined(*own, relaid=relaid, more=more) for own in layers)
-        seen, n = torch.stack([cache.key, cache.value]), 0 if extra is None else len(extra[0])
+        self.read = joined(query, key, value, more=more)
+        self.output, self.down, *self.ups = (product(*layer) for layer in (output, down, *ups))
+        seen, n = torch.cat([cache.key, cache.value], dim=1), 0 if extra is None else len(extra[0])
         if extra is not None:
-            front = torch.stack([attention.split_heads(part[None]) for part in extra])  # [2, 1, H_kv, n, d_head]
-            seen = torch.cat([front.to(seen.dtype).expand(-1, seen.shape[1], -1, -1, -1), seen], dim=3)
-        self.n_seen = seen.shape[3]
-        self.seen = F.pad(seen, (0, 0, 0, more))  # [2, B, H_kv, n + S + more, d_head]
+            front = torch.cat([attention.split_heads(part[None]) for part in extra], dim=1)  # [1, 2 H_kv, n, d_head]
+            seen = torch.cat([front.to(seen.dtype).expand(len(seen), -1, -1, -1), seen], dim=2)
+        self.n_seen = seen.shape[2]
+        self.seen = F.pad(seen, (0, 0, 0, more))  # [B, 2 H_kv, n + S + more, d_head]
         self.real = None if real is None else F.pad(real, (n, more), value=True)[:, None, None]
 
     def __call__(self, x: Rows, turn: Turn | None) -> Rows:
@@ -135,11 +141,8 @@ class FastBlock:
 
     def feedforward(self, x: Rows) -> Rows:
         """As `FeedForward.forward`, or `GatedFeedForward.forward`."""
-        hidden = self.up(x)
-        if not self.gated:
-            return self.down(activate(hidden, self.activation))
-        gate, up = hidden.chunk(2, dim=1)
-        return self.down(activate(gate, self.activation).mul_(up))
+        hidden = activate(self.ups[0](x), self.activation)
+        return self.down(hidden if len(self.ups) == 1 else hidden.mul_(self.ups[1](x)))
 
     def attention(self, x: Rows, turn: Turn | None) -> Rows:
         """As `Attention.forward`; the key and value of x are noted.
@@ -147,15 +150,15 @@ class FastBlock:
         The newest query sees all keys, so those of one group can stand side by side where other queries of the text
         would: H_kv heads of H / H_kv queries.
         """
-        new, kv = self.read(x).view(len(x), -1, self.d_head), 2 * self.n_kv_heads  # [B, H + 2 H_kv, d_head]
+        new = self.read(x).contiguous().view(len(x), -1, self.d_head)  # [B, H + 2 H_kv, d_head]
         if turn is not None:
             new = torch.addcmul(new * turn[0], new.roll(self.d_head // 2, dims=2), turn[1]).to(new.dtype)
-        newest = new[:, -kv:].view(len(x), 2, -1, 1, self.d_head).transpose(0, 1)  # [2, B, H_kv, 1, d_head]
-        self.seen.narrow(3, self.n_seen, 1).copy_(newest)
+        q, newest = new.split([new.shape[1] - 2 * self.n_kv_heads, 2 * self.n_kv_heads], dim=1)
+        self.seen.select(2, self.n_seen).copy_(newest)
         self.n_seen += 1
-        keys, values = self.seen.narrow(3, 0, self.n_seen).unbind()  # [B, H_kv, n + S, d_head]
+        keys, values = self.seen.narrow(2, 0, self.n_seen).chunk(2, dim=1)  # [B, H_kv, n + S, d_head]
         real = None if self.real is None else self.real[..., : self.n_seen]
-        q = new[:, :-kv].unflatten(1, (self.n_kv_heads, -1))  # [B, H_kv, H / H_kv, d_head]
+        q = q.view(len(x), self.n_kv_heads, -1, self.d_head)  # [B, H_kv, H / H_kv, d_head]
         return self.output(F.scaled_dot_product_attention(q, keys, values, real).flatten(1))
 
 
@@ -181,24 +184,19 @@ class FastSteps:
     """A model for one new token a row; see the head of this file. The cache's keys and values are taken out of it."""
 
     def __init__(self, model: nn.Module, cache: KVCache, parts: list[Parts], more: int):
-        # Measured: up to eight rows read a weight equally well either way, and any number in 16 bits. A dozen steps pay
-        # for the new layout of a small model, about 26 for that of one that no processor's cache holds.
-        key = cache.layers[0].key
-        relaid = len(key) > 8 and more >= 32 and key.dtype in (torch.float32, torch.float64)
         self.model, self.cache, self.blocks = model, cache, []
         for block, own in zip(model.blocks, parts, strict=True):
-            self.blocks.append(FastBlock(block, own, cache.layers.pop(0), cache.real_keys, more, relaid))
+            self.blocks.append(FastBlock(block, own, cache.layers.pop(0), cache.real_keys, more))
         self.norm, self.head, table = for_rows(model.norm), model.lm_head, model.embedding.token
         self.is_tied = type(model.head) is LMHead and type(table) is nn.Embedding
         if self.is_tied:
             scale = model.head.logit_scale
-            weight = table.weight if scale == 1.0 else scale * table.weight
-            self.head = joined((weight, None), relaid=relaid, more=more)
+            self.head = product(table.weight if scale == 1.0 else scale * table.weight, None)
 
     def keep(self, rows: Int[Tensor, "b"]) -> None:
         """Go on with these rows alone; the cache's owner drops them there."""
         for block in self.blocks:
-            block.seen = block.seen[:, rows]
+            block.seen = block.seen[rows]
             block.real = None if block.real is None else block.real[rows]
 
     @torch.inference_mode()  # less to note for each operation; what comes out is only compared and drawn from

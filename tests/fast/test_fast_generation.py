@@ -10,7 +10,7 @@ from torch import nn
 
 from minitransformer import Transformer, TransformerConfig, generation
 from minitransformer.cache import KVCache
-from minitransformer.fast.generation import fast_steps, joined
+from minitransformer.fast.generation import COPIED, FEW, fast_steps, joined
 
 CONFIG = {"vocab_size": 23, "max_len": 40, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24}
 TOKENS = torch.tensor([[3, 1, 4, 1], [0, 0, 5, 9], [0, 0, 0, 2]])
@@ -64,22 +64,30 @@ def test_each_step_gives_the_plain_forms_logits(changes, real):
         torch.testing.assert_close(fast(words), plainly(model, words, cache, real), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("n_rows, more", [(1, 32), (9, 31), (9, 32)])
-def test_weights_that_are_laid_out_anew_give_the_same(n_rows, more):
-    model = decoder()
-    tokens = torch.randint(23, (n_rows, 4), generator=torch.Generator().manual_seed(1))
-    fast, cache = steps(model, tokens, more=more)
-    assert fast.blocks[0].up.keywords["mat2"].is_contiguous() == (n_rows == 9 and more == 32)
-    for _ in range(more):
-        words = torch.randint(23, (n_rows, 1))
-        torch.testing.assert_close(fast(words), plainly(model, words, cache, None), rtol=1e-11, atol=1e-11)
+@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, LLAMA, LLAMA | {"bias": "query+key+value+output"}], ids=str)
+@pytest.mark.parametrize("copied", [0, COPIED], ids=["each weight where it lies", "joined"])
+def test_many_rows_give_the_same_and_the_few_that_go_on(monkeypatch, changes, copied):
+    monkeypatch.setattr("minitransformer.fast.generation.COPIED", copied)
+    model = decoder(**changes)
+    words = torch.randint(23, (6, FEW + 1, 1), generator=torch.Generator().manual_seed(1))
+    fast, cache = steps(model, tokens=words[:4, :, 0].T)
+    on = torch.tensor([0, 5])
+    for rows in (slice(None), on):
+        if rows is on:
+            for part in (fast.cache, fast, cache):
+                part.keep(on)
+        for newest in words[4:, rows]:
+            torch.testing.assert_close(fast(newest), plainly(model, newest, cache, None), rtol=1e-11, atol=1e-11)
 
 
-def test_a_single_weight_is_not_copied_where_that_does_not_pay():
+def test_large_weights_are_not_copied(monkeypatch):
+    monkeypatch.setattr("minitransformer.fast.generation.COPIED", 0)
     model = decoder()
-    fast, _ = steps(model)
-    own = model.blocks[1].feedforward.up.weight
-    assert fast.blocks[1].up.keywords["mat2"].data_ptr() == own.data_ptr()
+    fast, cache = steps(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(0.9 if "norm" not in name else 1.0)  # what is no copy follows
+    torch.testing.assert_close(fast(WORDS[0]), plainly(model, WORDS[0], cache, None), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_k": 3}], ids=str)
@@ -233,14 +241,12 @@ def test_the_plain_form_is_used_under_autocast():
         assert steps(model)[0] is None
 
 
-def test_layers_without_a_bias_stand_beside_layers_with_one():
+@pytest.mark.parametrize("n_rows", [FEW, FEW + 1])
+def test_layers_without_a_bias_stand_beside_layers_with_one(n_rows):
     torch.manual_seed(0)
-    one, other, x = nn.Linear(3, 4), nn.Linear(3, 2, bias=False), torch.randn(5, 3)
-    for relaid in (False, True):
-        both = joined((one.weight, one.bias), (other.weight, None), relaid=relaid, more=9)
-        torch.testing.assert_close(both(x), torch.cat([one(x), other(x)], dim=1))
-        alone = joined((other.weight, None), relaid=relaid, more=9)
-        torch.testing.assert_close(alone(x), other(x))
+    one, other, x = nn.Linear(3, 4), nn.Linear(3, 2, bias=False), torch.randn(n_rows, 3)
+    both = joined((one.weight, one.bias), (other.weight, None), more=9)
+    torch.testing.assert_close(both(x), torch.cat([one(x), other(x)], dim=1))
 
 
 def test_large_weights_are_read_where_they_lie_unless_enough_steps_pay_for_a_copy(monkeypatch):
@@ -248,7 +254,7 @@ def test_large_weights_are_read_where_they_lie_unless_enough_steps_pay_for_a_cop
     torch.manual_seed(0)
     one, other, x = nn.Linear(3, 4), nn.Linear(3, 2), torch.randn(5, 3)
     for more, is_copied in ((8, False), (9, True)):  # 18 numbers, which one product less pays for in nine steps
-        both = joined((one.weight, one.bias), (other.weight, other.bias), relaid=False, more=more)
+        both = joined((one.weight, one.bias), (other.weight, other.bias), more=more)
         before = both(x)
         torch.testing.assert_close(before, torch.cat([one(x), other(x)], dim=1))
         with torch.no_grad():

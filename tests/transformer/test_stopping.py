@@ -132,7 +132,7 @@ def test_a_cache_and_the_fast_form_keep_rows(real):
             newest = None if real is None else torch.ones_like(word, dtype=torch.bool)
             expected = model.lm_head(model.hidden(word, newest, cache=plain)[:, -1])
             torch.testing.assert_close(fast(word), expected, rtol=1e-11, atol=1e-11)
-            assert plain.layers[1].key.shape[0] == fast.blocks[1].seen.shape[1] == len(word)
+            assert plain.layers[1].key.shape[0] == fast.blocks[1].seen.shape[0] == len(word)
             on, word = torch.tensor([1]), word[1:]
 
 
