@@ -87,8 +87,9 @@ def result(name: str) -> dict:
         *pad_rows([tokenizer.encode(row.text.strip()) for row in snippets()[:64]], tokenizer.pad_id), torch.zeros(64)
     )
     asked = [ask(question, "") for question in QUESTIONS]
-    said_before = generated_answers(model, tokenizer, asked, max_new_tokens=32)
+    said_before = generated_answers(model, tokenizer, asked, max_new_tokens=32, batch_size=1)
     own = answer_rows(tokenizer, [ask(q, said) for q, said in zip(QUESTIONS, said_before, strict=True)])
+    own = targets_of(own, "answer without its end", tokenizer.end_id)  # some answers were cut short
 
     def losses() -> dict[str, float]:
         """In nats per token: on sentences of critics, and on what the untrained model answered to the questions."""
@@ -114,7 +115,7 @@ def result(name: str) -> dict:
         "peak_mib": memory,
         "accuracy": task.accuracy(said, task.test),
         "said": said[:6],
-        "questions": generated_answers(model, tokenizer, asked, max_new_tokens=32),
+        "questions": generated_answers(model, tokenizer, asked, max_new_tokens=32, batch_size=1),
         "before": before,
         "attached": losses(),
     }
