@@ -48,7 +48,7 @@ def check_training_bytes(training_bytes) -> str:
             "the weights are needed whether they are trained or not": 4 * 4 * trained,
         }
         same(called(training_bytes, total, trained), expected, hints, f"the bytes for {trained:,} trained of {total:,}")
-    return "four numbers for each trained weight, one for each frozen one."
+    return "four values for each trained weight, one for each frozen one."
 
 
 @checker

@@ -77,10 +77,10 @@ def check_grouped_parameters(grouped_parameters) -> str:
         width = d * kv // heads
         what = f"r={r}, n={n}, {layers} layers, {d} wide, {heads} heads, {kv} of keys and values"
         hints = {
-            "value writes fewer numbers than query: its heads are shared": layers * 4 * r * d,
-            "query writes d_model numbers; only keys and values have fewer heads": layers * 2 * r * (d + width),
+            "value has fewer outputs than query: its heads are shared": layers * 4 * r * d,
+            "query has d_model outputs; only keys and values have fewer heads": layers * 2 * r * (d + width),
             "every layer has its own": lora / layers,
-            "value reads d_model numbers, as query does; what it writes is narrower": layers * r * (2 * d + 2 * width),
+            "value has d_model inputs, as query has; its outputs are fewer": layers * r * (2 * d + 2 * width),
         }
         same(own, lora, hints, f"LoRA's count for {what}")
         hints = {
@@ -107,7 +107,7 @@ def check_rounding_loss(rounding_loss) -> str:
             / (W + delta).norm(),
             "the update alone is rounded; what is kept is the rounded *sum*": (delta.bfloat16().float() - delta).norm()
             / norm,
-            "that is how long the update is that arrives, not how far it is from the one that was meant": (
+            "that is the size of the update that arrives, not its distance from the one that was meant": (
                 merged - W
             ).norm()
             / norm,

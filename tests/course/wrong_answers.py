@@ -122,7 +122,7 @@ WRONG_ANSWERS = {
     ],
     "check_break_even_rank": [
         ("break_even_rank = lambda d_in, d_out: min(d_in, d_out)", "not the one that saves"),
-        ("break_even_rank = lambda d_in, d_out: d_in * d_out // (d_in + d_out)", "as many numbers as in the weight"),
+        ("break_even_rank = lambda d_in, d_out: d_in * d_out // (d_in + d_out)", "as many parameters as in the weight"),
     ],
     # 05 · adapters
     "check_adapter": [
@@ -286,11 +286,11 @@ WRONG_ANSWERS = {
         ),
     ],
     # 08 · what it costs
-    "check_lora_numbers": [
-        ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * r * d", "that is A alone"),
-        ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * 2 * r * d", "d_ff numbers on one side"),
-        ("lora_numbers = lambda r, targets, n, d, f: len(targets) * 2 * r * d", "every layer"),
-        ("lora_numbers = lambda r, targets, n, d, f: n * 2 * r * d", "every target"),
+    "check_lora_parameters": [
+        ("lora_parameters = lambda r, targets, n, d, f: n * len(targets) * r * d", "that is A alone"),
+        ("lora_parameters = lambda r, targets, n, d, f: n * len(targets) * 2 * r * d", "d_ff dimensions on one side"),
+        ("lora_parameters = lambda r, targets, n, d, f: len(targets) * 2 * r * d", "every layer"),
+        ("lora_parameters = lambda r, targets, n, d, f: n * 2 * r * d", "every target"),
     ],
     "check_mixed_precision_bytes": [
         ("mixed_precision_bytes = lambda frozen, trained: 16 * (frozen + trained)", "2 bytes are all"),
@@ -508,7 +508,7 @@ WRONG_ANSWERS = {
         ("vera_parameters = lambda rank, n_layers, d_model, d_ff: 6 * rank + 5 * d_model + d_ff", "every block"),
         (
             "vera_parameters = lambda rank, n_layers, d_model, d_ff: n_layers * 6 * (rank + d_model)",
-            "feedforward.up writes d_ff",
+            "feedforward.up has d_ff outputs",
         ),
         (
             "vera_parameters = lambda rank, n_layers, d_model, d_ff: "
@@ -594,7 +594,7 @@ WRONG_ANSWERS = {
     "check_grouped_parameters": [
         (
             "grouped_parameters = lambda r, n, layers, d, heads, kv: (layers * 4 * r * d, layers * 2 * n * d)",
-            "value writes fewer numbers",
+            "value has fewer outputs",
         ),
         (
             "grouped_parameters = lambda r, n, layers, d, heads, kv: "
