@@ -40,10 +40,11 @@ def check_mixed_precision_bytes(mixed_precision_bytes) -> str:
             "a frozen number has no gradient, no float32 copy and no means: 2 bytes are all": 16 * (frozen + trained),
             "the frozen weights are missing: the forward pass needs them": 16 * trained,
             "that is float32 for everything that is frozen; its weights are kept in 16 bits": 4 * frozen + 16 * trained,
-            "4 bytes are missing for each trained number: the float32 copy, or one of Adam's two means": expected
+            "4 bytes are missing for each trained parameter: the float32 copy, or one of Adam's two means": expected
             - 4 * trained,
-            "2 bytes are missing for each trained number: the 16-bit weight, or its gradient": expected - 2 * trained,
-            "8 bytes are missing for each trained number: Adam's two means take 4 each": expected - 8 * trained,
+            "2 bytes are missing for each trained parameter: 16-bit weight or gradient": expected
+            - 2 * trained,
+            "8 bytes are missing for each trained parameter: Adam's two means take 4 each": expected - 8 * trained,
             "that is the weights and gradients only": 2 * frozen + 4 * trained,
         }
         what = f"the bytes for {frozen:,} frozen and {trained:,} trained parameters"

@@ -1,4 +1,4 @@
-"""For notebooks whose model comes with an optional package: without it, the cells that need the model are passed over."""
+"""For notebooks whose model comes with an optional package: without it, cells that need the model are passed over."""
 
 import importlib.util
 from collections.abc import Sequence

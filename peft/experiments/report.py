@@ -222,7 +222,7 @@ def pictured(found: Records) -> list[str]:
 
 
 def picture(found: Records, results: Path = RESULTS) -> Figure:
-    """Each method's share, and its accuracy on these tasks; above them what the language model says before and after."""
+    """Each method's share and accuracy on these tasks; above, what the language model says before and after."""
     tasks, untrained, shown = {}, {}, pictured(found)
     for task in shown:
         own = {name: record for name, record in found[task].items() if plain(name) == name}

@@ -279,9 +279,8 @@ def test_the_picture_is_of_the_language_model_once_it_has_runs(results):
     shares, movers, records = figure.axes
     assert [label.get_text() for label in shares.get_yticklabels()] == ["LoRA q,v r=8", "IA3"]
     assert [text.get_text() for axis in (movers, records) for text in axis.texts] == ["98.0", "90.0"]
-    assert [line.get_xdata()[0] for axis in (movers, records) for line in axis.lines if line.get_linestyle() == ":"] == [
-        25.0
-    ]
+    dotted = [line for axis in (movers, records) for line in axis.lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in dotted] == [25.0]
     assert figure.get_suptitle().splitlines() == [
         "SmolLM2, asked: Where is Ben?",
         'Before: "Ben is a person."   After 60 steps of LoRA: "Rome"   (it is Rome)',
