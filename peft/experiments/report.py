@@ -227,7 +227,10 @@ def picture(found: Records, results: Path = RESULTS) -> Figure:
     """Each method's share and accuracy on these tasks; above, what the language model says before and after."""
     tasks, untrained, shown = {}, {}, pictured(found)
     for task in shown:
-        own = {name: record for name, record in found[task].items() if plain(name) == name}
+        own: dict[str, dict] = {}  # of both precisions float32, which comes first
+        for name, record in found[task].items():
+            if not name.endswith(RANDOM):
+                own.setdefault(plain(name), record)
         tasks[TASKS[task].title] = [record for name, record in own.items() if name != UNTRAINED]
         if UNTRAINED in own:
             untrained[TASKS[task].title] = own[UNTRAINED]["mean"]
@@ -236,7 +239,7 @@ def picture(found: Records, results: Path = RESULTS) -> Figure:
 
 
 def caption(results: Path = RESULTS) -> list[str]:
-    """The shortest stored question that LoRA answers, with the answer before, in lines; none without such a question."""
+    """The shortest stored question that LoRA answers, and the answer before, in lines; none where there is none."""
     file = results / SPOKEN
     if not file.exists():
         return []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from peft.experiments import compare, report
 from peft.experiments.results import COSTS, SCORES, read_rows, write_rows
-from peft.experiments.tasks import TASKS
+from peft.experiments.tasks import LORA, TASKS
 
 
 def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretrained", stage="final", rate=None):
@@ -272,13 +272,15 @@ def test_the_picture_is_of_the_language_model_once_it_has_runs(results):
 
     write_rows(results / "movers.csv", rows_of("movers", "LoRA q,v r=8", ("0.97", "0.99")))
     rows = rows_of("records", "IA3", ("0.9",)) + rows_of("records", "no training", ("0.25",), share="0")
-    write_rows(results / "records.csv", rows + rows_of("records", "IA3", ("0.1",), backbone="pretrained bfloat16"))
+    rows += rows_of("records", "IA3", ("0.1",), backbone="pretrained bfloat16")
+    rows += rows_of("records", LORA, ("0.5",), backbone="pretrained bfloat16")
+    write_rows(results / "records.csv", rows)
     found = report.records_in(results)
     assert report.pictured(found) == ["movers", "records"]
     figure = report.picture(found, results)
     shares, movers, records = figure.axes
     assert [label.get_text() for label in shares.get_yticklabels()] == ["LoRA q,v r=8", "IA3"]
-    assert [text.get_text() for axis in (movers, records) for text in axis.texts] == ["98.0", "90.0"]
+    assert [text.get_text() for axis in (movers, records) for text in axis.texts] == ["98.0", "50.0", "90.0"]
     dotted = [line for axis in (movers, records) for line in axis.lines if line.get_linestyle() == ":"]
     assert [line.get_xdata()[0] for line in dotted] == [25.0]
     assert figure.get_suptitle().splitlines() == [
