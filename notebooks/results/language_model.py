@@ -29,7 +29,7 @@ STEPS, SEED, BACKBONE = 60, 1, "pretrained" + BFLOAT16
 QUESTIONS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
-    "How do I boil an egg?",
+    "Tell me something about elephants.",
     "Name three animals that can fly.",
     "What is 2 + 3?",
     "Why is the sky blue?",
