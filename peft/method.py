@@ -67,7 +67,7 @@ class Wrapper(nn.Module):
         return set()
 
     def as_linear(self) -> LinearMap | None:
-        """The weight and bias by which it acts at present, if it is a linear map with these and nothing more."""
+        """The weight and bias by which it acts at present, if it is a linear layer with these and nothing more."""
         return None
 
     def as_attention(self) -> tuple[Attention, KeysAndValues | None] | None:
@@ -92,7 +92,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def linear_map(module: nn.Module) -> LinearMap | None:
-    """The weight and the bias by which a module acts at present; None if it does not say, or is no linear map."""
+    """The weight and the bias by which a module acts at present; None if it does not say, or is no linear layer."""
     if isinstance(module, Wrapper):
         return module.as_linear()
     return (module.weight, module.bias) if type(module) is nn.Linear else None

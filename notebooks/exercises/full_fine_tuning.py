@@ -41,14 +41,14 @@ def check_training_bytes(training_bytes) -> str:
         expected = 4 * (total + 3 * trained)
         hints = {
             "a float32 number takes four bytes": expected // 4,
-            "one is missing of the three that come with a trained number: its gradient, and Adam's two running means": 4
+            "one is missing of the three beside a trained parameter: its gradient, and Adam's two running means": 4
             * (total + 2 * trained),
             "Adam's two running means are missing, of the gradient and of its square": 4 * (total + trained),
             "gradients and Adam's state exist for trained parameters only": 4 * 4 * total,
             "the weights are needed whether they are trained or not": 4 * 4 * trained,
         }
         same(called(training_bytes, total, trained), expected, hints, f"the bytes for {trained:,} trained of {total:,}")
-    return "four numbers for each trained weight, one for each frozen one."
+    return "four values for each trained weight, one for each frozen one."
 
 
 @checker

@@ -87,11 +87,11 @@ def check_sum_of_loras(sum_of_loras) -> str:
 
 @checker
 def check_break_even_rank(break_even_rank) -> str:
-    """break_even_rank(d_in, d_out): the largest r at which A and B hold fewer numbers than the weight itself."""
+    """break_even_rank(d_in, d_out): the largest r at which A and B hold fewer parameters than the weight itself."""
     for d_in, d_out in ((128, 128), (128, 512), (6, 3), (10, 10)):
         expected = max(r for r in range(d_in) if r * (d_in + d_out) < d_in * d_out)
         hints = {
-            "at this rank there are as many numbers as in the weight, not fewer": expected + 1,
+            "at this rank there are as many parameters as in the weight, not fewer": expected + 1,
             "that is the highest rank that the update can have, not the one that saves": min(d_in, d_out),
         }
         got = called(break_even_rank, d_in, d_out)

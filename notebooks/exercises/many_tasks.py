@@ -58,7 +58,7 @@ def check_one_stack(one_stack) -> str:
 
 @checker
 def check_kept_bytes(kept_bytes) -> str:
-    """kept_bytes(n_tasks, backbone, per_task): numbers of the backbone and of one task's file -> bytes, two ways."""
+    """kept_bytes(n_tasks, backbone, per_task): parameters of the backbone and of one task's file -> bytes, two ways."""
     for tasks, backbone, own in ((10, 827_776, 8_192), (1, 1_000, 10)):
         result = called(kept_bytes, tasks, backbone, own)
         require(isinstance(result, tuple) and len(result) == 2, "return two numbers: with full copies, with a bank")

@@ -83,12 +83,12 @@ def check_same_price(same_price) -> str:
         hints = {
             f"m = n is too dear {where}: an adapter has biases as well": n,
             f"m is too large {where}: an adapter has m biases inside and d_model at its output": n - 1,
-            f"a prefix is keys *and* values, so it has twice the numbers {where}": (n * d - d) // (2 * d + 1),
+            f"a prefix is keys *and* values, so it has twice the parameters {where}": (n * d - d) // (2 * d + 1),
         }
         same(got_m, m, hints, f"m {where}")
         hints = {
             "LoRA on query *and* value has two pairs of A and B in each block": n,
-            "a prefix is keys *and* values, so it has twice the numbers": n // 4,
+            "a prefix is keys *and* values, so it has twice the parameters": n // 4,
         }
         same(got_r, r, hints, f"r {where}")
     return "m is n but for the biases, and r is half of n."

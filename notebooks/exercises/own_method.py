@@ -69,10 +69,10 @@ def check_vera_parameters(vera_parameters) -> str:
             "every block has its vectors": expected / layers,
             "that is LoRA: A and B are frozen here, only d and b are trained": lora,
             "A and B are frozen; they do not count": expected + lora,
-            "feedforward.up writes d_ff numbers, so its b has d_ff": layers * 6 * (rank + d),
-            "each map has a d of its own: r numbers for each of the six": layers * (rank + 5 * d + d_ff),
-            "b is missing: as many numbers as the map writes": layers * 6 * rank,
-            "d is missing: r numbers for each map": layers * (5 * d + d_ff),
+            "feedforward.up has d_ff outputs, so its b has d_ff": layers * 6 * (rank + d),
+            "each layer has a d of its own: r values for each of the six": layers * (rank + 5 * d + d_ff),
+            "b is missing: as many values as the layer has outputs": layers * 6 * rank,
+            "d is missing: r values for each layer": layers * (5 * d + d_ff),
             "that is query and value only": layers * 2 * (rank + d),
         }
         got = called(vera_parameters, rank, layers, d, d_ff)

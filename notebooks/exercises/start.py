@@ -29,8 +29,8 @@ def check_share(share) -> str:
     for trained, frozen in ((8_192, 827_776), (500, 1_000)):
         hints = {
             "that is a fraction; a percentage is a hundred times as large": trained / frozen,
-            "the share is of the base model's numbers, not of all": 100 * trained / (frozen + trained),
-            "that is how many frozen numbers there are for each trained one": frozen / trained,
+            "the share is of the base model's parameters, not of all": 100 * trained / (frozen + trained),
+            "that is how many frozen parameters there are for each trained one": frozen / trained,
         }
         same(called(share, trained, frozen), 100 * trained / frozen, hints, f"the share of {trained:,} to {frozen:,}")
     return "the share that all tables here give."

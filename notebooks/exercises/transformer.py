@@ -44,7 +44,7 @@ def check_causal_attention(attention) -> str:
 
 @checker
 def check_block_parameters(block_parameters) -> str:
-    """block_parameters(d_model, d_ff): how many numbers one pre-norm block has, biases and norms included."""
+    """block_parameters(d_model, d_ff): how many parameters one pre-norm block has, biases and norms included."""
     for d, d_ff in ((128, 512), (12, 40)):
         attention, feedforward = 4 * d * d, 2 * d * d_ff
         config = TransformerConfig(vocab_size=8, max_len=8, d_model=d, n_heads=4, n_layers=1, d_ff=d_ff)

@@ -106,7 +106,7 @@ def diagnosis() -> list[Finding]:
         on_backbone(),
         on_packages(FOR_NOTEBOOKS, "the notebooks", install("notebooks")),
         on_packages(FOR_TESTS, "the tests", install("test")),
-        on_packages(FOR_REAL_TEXT, "real text in notebooks 12 and 13", INSTALL),
+        on_packages(FOR_REAL_TEXT, "real text and the language model, from notebook 12 on", INSTALL),
     ]
 
 

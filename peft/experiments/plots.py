@@ -178,17 +178,18 @@ def plot_tasks(
     """A line for each method: how much it trains, and its test accuracy on each task, with the spread.
 
     Args:
-        tasks: for each task by its title the rows, as for `plot_comparison`; all tasks have the same methods.
+        tasks: for each task by its title the rows, as for `plot_comparison`; a method may be missing on some.
         title: says what is seen.
-        chance: for each task the accuracy that needs no training, drawn as a line.
+        chance: for each task the accuracy that needs no training, drawn as a line; none where it is not said.
         lowest: where the axes of accuracy begin, in %.
     """
-    methods = [row["method"] for row in next(iter(tasks.values()))]
-    size = (4.2 * (1 + len(tasks)), 1 + 0.34 * len(methods))
+    share_of = {row["method"]: row["share"] for rows in reversed(tasks.values()) for row in rows}
+    methods = list(dict.fromkeys(row["method"] for rows in tasks.values() for row in rows))
+    size = (4.2 * (1 + len(tasks)), 1 + 0.34 * len(methods) + 0.25 * title.count("\n"))
     figure, axes = plt.subplots(1, 1 + len(tasks), figsize=size, layout="constrained", sharey=True)
     places = range(len(methods))
     colours = [colour_of(name) for name in methods]
-    shares = [100 * row["share"] for row in next(iter(tasks.values()))]
+    shares = [100 * share_of[name] for name in methods]
     drawn = axes[0].barh(places, shares, color=colours)
     axes[0].bar_label(drawn, [f"{share:.2g}" if share < 99.5 else "100" for share in shares], padding=3, fontsize=10)
     axes[0].set(xscale="log", xlabel="% of the base model (log)", title="Trained parameters")
@@ -199,11 +200,14 @@ def plot_tasks(
     for axis, (name, rows) in zip(axes[1:], tasks.items(), strict=True):
         by_method = {row["method"]: row for row in rows}
         for place, method in enumerate(methods):
+            if method not in by_method:
+                continue
             mean, spread = (100 * by_method[method][key] for key in ("mean", "spread"))
             axis.errorbar(mean, place, xerr=spread, color=colours[place], marker="o", markersize=8, capsize=4)
             beside = (105 + 0.02 * (105 - lowest), place)
             axis.annotate(f"{mean:.1f}", beside, ha="left", va="center", fontsize=10, annotation_clip=False)
-        axis.axvline(100 * chance[name], color=COLOURS["base"], linestyle=":")
+        if name in chance:
+            axis.axvline(100 * chance[name], color=COLOURS["base"], linestyle=":")
         axis.set(xlim=(lowest, 105), xlabel="test accuracy (%)", title=name)
     figure.suptitle(title)
     return figure

@@ -1,22 +1,31 @@
-"""All results as tables, and in a few lines for the README, from the result files.
+"""All results as tables, as one picture, and in a few lines for the README, from the result files.
 
-python -m peft report              writes notebooks/results/README.md, and between its markers README.md
-python -m peft report --check      says whether both are current
+python -m peft report              writes notebooks/results/README.md, between its markers README.md, and the picture
+python -m peft report --check      says whether all of them are current
 """
 
 import argparse
+import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 from peft.experiments import speed
 from peft.experiments.compare import current
+from peft.experiments.plots import STYLE, plot_tasks, plt
 from peft.experiments.results import read_rows
 from peft.experiments.sweep import accuracy, n_seeds, percent, summaries, to_90
-from peft.experiments.tasks import BFLOAT16, FULL, HEAD, TASKS, UNTRAINED
+from peft.experiments.tasks import BFLOAT16, FULL, HEAD, LORA, TASKS, UNTRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results"
+PICTURE = Path("notebooks", "figures", "results.png")  # the README's
+SPOKEN = "language_model.json"  # what notebooks/results/language_model.py writes
 START, END = "<!-- results: written by python -m peft report -->", "<!-- end of results -->"
 SPEED_START, SPEED_END = "<!-- speed: written by python -m peft report -->", "<!-- end of speed -->"
 TOY_TASKS, REAL_TASKS = ("sentiment", "qa"), ("rotten_tomatoes", "reuters_r8", "quiz")
@@ -97,7 +106,8 @@ LANGUAGE = """## A language model
 
 On SmolLM2-135M-Instruct. Test accuracy is the share of answers in free greedy generation that are right, word for word
 (of a record: as JSON). *Steps to 90%* says when nine in ten of 32 validation answers were right, in the fewest and the
-most steps of the seeds; –: never. *bfloat16*: products and the frozen base in 16 bits, what is trained in 32.
+most steps of the seeds; –: never. *bfloat16*: products and the frozen base in 16 bits, what is trained in 32. What it
+says before and after, and what tuning does to its loss on other text, is in `language_model.json`, for notebook 15.
 
 {tables}
 
@@ -105,9 +115,13 @@ most steps of the seeds; –: never. *bfloat16*: products and the frozen base in
 for task in movers records rotten_tomatoes_words; do
     .venv/bin/python -m peft compare --task $task --out notebooks/results
 done
+.venv/bin/python notebooks/results/language_model.py
 ```
 
 """
+
+CAPTION = """SmolLM2, asked: {question}
+Before: "{before}"   After {steps} steps of LoRA: "{after}"   (it is {answer})"""
 
 Records = Mapping[str, Mapping[str, dict]]  # by task and method, what `summaries` gives
 
@@ -204,6 +218,50 @@ def page(found: Records, record: Mapping) -> str:
     return PAGE.format(toy=table(found, TOY_TASKS), real=table(found, REAL_TASKS), language=spoken, speed=speeds)
 
 
+def pictured(found: Records) -> list[str]:
+    """The tasks in the README's picture: the language model's, or those of the toy world while these were not run."""
+    return [task for task in LANGUAGE_TASKS if found[task]] or [task for task in TOY_TASKS if found[task]]
+
+
+def picture(found: Records, results: Path = RESULTS) -> Figure:
+    """Each method's share and accuracy on these tasks; above, what the language model says before and after."""
+    tasks, untrained, shown = {}, {}, pictured(found)
+    for task in shown:
+        own: dict[str, dict] = {}  # of both precisions float32, which comes first
+        for name, record in found[task].items():
+            if not name.endswith(RANDOM):
+                own.setdefault(plain(name), record)
+        tasks[TASKS[task].title] = [record for name, record in own.items() if name != UNTRAINED]
+        if UNTRAINED in own:
+            untrained[TASKS[task].title] = own[UNTRAINED]["mean"]
+    title = "Every method, with a learning rate of its own" + "; dotted: nothing trained" * bool(untrained)
+    return plot_tasks(tasks, "\n".join([*(caption(results) if shown[0] in LANGUAGE_TASKS else ()), title]), untrained)
+
+
+def caption(results: Path = RESULTS) -> list[str]:
+    """The shortest stored question that LoRA answers, and the answer before, in lines; none where there is none."""
+    file = results / SPOKEN
+    if not file.exists():
+        return []
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    before, after = (stored["runs"][name]["said"] for name in (UNTRAINED, LORA))
+    asked = zip(stored["asked"], before, after, strict=True)
+    right = [(question, answer, old, new) for (question, answer), old, new in asked if new.strip() == answer]
+    if not right:
+        return []
+    question, answer, old, new = min(right, key=lambda own: len(own[0]))
+    said = CAPTION.format(
+        question=question, answer=answer, before=" ".join(old.split()), after=new.strip(), steps=stored["steps"]
+    )
+    return [line for part in said.splitlines() for line in textwrap.wrap(part, 120)]
+
+
+def sources(found: Records, results: Path = RESULTS) -> str:
+    """The files that the picture shows, each with its digest; the picture's own file says so."""
+    files = [results / f"{task}.csv" for task in pictured(found)] + [results / SPOKEN]
+    return "; ".join(f"{file.name} {sha256(file.read_bytes()).hexdigest()}" for file in files if file.exists())
+
+
 def written_into(text: str, lines: Sequence[str], start: str, end: str) -> str:
     """The README's text with the lines between these markers.
 
@@ -216,14 +274,14 @@ def written_into(text: str, lines: Sequence[str], start: str, end: str) -> str:
     return "\n".join([before + start, *lines, end + rest.split(end, 1)[1]])
 
 
-def documents(root: Path = ROOT) -> dict[Path, str]:
+def documents(found: Records) -> dict[Path, str]:
     """Both files as they should be.
 
     Raises:
-        ValueError: the record of the benchmark is missing, or what `records_in` and `written_into` refuse.
+        ValueError: the record of the benchmark is missing, or what `written_into` refuses.
     """
-    readme, results = root / "README.md", root / "notebooks" / "results"
-    found, record = records_in(results), speed.read(results / "benchmark.json")
+    readme, results = ROOT / "README.md", ROOT / "notebooks" / "results"
+    record = speed.read(results / "benchmark.json")
     if not record:
         raise ValueError(f"{results / 'benchmark.json'} is missing; tests/benchmarks/against_huggingface.py writes it")
     text = written_into(readme.read_text(), result_lines(found), START, END)
@@ -234,13 +292,26 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "python -m peft report", description="Write all results as tables and lists.", allow_abbrev=False
+        "python -m peft report", description="Write all results as tables, lists and a picture.", allow_abbrev=False
     )
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is not current")
     options = parser.parse_args(arguments)
-    for path, text in documents().items():
+    results, drawn = ROOT / "notebooks" / "results", ROOT / PICTURE
+    found = records_in(results)
+    for path, text in documents(found).items():
         if not options.check:
             path.write_text(text)
             print(f"wrote {path}")
         elif not path.exists() or path.read_text() != text:
             sys.exit(f"{path} does not say what the result files say: python -m peft report")
+    source = sources(found, results)
+    if options.check:
+        if not drawn.exists() or Image.open(drawn).text.get("Source") != source:
+            sys.exit(f"{drawn} does not show what the result files say: python -m peft report")
+        return
+    drawn.parent.mkdir(exist_ok=True)
+    with plt.rc_context(STYLE):
+        figure = picture(found, results)
+        figure.savefig(drawn, dpi=100, metadata={"Source": source})
+        plt.close(figure)
+    print(f"wrote {drawn}")

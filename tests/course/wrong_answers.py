@@ -122,7 +122,7 @@ WRONG_ANSWERS = {
     ],
     "check_break_even_rank": [
         ("break_even_rank = lambda d_in, d_out: min(d_in, d_out)", "not the one that saves"),
-        ("break_even_rank = lambda d_in, d_out: d_in * d_out // (d_in + d_out)", "as many numbers as in the weight"),
+        ("break_even_rank = lambda d_in, d_out: d_in * d_out // (d_in + d_out)", "as many parameters as in the weight"),
     ],
     # 05 · adapters
     "check_adapter": [
@@ -286,11 +286,11 @@ WRONG_ANSWERS = {
         ),
     ],
     # 08 · what it costs
-    "check_lora_numbers": [
-        ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * r * d", "that is A alone"),
-        ("lora_numbers = lambda r, targets, n, d, f: n * len(targets) * 2 * r * d", "d_ff numbers on one side"),
-        ("lora_numbers = lambda r, targets, n, d, f: len(targets) * 2 * r * d", "every layer"),
-        ("lora_numbers = lambda r, targets, n, d, f: n * 2 * r * d", "every target"),
+    "check_lora_parameters": [
+        ("lora_parameters = lambda r, targets, n, d, f: n * len(targets) * r * d", "that is A alone"),
+        ("lora_parameters = lambda r, targets, n, d, f: n * len(targets) * 2 * r * d", "d_ff dimensions on one side"),
+        ("lora_parameters = lambda r, targets, n, d, f: len(targets) * 2 * r * d", "every layer"),
+        ("lora_parameters = lambda r, targets, n, d, f: n * 2 * r * d", "every target"),
     ],
     "check_mixed_precision_bytes": [
         ("mixed_precision_bytes = lambda frozen, trained: 16 * (frozen + trained)", "2 bytes are all"),
@@ -508,7 +508,7 @@ WRONG_ANSWERS = {
         ("vera_parameters = lambda rank, n_layers, d_model, d_ff: 6 * rank + 5 * d_model + d_ff", "every block"),
         (
             "vera_parameters = lambda rank, n_layers, d_model, d_ff: n_layers * 6 * (rank + d_model)",
-            "feedforward.up writes d_ff",
+            "feedforward.up has d_ff outputs",
         ),
         (
             "vera_parameters = lambda rank, n_layers, d_model, d_ff: "
@@ -537,6 +537,88 @@ WRONG_ANSWERS = {
         (
             "gated_start = lambda d, generator: (torch.full((d,), float('-inf')), torch.ones(d))",
             "not finite",
+        ),
+    ],
+    # 15 · a language model
+    "check_answer_targets": [
+        (
+            "def answer_targets(tokens, n_prompt, length):\n"
+            "    place = torch.arange(tokens.shape[1])\n"
+            "    asked = (place >= n_prompt[:, None]) & (place < length[:, None])\n"
+            "    return torch.where(asked, tokens, -100)",
+            "its own token, which it sees",
+        ),
+        (
+            "def answer_targets(tokens, n_prompt, length):\n"
+            "    place = torch.arange(tokens.shape[1])\n"
+            "    asked = (place >= n_prompt[:, None]) & (place < length[:, None]) & (tokens != 2)\n"
+            "    return torch.nn.functional.pad(torch.where(asked, tokens, -100)[:, 1:], (0, 1), value=-100)",
+            "never learns to stop",
+        ),
+        (
+            "def answer_targets(tokens, n_prompt, length):\n"
+            "    asked = torch.arange(tokens.shape[1]) >= n_prompt[:, None]\n"
+            "    return torch.nn.functional.pad(torch.where(asked, tokens, -100)[:, 1:], (0, 1), value=-100)",
+            "again and again",
+        ),
+        (
+            "def answer_targets(tokens, n_prompt, length):\n"
+            "    asked = torch.arange(tokens.shape[1]) < length[:, None]\n"
+            "    return torch.nn.functional.pad(torch.where(asked, tokens, -100)[:, 1:], (0, 1), value=-100)",
+            "about writing the question",
+        ),
+    ],
+    "check_left_padded": [
+        (
+            "def left_padded(rows, pad_id):\n"
+            "    rows = [torch.tensor(row) for row in rows]\n"
+            "    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)\n"
+            "    return tokens, tokens != pad_id",
+            "would go on behind it",
+        ),
+        (
+            "def left_padded(rows, pad_id):\n"
+            "    width = max(map(len, rows))\n"
+            "    tokens = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])\n"
+            "    return tokens, tokens != pad_id",
+            "but it is real",
+        ),
+        (
+            "def left_padded(rows, pad_id):\n"
+            "    width = max(map(len, rows))\n"
+            "    tokens = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])\n"
+            "    return tokens, torch.tensor([[i < width - len(row) for i in range(width)] for row in rows])",
+            "upside down",
+        ),
+    ],
+    "check_grouped_parameters": [
+        (
+            "grouped_parameters = lambda r, n, layers, d, heads, kv: (layers * 4 * r * d, layers * 2 * n * d)",
+            "value has fewer outputs",
+        ),
+        (
+            "grouped_parameters = lambda r, n, layers, d, heads, kv: "
+            "(layers * r * (3 * d + d * kv // heads), layers * 2 * n * d)",
+            "n_kv_heads heads, not n_heads",
+        ),
+        (
+            "grouped_parameters = lambda r, n, layers, d, heads, kv: "
+            "(layers * r * (3 * d + d * kv // heads), layers * n * d * kv // heads)",
+            "keys *and* values",
+        ),
+    ],
+    "check_rounding_loss": [
+        (
+            "rounding_loss = lambda W, delta: ((W + delta).bfloat16().float() - W - delta).norm() / (W + delta).norm()",
+            "a share of the whole weight",
+        ),
+        (
+            "rounding_loss = lambda W, delta: (delta.bfloat16().float() - delta).norm() / delta.norm()",
+            "the rounded *sum*",
+        ),
+        (
+            "rounding_loss = lambda W, delta: ((W + delta).bfloat16().float() - W).norm() / delta.norm()",
+            "that arrives",
         ),
     ],
 }

@@ -1,7 +1,10 @@
 """The comparisons of a language model, on a tiny random Llama and letters in place of SmolLM2 and its words."""
 
+import importlib.util
+import json
 import string
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,3 +306,43 @@ def test_every_language_task_has_a_rate_to_choose_and_words_to_start_from(name):
     for entry in own.entries.values():
         assert entry.frozen or (len(entry.learning_rates) >= 2 and entry.steps in (100, 300))
     assert len(tasks.INIT_TOKENS[name]) == own.entries[PREFIX].method.length == 16
+
+
+class Blanks(Letters):
+    """Whatever is no small letter is a blank."""
+
+    def encode(self, text):
+        return [max(self.alphabet.find(letter), 1) for letter in text]
+
+
+def test_the_script_of_what_tuning_does_to_other_text(task, tmp_path, monkeypatch):
+    path = report.RESULTS / "language_model.py"
+    spec = importlib.util.spec_from_file_location("language_model", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.FILE == report.RESULTS / report.SPOKEN
+    texts = [SimpleNamespace(text=f"{word} is here to see ") for word in ("a film", "nobody at all")]
+    changes = {"smollm2": lambda dtype: llama(0, dtype), "smollm2_tokenizer": Blanks, "snippets": lambda: texts}
+    rate = lambda rows, name: 0.1  # noqa: E731
+    changes |= {"FILE": tmp_path / "said.json", "STEPS": 2, "QUESTIONS": ("Who?", "Why so?")}
+    for name, value in (changes | {"chosen_learning_rate": rate}).items():
+        monkeypatch.setattr(script, name, value)
+    script.main()
+    found = json.loads((tmp_path / "said.json").read_text(encoding="utf-8"))
+    asked = task.test.pairs[:6]
+    assert found["asked"] == [[pair.prompt[0]["content"], pair.answer] for pair in asked] and found["steps"] == 2
+    assert list(found["runs"]) == [UNTRAINED, LORA, PREFIX, FULL] and found["questions"] == ["Who?", "Why so?"]
+    before = found["runs"][UNTRAINED]
+    model = llama(0, torch.bfloat16)
+    assert before["said"] == script.generated_answers(model, Blanks(), asked, 24)
+    tokens = [Blanks().encode(text.text.strip()) for text in texts]
+    logs = [model(torch.tensor([row])).float().log_softmax(-1)[0] for row in tokens]
+    nats = [-log[i, row[i + 1]].item() for log, row in zip(logs, tokens, strict=True) for i in range(len(row) - 1)]
+    assert before["loss"]["films"] == pytest.approx(sum(nats) / len(nats), rel=0.02)  # products in 16 bits
+    for name in (LORA, PREFIX):
+        run = found["runs"][name]
+        assert run["detached"] == before["loss"] and run["loss"] != before["loss"] and len(run["training_loss"]) == 2
+        assert len(run["said"]) == 6 and len(run["others"]) == 2 and run["learning_rate"] == 0.1
+    assert "detached" not in found["runs"][FULL] and found["runs"][FULL]["loss"] != before["loss"]
+    (tmp_path / report.SPOKEN).write_text((tmp_path / "said.json").read_text())
+    assert report.caption(tmp_path) == []  # this model is never right

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import shutil
+from hashlib import sha256
 
 import pytest
+from PIL import Image
 
 from peft.experiments import compare, report
 from peft.experiments.results import COSTS, SCORES, read_rows, write_rows
-from peft.experiments.tasks import TASKS
+from peft.experiments.tasks import LORA, TASKS
 
 
 def row(task, method="LoRA q,v r=4", seed=1, accuracy="0.9000", backbone="pretrained", stage="final", rate=None):
@@ -220,12 +222,12 @@ def test_real_text_has_a_table_of_its_own_with_a_column_for_each_task(results):
     ]
 
 
-def test_the_command_writes_both_files_and_says_when_one_is_not_current(results, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_every_file_and_says_when_one_is_not_current(results, tmp_path, monkeypatch, capsys):
     root = tmp_path / "repository"
     shutil.copytree(results, root / "notebooks" / "results", ignore=shutil.ignore_patterns("repository"))
     places = (report.START, report.END, report.SPEED_START, report.SPEED_END)
     (root / "README.md").write_text("\n".join(["# Title", *places, "the end"]))
-    monkeypatch.setattr(report, "documents", lambda of=report.documents: of(root))
+    monkeypatch.setattr(report, "ROOT", root)
     with pytest.raises(ValueError, match=r"against_huggingface\.py writes it"):
         report.main([])
     (root / "notebooks" / "results" / "benchmark.json").write_text(json.dumps(RECORD))
@@ -240,12 +242,66 @@ def test_the_command_writes_both_files_and_says_when_one_is_not_current(results,
     (root / "notebooks" / "results" / "README.md").write_text(page + "by hand")
     with pytest.raises(SystemExit, match=r"results.README\.md does not say"):
         report.main(["--check"])
+    report.main([])
+    drawn = root / report.PICTURE
+    digests = [sha256((results / f"{task}.csv").read_bytes()).hexdigest() for task in report.TOY_TASKS]
+    assert Image.open(drawn).text["Source"] == f"sentiment.csv {digests[0]}; qa.csv {digests[1]}"
+    for changed in (lambda: Image.new("RGB", (2, 2)).save(drawn), drawn.unlink):
+        changed()
+        with pytest.raises(SystemExit, match=r"results\.png does not show what the result files say"):
+            report.main(["--check"])
 
 
-def test_what_the_repository_says_is_what_its_result_files_say():
-    for path, text in report.documents().items():
+SAID = {
+    "steps": 60,
+    "asked": [["A long story. Where is Nora?", "Oslo"], ["Where is Ben?", "Rome"], ["Who?", "Emma"]],
+    "runs": {
+        "no training": {"said": ["I do not know.", "Ben is\na  person.", "Emma"]},
+        "LoRA q,v r=8": {"said": ["Oslo", " Rome", "Emma."]},
+    },
+}
+
+
+def test_the_picture_is_of_the_language_model_once_it_has_runs(results):
+    (results / report.SPOKEN).write_text(json.dumps(SAID))
+    found = report.records_in(results)
+    assert report.pictured(found) == ["sentiment", "qa"]
+    figure = report.picture(found, results)
+    assert [axis.get_title() for axis in figure.axes[1:]] == ["Sentiment", "Question answering"]
+    assert figure.get_suptitle() == "Every method, with a learning rate of its own"
+
+    write_rows(results / "movers.csv", rows_of("movers", "LoRA q,v r=8", ("0.97", "0.99")))
+    rows = rows_of("records", "IA3", ("0.9",)) + rows_of("records", "no training", ("0.25",), share="0")
+    rows += rows_of("records", "IA3", ("0.1",), backbone="pretrained bfloat16")
+    rows += rows_of("records", LORA, ("0.5",), backbone="pretrained bfloat16")
+    write_rows(results / "records.csv", rows)
+    found = report.records_in(results)
+    assert report.pictured(found) == ["movers", "records"]
+    figure = report.picture(found, results)
+    shares, movers, records = figure.axes
+    assert [label.get_text() for label in shares.get_yticklabels()] == ["LoRA q,v r=8", "IA3"]
+    assert [text.get_text() for axis in (movers, records) for text in axis.texts] == ["98.0", "50.0", "90.0"]
+    dotted = [line for axis in (movers, records) for line in axis.lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in dotted] == [25.0]
+    assert figure.get_suptitle().splitlines() == [
+        "SmolLM2, asked: Where is Ben?",
+        'Before: "Ben is a person."   After 60 steps of LoRA: "Rome"   (it is Rome)',
+        "Every method, with a learning rate of its own; dotted: nothing trained",
+    ]
+    files = [results / name for name in ("movers.csv", "records.csv", report.SPOKEN)]
+    assert report.sources(found, results) == "; ".join(
+        f"{file.name} {sha256(file.read_bytes()).hexdigest()}" for file in files
+    )
+    (results / report.SPOKEN).unlink()
+    assert report.caption(results) == []
+
+
+def test_what_the_repository_says_and_shows_is_what_its_result_files_say():
+    found = report.records_in(report.RESULTS)
+    for path, text in report.documents(found).items():
         assert path.read_text() == text, f"{path}: python -m peft report"
+    assert Image.open(report.ROOT / report.PICTURE).text["Source"] == report.sources(found), "python -m peft report"
     lists = (report.ROOT / "README.md").read_text()
     for start, end in ((report.START, report.END), (report.SPEED_START, report.SPEED_END)):
         lines = lists.split(start)[1].split(end)[0].strip().splitlines()
-        assert 1 <= len(lines) <= 5 and "notebooks/results/README.md" in lines[-1]
+        assert 1 <= len(lines) <= len(TASKS) and "notebooks/results/README.md" in lines[-1]
