@@ -17,7 +17,7 @@ file belongs to a base with this Q. What training added is an update of W too, o
 
     start = recipe, state_dict(attach_pissa(model, recipe))
     ...
-    wider, tensors = combine([(recipe, state_dict(model)), start], [1, -1])             # s [B, -B_0] [A ; A_0]
+    wider, tensors = combine([(recipe, state_dict(model)), start], [1.0, -1.0])         # s [B, -B_0] [A ; A_0]
 
 Differs from the papers: they have no scale, s = 1; and of the two signs of a pair of singular vectors we take that
 which makes the largest entry of the right one positive, so that it starts alike on every machine.
