@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.code_book import Bytes, Weight
@@ -81,6 +81,28 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.bits:.4g} bits a weight"
+
+
+class QuantizedEmbedding(Quantized, nn.Embedding):
+    """An embedding with a quantised table, of which each row is unpacked by itself."""
+
+    def __init__(self, unpack: Unpack, stored: dict[str, Bytes], like: nn.Embedding):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = *like.weight.shape, like.padding_idx
+        self.store(unpack, stored, tuple(like.weight.shape), like.weight.dtype)
+        self.train(like.training)
+
+    def forward(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows d_model"]:
+        """The rows of these numbers."""
+        rows = self.unpack(*[tensor[tokens.flatten()] for tensor in self.stored])
+        return rows.to(self.like.dtype).view(*tokens.shape, -1)
+
+    def plain(self) -> nn.Embedding:
+        """An embedding with this table, frozen."""
+        return nn.Embedding.from_pretrained(self.weight, padding_idx=self.padding_idx).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.bits:.4g} bits a weight"
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -1,20 +1,19 @@
 """GGUF, the file format of llama.cpp: a Llama in it, as a state dict and config in Hugging Face's names.
 
-The library `gguf`, by the makers of the format, reads it and undoes every kind of quantisation, such as "Q4_1": of each
-32 weights in a row a scale d and a minimum m, 16 bits each, and a code q of 4 bits for each weight,
-
-    w = d q + m
+The library `gguf`, by the makers of the format, reads it and undoes every kind of quantisation; `gguf_quantized.py`
+leaves it as it is.
 
 llama.cpp rotates neighbouring pairs of a head, rows 2j and 2j + 1, where Hugging Face (Su et al. 2021, equation 34, up
 to the order of rows) rotates rows j and j + d_head / 2; so the rows of query and key are put back into halves.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from minitransformer.environment import PIP_INSTALL
@@ -46,6 +45,8 @@ OPTIONS = {  # llama.cpp's, below "llama." -> Hugging Face's
     "rope.dimension_count": "head_dim",
 }
 
+Stored = tuple[str, Tensor]  # the kind of quantisation, and the rows: bytes, or numbers where there is none
+
 
 def gguf_llama(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict and the config, as `from_llama` takes them.
@@ -60,11 +61,24 @@ def gguf_llama(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[di
         ModuleNotFoundError: `gguf` is not installed; the message says the command.
         ValueError: no such file, another architecture, or an option or a tensor that we do not know.
     """
+    stored, config = gguf_tensors(path)
+    return {name: dequantized(*own, dtype) for name, own in stored}, config
+
+
+def gguf_tensors(path: str | Path) -> tuple[Iterator[tuple[str, Stored]], dict[str, Any]]:
+    """Each tensor under Hugging Face's name, as it is stored, and the config; args and errors as in `gguf_llama`."""
     reader = gguf_reader(path)
     config = _config(path, reader)
     reader.fields.clear()  # the words of the vocabulary: tens of megabytes that serve nobody here
-    tensors = dict(_weight(path, tensor, config, dtype) for tensor in reader.tensors)
-    return tensors, config | {"tie_word_embeddings": "lm_head.weight" not in tensors}
+    config["tie_word_embeddings"] = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    return (_stored(path, tensor, config) for tensor in reader.tensors), config
+
+
+def dequantized(kind: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `rows` of this kind of quantisation (or of none, such as "F32") say."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType[kind])).to(dtype)
 
 
 def gguf_reader(path: str | Path):
@@ -113,10 +127,8 @@ def _config(path: str | Path, reader) -> dict[str, Any]:
     return config
 
 
-def _weight(path: str | Path, tensor, config: dict[str, Any], dtype: torch.dtype) -> tuple[str, Tensor]:
-    """One tensor under Hugging Face's name."""
-    from gguf import dequantize
-
+def _stored(path: str | Path, tensor, config: dict[str, Any]) -> tuple[str, Stored]:
+    """One tensor under Hugging Face's name, with its rows in our order."""
     module, _, last = tensor.name.rpartition(".")
     layer = module.split(".")
     if module in MODEL:
@@ -126,12 +138,11 @@ def _weight(path: str | Path, tensor, config: dict[str, Any], dtype: torch.dtype
     else:
         raise ValueError(f"{path} has the tensor {tensor.name!r}, which has no place in a Llama; choose another file")
     # Not `tensor.data`: what was read through a memory map would count as this process's memory to the end.
-    codes = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-    weight = torch.from_numpy(dequantize(codes.reshape(tensor.data.shape), tensor.tensor_type)).to(dtype)
-    heads = PERMUTED.get(layer[-1])
-    return f"{name}.{last}", weight if heads is None else in_halves(weight, config[heads])
+    stored = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
+    rows, heads = torch.from_numpy(stored.reshape(tensor.data.shape)), PERMUTED.get(layer[-1])
+    return f"{name}.{last}", (tensor.tensor_type.name, rows if heads is None else in_halves(rows, config[heads]))
 
 
-def in_halves(weight: Float[Tensor, "d_out *d_in"], n_heads: int) -> Float[Tensor, "d_out *d_in"]:
+def in_halves(rows: Shaped[Tensor, "d_out *d_in"], n_heads: int) -> Shaped[Tensor, "d_out *d_in"]:
     """The rows of each head, from pairs (0, 1), (2, 3), … to two halves that face each other."""
-    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return rows.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)

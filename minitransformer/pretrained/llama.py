@@ -106,7 +106,7 @@ def from_llama(
     if config.get("tie_word_embeddings", False):
         tensors = one_of_each(tensors, COPIES)
         lm_head = "tied" if lm_head == "untied" or HEAD not in saved else "none"
-    return filled(_our_config(config, form, lm_head), tensors, _names, assign)
+    return filled(_our_config(config, form, lm_head), tensors, module_names, assign)
 
 
 def _check_windows(config: Mapping[str, Any], form: Form) -> None:
@@ -145,7 +145,8 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return read_number({**config, **found}, "rope_theta", 10_000.0)
 
 
-def _names(n_layers: int) -> dict[str, str]:
+def module_names(n_layers: int) -> dict[str, str]:
+    """Our module -> Hugging Face's, of a model with so many layers."""
     layers = {f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for i in range(n_layers) for ours, theirs in BLOCK.items()}
     return OUTSIDE | layers
 

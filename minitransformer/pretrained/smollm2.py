@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from minitransformer.pretrained.gguf_file import gguf_llama, gguf_reader
+from minitransformer.pretrained.gguf_quantized import gguf_quantized
 from minitransformer.pretrained.installed import installed_path
 from minitransformer.pretrained.llama import from_llama
 from minitransformer.pretrained.tokenizer import ChatTokenizer, byte_level_bpe
@@ -22,16 +23,19 @@ CONTROL = 3  # GGUF's kind of a token that no text spells: the beginning of a tu
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # where a chat has no such message
 
 
-def smollm2(dtype: torch.dtype = torch.float32) -> Transformer:
+def smollm2(dtype: torch.dtype = torch.float32, quantized: bool = False) -> Transformer:
     """The pretrained language model, in evaluation mode. A fresh copy with every call.
 
     Args:
         dtype: of the weights; bfloat16 takes half the memory.
+        quantized: the weights stay as they are in the file, a sixth of float32, frozen; what is computed is the same.
 
     Raises:
         ModuleNotFoundError: `gguf` or the package with the weights is not installed; the message says the command.
         ValueError: the package holds another file.
     """
+    if quantized:
+        return gguf_quantized(smollm2_file(), dtype)
     return from_llama(*gguf_llama(smollm2_file(), dtype), assign=True)
 
 
