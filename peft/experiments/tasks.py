@@ -217,7 +217,7 @@ NF4, Q4_1 = " nf4", " q4_1"  # the same for 4 bits: frozen linear layers only, p
 SMOLLM2 = {
     "pretrained": lambda seed: smollm2(),
     "pretrained" + BFLOAT16: lambda seed: smollm2(torch.bfloat16),
-    "pretrained" + NF4: lambda seed: quantize(smollm2(), "nf4"),
+    "pretrained" + NF4: lambda seed: quantize(smollm2().requires_grad_(False), "nf4"),
     "pretrained" + Q4_1: lambda seed: smollm2(quantized=True),  # as in the file
 }
 SPOKEN = {

@@ -290,3 +290,13 @@ def test_what_cannot_be_is_refused_and_nothing_has_changed(start, made, recipe, 
     if "NaN" in message:
         before, after = ([part if i != 1 else {} for i, part in enumerate(p)] for p in (before, after))
     assert_same(before, after)
+
+
+def test_without_a_rounding_loftq_has_nothing_to_correct(unchecked):
+    own = model()
+    before = fingerprint(own)
+    with pytest.raises(ValueError, match="corrects a rounding"):
+        attach_loftq(own, RECIPE, storage=None)
+    with pytest.raises(ValueError, match="plain LoRA"):
+        attach_loftq(own, PrefixTuning(length=2))
+    assert_same(before, fingerprint(own))
