@@ -18,7 +18,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 
 GROUP = 256  # scales that share one of their own
@@ -42,10 +42,10 @@ BOOKS = {"nf4": normal_float(), "int4": torch.arange(-8.0, 8.0) / 7}  # of the l
 
 
 @cache
-def pairs(book: str, device: torch.device) -> Float[Tensor, "256 2"]:
-    """What each byte says: the values of its two codes."""
+def pairs(book: str, device: torch.device) -> Int64[Tensor, "256"]:
+    """What each byte says: the values of its two codes, two float32 that are moved as one number of 64 bits."""
     with torch.inference_mode(False):
-        return torch.cartesian_prod(BOOKS[book], BOOKS[book]).to(device)
+        return torch.cartesian_prod(BOOKS[book], BOOKS[book]).to(device).view(torch.int64).flatten()
 
 
 def packed(weight: Weight, book: str, block: int, double: bool) -> dict[str, Bytes]:
@@ -68,8 +68,8 @@ def unpacked(book: str, codes: Bytes, scales: Bytes, steps: Bytes | None = None)
         scales = scales.view(torch.float32)
     else:
         scales = unpacked_scales(scales.view(torch.int8), steps.view(torch.float32))
-    values = F.embedding(codes.int(), pairs(book, codes.device))  # [d_out, d_in / 2, 2]
-    return values.view(len(scales), -1).mul_(scales[:, None]).view(len(codes), -1)
+    values = pairs(book, codes.device).index_select(0, codes.flatten().int())
+    return values.view(torch.float32).view(len(scales), -1).mul_(scales[:, None]).view(len(codes), -1)
 
 
 def packed_scales(scales: Float[Tensor, " n"]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
             )
     if not found:
         raise ValueError(
-            "the model has no blocks with linear layers; give a Transformer, or a module that contains one"
+            "the model has no blocks of linear layers; give a Transformer, or a module that contains one"
         )
     return found
 

@@ -123,9 +123,10 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        dx = g @ ctx.unpack(*ctx.saved_tensors).to(g.dtype) if ctx.needs_input_grad[0] else None
-        db = g.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
-        return dx, db, *[None] * (2 + len(ctx.saved_tensors))
+        needs_x, needs_bias, *others = ctx.needs_input_grad
+        dx = g @ ctx.unpack(*ctx.saved_tensors).to(g.dtype) if needs_x else None
+        db = g.flatten(0, -2).sum(dim=0) if needs_bias else None
+        return dx, db, *[None for _ in others]
 
     @staticmethod
     def jvp(ctx, x, bias, *_):

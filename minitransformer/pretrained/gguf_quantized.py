@@ -22,10 +22,11 @@ from minitransformer.transformer import Transformer
 
 
 def q4_1(blocks: Bytes) -> Weight:
-    """The weight in float32. The lower halves of a block's 16 last bytes are its first 16 codes, the upper the others."""
-    each = blocks.view(-1, 20)
-    d, m = each[:, :4].view(torch.float16).float().split(1, dim=1)
-    q = torch.cat([each[:, 4:] & 15, each[:, 4:] >> 4], dim=1)
+    """The weight in float32. The lower halves of the 16 bytes of codes come first, then the upper halves."""
+    each = blocks.view(torch.int32).view(-1, 5)  # four bytes at a time
+    d, m = each[:, 0].contiguous().view(torch.float16).view(-1, 2).float().split(1, dim=1)
+    codes = each[:, 1:].contiguous()
+    q = torch.cat([codes & 0x0F0F0F0F, codes >> 4 & 0x0F0F0F0F], dim=1).view(torch.uint8)
     return q.float().mul_(d).add_(m).view(len(blocks), -1)
 
 
