@@ -76,19 +76,13 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     for name, module in modules.items():
         if not blocks or not name.startswith(blocks):
             continue
+        holds_linear = any(isinstance(inner, nn.Linear) for inner in module.modules())
         if isinstance(module, nn.Linear):
             found[name] = modules[name.rpartition(".")[0]], module
-        elif not isinstance(module, (Attention, FeedForward)) and any(
-            isinstance(m, nn.Linear) for m in module.modules()
-        ):
-            kind = type(module).__name__
-            raise ValueError(
-                f"{name} is a {kind}, round a layer to be quantised; quantise first, and then wrap or attach"
-            )
+        elif holds_linear and not isinstance(module, (Attention, FeedForward)):
+            raise ValueError(f"{name} is a {type(module).__name__}: quantise the plain model, and attach afterwards")
     if not found:
-        raise ValueError(
-            "the model has no blocks of linear layers; give a Transformer, or a module that contains one"
-        )
+        raise ValueError("the model has no blocks of linear layers; give a Transformer, or a module that contains one")
     return found
 
 

@@ -78,7 +78,7 @@ def gradient_audit(
     try:
         with modes_restored(model):
             norms = _trial(model, parameters, loss_fn, steps, learning_rate)
-        moved = {name: float((p - before[p][0]).abs().max().item()) for name, p in parameters.items()}
+        moved = {name: float((p.detach() - before[p][0]).abs().max()) for name, p in parameters.items()}
         blocks = block_names(named_sites(model))
         rows = [AuditRow(n, layer_of(n, blocks), p.requires_grad, norms[n], moved[n]) for n, p in parameters.items()]
     finally:

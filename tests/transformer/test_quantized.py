@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from reference.random_weights import randomize
 from reference.tiny_models import LLAMA, SIZES, tiny_of
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
@@ -55,7 +57,8 @@ def twin(weight, book, block, double):
     blocks = weight.numpy().reshape(-1, block)
     scales = np.abs(blocks).max(axis=1)
     zero = np.argmin(np.abs(book))
-    codes = np.array([[np.argmin(np.abs(w - c * book)) if c else zero for w in own] for own, c in zip(blocks, scales)])
+    pairs = zip(blocks, scales, strict=True)
+    codes = np.array([[np.argmin(np.abs(w - c * book)) if c else zero for w in own] for own, c in pairs])
     if double:
         mean = scales.mean()
         for start in range(0, len(scales), 256):
@@ -238,7 +241,7 @@ def test_state_dict_copies_and_pickles():
     other.load_state_dict(model.state_dict())
     for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(TOKENS), model(TOKENS))
-    with pytest.raises(RuntimeError, match="query.weight"):
+    with pytest.raises(RuntimeError, match=r"query\.weight"):
         model.load_state_dict(tiny_of({})().state_dict())
 
 
@@ -273,6 +276,10 @@ def wrapped(model):
     model.blocks[1].attention.key = nn.Sequential(model.blocks[1].attention.key)
 
 
+def pruned(model):
+    prune.l1_unstructured(model.blocks[1].attention.key, "weight", 3)
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "said"),
     [
@@ -286,7 +293,11 @@ def wrapped(model):
         (twice, {}, "weight of blocks.0.attention.key is shared with another module"),
         (infinite, {}, "weight of blocks.1.feedforward.down holds a NaN or an infinity"),
         (wrapped, {}, "blocks.1.attention.key is a Sequential"),
-        (lambda m: prune.l1_unstructured(m.blocks[1].attention.key, "weight", 3), {}, "blocks.1.attention.key is pruned"),
+        (
+            lambda m: prune.l1_unstructured(m.blocks[1].attention.key, "weight", 3),
+            {},
+            "blocks.1.attention.key is pruned",
+        ),
         (lambda m: m.blocks[1].attention.key.register_forward_hook(print), {}, "watched by a hook"),
     ],
 )
@@ -308,3 +319,18 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="nothing is quantised"):
         dequantize(tiny_of({})())
     assert F.mse_loss(dequantize(tiny()).blocks[0].attention.query.weight, tiny().blocks[0].attention.query.weight) == 0
+
+
+@pytest.mark.parametrize(("case", "block"), [("nf4", 64), ("larger blocks", 128)])
+def test_bitsandbytes_says_the_same(case, block):
+    """Golden output of another implementation (reference/make_bitsandbytes_golden.py)."""
+    golden = load_file(Path(__file__).parents[1] / "reference" / "bitsandbytes.safetensors")
+    torch.testing.assert_close(BOOKS["nf4"], golden["book"], atol=1e-6, rtol=0)
+    weight = golden[f"{case}/weight"]
+    stored = packed(weight, "nf4", block, double=False)
+    assert torch.equal(stored["scales"].view(torch.float32), golden[f"{case}/scales"])
+    assert torch.equal(stored["codes"].flatten(), golden[f"{case}/codes"])
+    torch.testing.assert_close(unpacked("nf4", *stored.values()), golden[f"{case}/unpacked"], atol=1e-7, rtol=0)
+    doubly = unpacked("nf4", *packed(weight, "nf4", block, double=True).values())  # integers for the scales, not floats
+    ours, theirs = ((own - golden[f"{case}/unpacked"]).norm() for own in (doubly, golden[f"{case}/doubly unpacked"]))
+    assert ours < 1.3 * theirs < 0.01 * weight.norm()

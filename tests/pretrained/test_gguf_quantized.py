@@ -1,0 +1,106 @@
+"""A Llama in the blocks of a GGUF file: the weights are those of the format's own library, to the last bit."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from reference.gguf_files import V, weights, write
+from torch import nn
+
+import peft
+from minitransformer import dequantize, quantize, stored_bytes
+from minitransformer.pretrained.gguf_file import gguf_llama
+from minitransformer.pretrained.gguf_quantized import gguf_quantized, q4_1, q8_0
+from minitransformer.pretrained.llama import from_llama
+from minitransformer.quantized_layer import QuantizedEmbedding, QuantizedLinear
+
+gguf = pytest.importorskip("gguf")
+
+Q4_1, Q8_0 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
+TOKENS = torch.randint(V, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("kind", "unpack"), [(Q4_1, q4_1), (Q8_0, q8_0)])
+def test_unpacking_is_that_of_the_library(kind, unpack):
+    rows = gguf.quantize(np.random.default_rng(0).standard_normal((6, 96)).astype(np.float32), kind)
+    assert torch.equal(unpack(torch.from_numpy(rows)), torch.from_numpy(gguf.dequantize(rows, kind)))
+
+
+def test_unpacking_block_by_block_in_numpy():
+    """From the bytes, as the head of the file says."""
+    row = np.random.default_rng(1).integers(0, 256, 40, dtype=np.uint8)
+    row[[1, 3, 21, 23]] = [36, 35, 37, 180]  # scales and minima that are finite
+    expected = []
+    for block in row.reshape(2, 20):
+        d, m = block[:4].view(np.float16).astype(np.float32)
+        expected += [d * q + m for q in [*(block[4:] % 16), *(block[4:] // 16)]]
+    assert q4_1(torch.from_numpy(row)[None])[0].tolist() == pytest.approx(expected)
+
+
+@pytest.fixture(params=["Q4_1", "Q8_0"])
+def path(request, tmp_path):
+    return write(tmp_path / "m.gguf", weights(), gguf.GGMLQuantizationType[request.param])
+
+
+def test_it_is_the_model_that_dequantised_weights_give(path):
+    model, plain = gguf_quantized(path), from_llama(*gguf_llama(path))
+    assert model.config == plain.config and not model.training
+    assert {type(m) for m in model.blocks.modules() if isinstance(m, nn.Linear)} == {QuantizedLinear}
+    assert type(model.embedding.token) is QuantizedEmbedding
+    assert not any(p.requires_grad for p in model.parameters())
+    for (name, ours), theirs in zip(model.named_modules(), plain.modules(), strict=True):
+        if hasattr(ours, "weight"):
+            assert torch.equal(ours.weight, theirs.weight), name
+    assert torch.equal(model(TOKENS), plain(TOKENS))
+    assert torch.equal(model.embedding(TOKENS), plain.embedding(TOKENS))
+    assert torch.equal(model.generate(TOKENS, 8), plain.generate(TOKENS, 8))
+    torch.testing.assert_close(model.loss(TOKENS, TOKENS), plain.loss(TOKENS, TOKENS))
+    with pytest.raises(ValueError, match="tokens range from"):
+        model(TOKENS + V)
+    back = dequantize(copy.deepcopy(model))
+    assert type(back.embedding.token) is nn.Embedding and torch.equal(back(TOKENS), plain(TOKENS))
+
+
+def test_bytes_are_those_of_the_file(path):
+    kind = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    model = gguf_quantized(path)
+    assert stored_bytes(model) == sum(int(tensor.n_bytes) for tensor in kind.values())
+    assert model.embedding.token.bits in (5.0, 8.5)
+
+
+def test_another_precision_and_casts(path):
+    half, model = gguf_quantized(path, torch.bfloat16), gguf_quantized(path)
+    assert torch.equal(half(TOKENS), model.to(torch.bfloat16)(TOKENS)) and half(TOKENS).dtype == torch.bfloat16
+    model.float()
+    assert torch.equal(model.blocks[0].attention.query.weight, gguf_quantized(path).blocks[0].attention.query.weight)
+
+
+def test_what_is_not_quantised_stays_plain(tmp_path):
+    """A file in float32, and a head of its own, which is no linear layer."""
+    plain = gguf_quantized(write(tmp_path / "m.gguf", weights()))
+    assert not any(isinstance(m, (QuantizedLinear, QuantizedEmbedding)) for m in plain.modules())
+    own = weights() | {"lm_head.weight": weights(1)["model.embed_tokens.weight"]}
+    path = write(tmp_path / "head.gguf", own, Q8_0)
+    assert torch.equal(gguf_quantized(path)(TOKENS), from_llama(*gguf_llama(path))(TOKENS))
+
+
+@pytest.mark.parametrize(
+    "recipe", [peft.LoRA(rank=2, targets=(*peft.ALL_LINEARS, "gate")), peft.PromptTuning(length=3),
+               peft.PrefixTuning(length=3, init="normal"), peft.IA3()], ids=lambda recipe: type(recipe).__name__,
+)  # fmt: skip
+def test_methods_over_the_file(path, recipe, tmp_path):
+    model, plain = peft.attach(gguf_quantized(path), recipe), peft.attach(from_llama(*gguf_llama(path)), recipe)
+    for own in (model, plain):
+        own.loss(TOKENS, TOKENS).backward()
+        assert own.generate(TOKENS, 3).shape == (3, 10)
+    for name, ours in peft.trainable_parameters(model).items():
+        torch.testing.assert_close(ours.grad, peft.trainable_parameters(plain)[name].grad, rtol=1e-4, atol=1e-6)
+    assert peft.parameter_table(model).base == peft.parameter_table(plain).base
+    peft.gradient_audit(model, lambda own: own.loss(TOKENS, TOKENS))
+    peft.save(model, tmp_path / "file")
+    peft.load(gguf_quantized(path), tmp_path / "file")
+    with pytest.raises(ValueError, match="another base model"):
+        peft.load(from_llama(*gguf_llama(path)), tmp_path / "file")
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize(peft.detach(model))
