@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minitransformer.code_book import Bytes, Weight
 
+PART = 2**12  # words whose rows are unpacked at a time
 Unpack = Callable[..., Weight]  # from the bytes to float32
 
 
@@ -96,6 +97,12 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         """The rows of these numbers."""
         rows = self.unpack(*[tensor[tokens.flatten()] for tensor in self.stored])
         return rows.to(self.like.dtype).view(*tokens.shape, -1)
+
+    def scores(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
+        """E h, a tied head's product, with a part of the table unpacked at a time."""
+        parts = zip(*[tensor.split(PART) for tensor in self.stored], strict=True)
+        products = [FrozenProduct.apply(hidden, None, self.unpack, self.like.dtype, *part) for part in parts]
+        return torch.cat(products, dim=-1)
 
     def plain(self) -> nn.Embedding:
         """An embedding with this table, frozen."""

@@ -8,7 +8,8 @@ Why it can work: the change that fine-tuning makes has a low *intrinsic dimensio
 of rank r << min(d_in, d_out) holds most of it.
 
 Shapes: x [..., d_in], A [r, d_in], B [d_out, r], y [..., d_out]. Trained: r (d_in + d_out) parameters, not d_in d_out.
-Variants: a trained length for each row (`dora.py`), two learning rates (`lora_plus.py`), one product (`fast/lora.py`).
+Variants: a trained length for each row (`dora.py`), two learning rates (`lora_plus.py`), one product (`fast/lora.py`),
+W0 in 4 bits ("QLoRA": `minitransformer/quantized.py`).
 
 Differs from the paper: A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), as in the authors' code, where the paper says
 Gaussian; and one factor alone may be trained (`train`), see the docstring of `LoRA`.
@@ -23,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
+from minitransformer.quantized_layer import Quantized
 from peft.fast.lora import fast_lora, is_known
 from peft.functional import lora_update, lora_weight
 from peft.method import parameter_like, uniform
@@ -96,7 +98,8 @@ class LoRALinear(MergeableLinear):
     def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """W0 x + b + (alpha / r) B A dropout(x). Hu et al. 2022, equation 3."""
         if type(self) is LoRALinear and x.numel() >= self.many and is_known(self, x):
-            return fast_lora(x, self.base.weight, self.base.bias, self.A, self.B, self.scale)
+            frozen = self.base if isinstance(self.base, Quantized) else self.base.weight
+            return fast_lora(x, frozen, self.base.bias, self.A, self.B, self.scale)
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         return y + lora_update(dropped, self.A, self.B, self.scale).to(y.dtype)

@@ -86,6 +86,23 @@ def test_the_gradients_are_those_over_the_dequantised_base(recipes):
             torch.testing.assert_close(gradient, found[2][name], atol=1e-12, rtol=1e-9)
 
 
+def test_lora_in_one_product_is_its_plain_form_and_keeps_no_weight(monkeypatch):
+    layer = train_a_little(peft.attach(tiny().double(), LoRA(rank=2, targets=("up",)))).blocks[0].feedforward.up
+    x, found, kept = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1)).double(), [], []
+    assert x.numel() > layer.many
+    for _ in range(2):
+        own = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = layer(own)
+        assert (24, 16) not in {tuple(tensor.shape) for tensor in kept}
+        y.square().sum().backward()
+        found.append([y.detach(), own.grad, layer.A.grad, layer.B.grad])
+        layer.A.grad = layer.B.grad = None
+        monkeypatch.setattr("peft.methods.lora.is_known", lambda layer, x: False)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
+
+
 @KINDS
 def test_counts_are_of_weights_and_not_of_bytes(kind):
     plain, model = tiny_of(kind)(), tiny(kind)

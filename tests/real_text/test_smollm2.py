@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitransformer import stored_bytes
 from minitransformer.pretrained import smollm2
 from minitransformer.pretrained.smollm2 import smollm2_file
 from minitransformer.tasks.language.movers import movers_splits
@@ -21,6 +22,7 @@ GOLDEN = json.loads((REFERENCE / "smollm2.json").read_text())
 LOGITS = load_file(REFERENCE / "smollm2.safetensors")
 MEMORY = """
 import re, sys, torch
+from minitransformer import stored_bytes
 from minitransformer.pretrained import smollm2
 model = smollm2(getattr(torch, sys.argv[1]))
 with torch.no_grad():
@@ -142,3 +144,11 @@ def test_before_tuning_it_talks_about_something_else(language_model, chat):
     task = movers_splits()
     said = generated_answers(language_model, chat, task.test[:8], max_new_tokens=8)
     assert all(said) and task.accuracy(said, task.test[:8]) < 0.5
+
+
+@torch.no_grad()
+def test_in_the_bytes_of_its_file_it_is_the_same_model(language_model):
+    packed, tokens = smollm2(quantized=True), torch.tensor([tokens_of(GOLDEN["logits"][0])])
+    assert stored_bytes(packed) < 0.19 * stored_bytes(language_model)
+    assert torch.equal(packed.blocks[29].feedforward.down.weight, language_model.blocks[29].feedforward.down.weight)
+    torch.testing.assert_close(packed(tokens), language_model(tokens), rtol=1e-5, atol=1e-4)
