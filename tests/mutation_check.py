@@ -29,6 +29,7 @@ TESTS = {  # files of tests/methods, or paths below tests
     "lora": "lora lora_variants counting attach_detach",
     "dora": "lora_variants invariants_of_every_method",
     "lora_plus": "lora_variants",
+    "starts": "starts",
     "linear": "merging/test_merge.py lora lora_variants",
     "merge": "merging/test_merge.py lora lora_variants",
     "combine": "lora_variants merging/test_soup.py",

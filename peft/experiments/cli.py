@@ -26,7 +26,7 @@ from peft.experiments import compare, convert, doctor, report, sweep
 from peft.experiments.plots import STYLE, plot_comparison, plt
 from peft.experiments.processes import launched_together
 from peft.experiments.results import read_rows
-from peft.experiments.tasks import BFLOAT16, RANDOM_BACKBONE, TASKS
+from peft.experiments.tasks import TASKS, methods_on
 
 
 def selected(words: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -79,18 +79,19 @@ def run_comparison(arguments: Sequence[str]) -> None:
         "--examples", type=at_least_one, help="so many training rows, drawn anew for each seed; all without it"
     )
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the products, and of a frozen base"
+        "--precision",
+        choices=("float32", "bfloat16", "nf4", "q4_1"),
+        default="float32",
+        help="of a frozen base; bfloat16: of the products as well",
     )
     parser.add_argument("--threads", type=at_least_one, default=1)
     options = parser.parse_args(arguments)
-    names, backbone = list(TASKS[options.task].entries), "pretrained"
-    if options.random_backbone:
-        names, backbone = [name for name in RANDOM_BACKBONE if name in names] or names, "random"
-    if options.precision == "bfloat16":
-        backbone += BFLOAT16
+    backbone = "random" if options.random_backbone else "pretrained"
+    backbone += f" {options.precision}" * (options.precision != "float32")
     options.seeds = options.seeds or TASKS[options.task].seeds
     try:
-        study = compare.study(options.task, selected(options.methods or [], names), backbone, options.examples)
+        names = selected(options.methods or [], methods_on(options.task, backbone))
+        study = compare.study(options.task, names, backbone, options.examples)
         out = options.out / f"{compare.label(options.task, options.examples)}.csv"
         read_rows(out)
         options.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ With `--examples 16` a run sees so few training rows, drawn anew for each seed, 
 still chosen on the whole validation split, which is generous, to all methods alike. With `--random-backbone` the frozen
 backbone was never pretrained. With `--precision bfloat16` the products of a training step, and the weights of a frozen
 base, have 16 bits; what is trained has 32 in either case. Rows say which (`precision`, and the name of the backbone).
+With `--precision nf4` or `q4_1` the frozen linear layers have 4 bits, rounded anew or as the file has them, and the
+products 32.
 
 A language model's final run is also asked the first 32 rows of its validation split every few steps: the column
 `validation_curve` has the share of right answers at each step, `steps_to_90` the first step with nine in ten.
@@ -45,7 +47,7 @@ from peft.checkpoint import save
 from peft.counting import parameter_table
 from peft.experiments.results import KEY, Row
 from peft.experiments.sweep import Plan, Study, counted
-from peft.experiments.tasks import TASKS, Comparison, Entry, precision_of
+from peft.experiments.tasks import TASKS, Comparison, Entry, methods_on, precision_of
 from peft.merging.combine import soup
 from peft.methods.lora_plus import lora_plus_groups
 
@@ -375,11 +377,12 @@ def study(
         ValueError: the task has no such method or backbone, not so many examples, or there is no method at all.
     """
     comparison = TASKS[name]
-    methods = list(comparison.entries if methods is None else methods)
-    if not methods or not set(methods) <= set(comparison.entries):
-        raise ValueError(f"methods={methods}: choose some of {'; '.join(comparison.entries)}")
     if backbone not in comparison.models:
         raise ValueError(f"{name} has no {backbone} backbone; it has {', '.join(comparison.models)}")
+    there = methods_on(name, backbone)
+    methods = there if methods is None else list(methods)
+    if not methods or not set(methods) <= set(there):
+        raise ValueError(f"methods={methods}: choose some of {'; '.join(there)}")
     task = comparison.splits()
     if examples is not None:
         fewer(task.train, examples, seed=0)

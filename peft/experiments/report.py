@@ -20,7 +20,7 @@ from peft.experiments.compare import current
 from peft.experiments.plots import STYLE, plot_tasks, plt
 from peft.experiments.results import read_rows
 from peft.experiments.sweep import accuracy, n_seeds, percent, summaries, to_90
-from peft.experiments.tasks import BFLOAT16, FULL, HEAD, LORA, TASKS, UNTRAINED
+from peft.experiments.tasks import BFLOAT16, FULL, HEAD, LORA, NF4, Q4_1, TASKS, UNTRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results"
@@ -33,6 +33,7 @@ LANGUAGE_TASKS = ("movers", "records", "rotten_tomatoes_words")
 RANDOM = ", random backbone"
 SIXTEEN = "pretrained" + BFLOAT16
 ADDED = {"pretrained": "", "random": RANDOM, SIXTEEN: ", bfloat16"}  # to a method's name, by backbone
+ADDED |= {"pretrained" + NF4: ", NF4", "pretrained" + Q4_1: ", Q4_1"}
 
 # For the README: the jobs of the benchmark in each line, and what they are called there.
 METHODS = {
@@ -106,8 +107,9 @@ LANGUAGE = """## A language model
 
 On SmolLM2-135M-Instruct. Test accuracy is the share of answers in free greedy generation that are right, word for word
 (of a record: as JSON). *Steps to 90%* says when nine in ten of 32 validation answers were right, in the fewest and the
-most steps of the seeds; –: never. *bfloat16*: products and the frozen base in 16 bits, what is trained in 32. What it
-says before and after, and what tuning does to its loss on other text, is in `language_model.json`, for notebook 15.
+most steps of the seeds; –: never. *bfloat16*: products and the frozen base in 16 bits, what is trained in 32. *NF4*,
+*Q4_1*: the frozen linear layers in 4 bits, products in float32. What it says before and after, and what tuning does to
+its loss on other text, is in `language_model.json`, for notebook 15.
 
 {tables}
 

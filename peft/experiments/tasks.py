@@ -31,6 +31,7 @@ from minitransformer.heads import SequenceClassifier
 from minitransformer.pretrained import toy_backbone
 from minitransformer.pretrained.minilm import minilm
 from minitransformer.pretrained.smollm2 import SHA256, smollm2, smollm2_tokenizer
+from minitransformer.quantized import quantize
 from minitransformer.tasks import Task, qa_splits, sentiment_splits
 from minitransformer.tasks.language.movers import movers_splits
 from minitransformer.tasks.language.records import records_splits
@@ -212,7 +213,13 @@ DUAL_ENCODER = {"pretrained": lambda seed: DualEncoder(minilm())}
 HEADED = {"objective": label_loss, "train_also": ("head",), "like_length": True}
 # With products in bfloat16 the frozen weights have 16 bits too; what is trained keeps 32.
 BFLOAT16 = " bfloat16"  # at the end of the name of such a backbone
-SMOLLM2 = {"pretrained": lambda seed: smollm2(), "pretrained" + BFLOAT16: lambda seed: smollm2(torch.bfloat16)}
+NF4, Q4_1 = " nf4", " q4_1"  # the same for 4 bits: frozen linear layers only, products in float32
+SMOLLM2 = {
+    "pretrained": lambda seed: smollm2(),
+    "pretrained" + BFLOAT16: lambda seed: smollm2(torch.bfloat16),
+    "pretrained" + NF4: lambda seed: quantize(smollm2().requires_grad_(False), "nf4"),
+    "pretrained" + Q4_1: lambda seed: smollm2(quantized=True),  # as in the file
+}
 SPOKEN = {
     "objective": answer_only, "like_length": True, "batch_size": 16, "schedule": "linear", "warmup": 10, "seeds": 3,
     "base": SHA256[:12], "note_every": 10,
@@ -247,6 +254,15 @@ TASKS = {
         entries(LANGUAGE, "rotten_tomatoes_words"), **SPOKEN,
     ),
 }  # fmt: skip
+
+
+def methods_on(task: str, backbone: str) -> list[str]:
+    """The methods of a task that are run on that backbone: what has 4 bits is not tuned fully."""
+    entries = TASKS[task].entries
+    if backbone == "random":
+        return [name for name in RANDOM_BACKBONE if name in entries] or list(entries)
+    is_rounded = backbone.endswith((NF4, Q4_1))
+    return [name for name, entry in entries.items() if not is_rounded or entry.method is not None or entry.frozen]
 
 
 def precision_of(backbone: str) -> torch.dtype:

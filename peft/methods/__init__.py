@@ -11,6 +11,7 @@ from peft.methods.lora import ALL_LINEARS, LoRA
 from peft.methods.lora_plus import lora_plus_groups
 from peft.methods.prefix import PrefixTuning
 from peft.methods.prompt import PromptTuning
+from peft.methods.starts import attach_loftq, attach_pissa
 from peft.methods.vera import VeRA
 
 __all__ = [name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _ModuleType)]

@@ -621,4 +621,68 @@ WRONG_ANSWERS = {
             "that arrives",
         ),
     ],
+    # 16 · four bits
+    "check_rounded": [
+        (
+            "rounded_by_hand = lambda w, book, block: "
+            "w.abs().max() * book[(w[:, None] / w.abs().max() - book).abs().argmin(dim=1)]",
+            "each block has its own",
+        ),
+        (
+            "def rounded_by_hand(w, book, block):\n"
+            "    c = w.view(-1, block).amax(dim=1).repeat_interleave(block)\n"
+            "    return c * book[(w[:, None] / c[:, None] - book).abs().argmin(dim=1)]",
+            "the largest *absolute* value",
+        ),
+        (
+            "def rounded_by_hand(w, book, block):\n"
+            "    c = w.view(-1, block).abs().amax(dim=1).repeat_interleave(block)\n"
+            "    return book[(w[:, None] / c[:, None] - book).abs().argmin(dim=1)]",
+            "multiply by it",
+        ),
+        (
+            "def rounded_by_hand(w, book, block):\n"
+            "    c = w.view(-1, block).abs().amax(dim=1).repeat_interleave(block)\n"
+            "    return c * book[((w / c)[:, None] >= book - 1e-6).sum(dim=1) - 1]",
+            "not the next lower one",
+        ),
+    ],
+    "check_qlora_bytes": [
+        ("qlora_bytes = lambda linear, other, trained, block: linear / 2 + 2 * other + 16 * trained", "the scales are"),
+        (
+            "qlora_bytes = lambda linear, other, trained, block: linear * (0.5 + 4 / block) + 2 * other + 16 * trained",
+            "a scale has 8 bits",
+        ),
+        (
+            "qlora_bytes = lambda linear, other, trained, block: "
+            "linear * (0.5 + 1 / block + 1 / (64 * block)) + 2 * other + 4 * trained",
+            "Adam's two means too",
+        ),
+    ],
+    "check_loftq_factors": [
+        (
+            "def loftq_factors(W, Q, r, s):\n"
+            "    U, S, Vh = torch.linalg.svd(W - Q, full_matrices=False)\n"
+            "    return Vh[:r], U[:, :r] * S[:r]",
+            "the scale is missing",
+        ),
+        (
+            "def loftq_factors(W, Q, r, s):\n"
+            "    U, S, Vh = torch.linalg.svd(W, full_matrices=False)\n"
+            "    return Vh[:r], U[:, :r] * S[:r] / s",
+            "as PiSSA starts",
+        ),
+        (
+            "def loftq_factors(W, Q, r, s):\n"
+            "    U, S, Vh = torch.linalg.svd(W - Q, full_matrices=False)\n"
+            "    return Vh[:r], U[:, :r] / s",
+            "the singular values are missing",
+        ),
+        (
+            "def loftq_factors(W, Q, r, s):\n"
+            "    U, S, Vh = torch.linalg.svd(Q - W, full_matrices=False)\n"
+            "    return Vh[:r], U[:, :r] * S[:r] / s",
+            "points the wrong way",
+        ),
+    ],
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference.random_weights import randomize
 
-from minitransformer import Transformer, TransformerConfig
+from minitransformer import Transformer, TransformerConfig, quantize
 from minitransformer.tasks.language.pairs import LanguageTask, Pair, ask, same_text
 from minitransformer.tasks.language.rows import answer_rows
 from minitransformer.tasks.language.splits import pair_task
@@ -238,6 +238,33 @@ def test_both_precisions_in_one_file_and_their_reports(task, tmp_path, capsys):
     assert "## A language model" in page and "| LoRA q,v r=8, bfloat16 |" in page and "| not run |" in page
     (line,) = report.result_lines(found)
     assert "no training, bfloat16 " in line and line.index("no training ") > line.index("IA3")
+
+
+@pytest.mark.parametrize(("precision", "name"), [("nf4", "NF4"), ("q4_1", "Q4_1")])
+def test_over_four_bits_all_but_full_fine_tuning(task, tmp_path, capsys, monkeypatch, precision, name):
+    def rounded(seed):
+        return quantize(llama(seed).requires_grad_(False), block=8)
+
+    backbone = f"pretrained {precision}"
+    assert backbone in TASKS["records"].models
+    monkeypatch.setitem(TASKS, "movers", replace(TASKS["movers"], models={"pretrained": llama, backbone: rounded}))
+    command = ["compare", "--task", "movers", "--precision", precision, "--seeds", "1", "--out", str(tmp_path)]
+    main([*command, "--methods", "LoRA q,v"])
+    assert (tmp_path / f"movers_{precision}.png").exists()
+    rows = read_rows(tmp_path / "movers.csv")
+    trained = expected_parameters(CONFIG, TASKS["movers"].entries[LORA].method)
+    whole = sum(p.numel() for p in llama().parameters())
+    assert {(row["backbone"], row["precision"]) for row in rows} == {(backbone, "float32")}
+    assert {(int(row["trained_parameters"]), row["share"]) for row in rows} == {(trained, f"{trained / whole:.6f}")}
+    assert [*report.records_in(tmp_path)["movers"]] == [f"{LORA}, {name}"]
+    everything = [*TASKS["movers"].entries]
+    assert [*compare.study("movers", None, backbone).rates] == [own for own in everything if own != FULL]
+    with pytest.raises(ValueError, match=f"choose some of {UNTRAINED}; {LORA}"):
+        compare.study("movers", [FULL], backbone)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*command, "--methods", FULL])
+    assert "no method is called 'full fine-tuning'" in capsys.readouterr().err
 
 
 def test_without_runs_there_is_no_page_of_them(task):
