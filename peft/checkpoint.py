@@ -25,9 +25,10 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write the attached methods to a safetensors file. An older file of that name is replaced in one move, or kept,
     also with an OSError. ValueError if nothing is attached, a tensor holds a NaN or an infinity, or `load` could not
     give this model again: a tensor is trained that no method declares, or modules were moved since a method came."""
-    tensors, entries = complete_state(model), attached(model)
+    entries = attached(model)
     for entry in entries:
         _require_found_again(model, entry)
+    tensors = complete_state(model)
     methods = [{"recipe": e.method.as_dict(), "seed": e.seed, "train_also": list(e.train_also)} for e in entries]
     record = {"format": FORMAT, "methods": methods, "base": base_hash(model), "merged": is_merged(model)}
     write_whole(path, pack(tensors, record, KEY))
