@@ -1,16 +1,14 @@
 """What tuning does to everything else: SmolLM2 untrained, with LoRA, with a prefix, and fully tuned.
 
-    .venv/bin/python notebooks/results/language_model.py           about five minutes on two cores
+    .venv/bin/python notebooks/results/language_model.py           about ten minutes on two cores
 
 The runs are those of `python -m peft compare --task movers`, with its recipes and the rates that it has chosen, in 60
-steps, with products and frozen weights in bfloat16. Written to language_model.json, beside this file: what each model
-says to six test questions and to six others, and its loss on other text; of a method also with the method detached.
+steps. Written to language_model.json, beside this file: what each model says to six test questions and to six others,
+and its loss on other text; of a method also with the method detached.
 """
 
 import json
 from pathlib import Path
-
-import torch
 
 from minitransformer.pretrained import smollm2, smollm2_tokenizer
 from minitransformer.tasks.dataset import Dataset, pad_rows
@@ -22,10 +20,10 @@ from peft import detach
 from peft.experiments.compare import current, train
 from peft.experiments.results import read_rows
 from peft.experiments.sweep import chosen_learning_rate
-from peft.experiments.tasks import BFLOAT16, FULL, LORA, PREFIX, TASKS, UNTRAINED
+from peft.experiments.tasks import FULL, LORA, PREFIX, TASKS, UNTRAINED
 
 FILE = Path(__file__).with_suffix(".json")
-STEPS, SEED, BACKBONE = 60, 1, "pretrained" + BFLOAT16
+STEPS, SEED = 60, 1
 QUESTIONS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -40,7 +38,7 @@ def main() -> None:
     """All runs, one after the other; the file is written after each."""
     tokenizer, task = smollm2_tokenizer(), TASKS["movers"].splits()
     asked, others = task.test.pairs[:6], [ask(question, "") for question in QUESTIONS]
-    untrained = smollm2(torch.bfloat16)
+    untrained = smollm2()
     own = generated_answers(untrained, tokenizer, others, max_new_tokens=32)
     own = answer_rows(tokenizer, [ask(question, said) for question, said in zip(QUESTIONS, own, strict=True)])
     own.targets[own.targets == tokenizer.end_id] = NOT_ASKED  # some answers were cut short
@@ -67,7 +65,7 @@ def main() -> None:
     rows = current(read_rows(FILE.with_name("movers.csv")), "movers")
     for name in (LORA, PREFIX, FULL):
         rate = chosen_learning_rate(rows, name)
-        model, history = train(task, name, rate, STEPS, SEED, BACKBONE)
+        model, history = train(task, name, rate, STEPS, SEED)
         runs[name] = {"learning_rate": rate, "training_loss": history.loss, **measured(model)}
         if name != FULL:
             runs[name]["detached"] = losses(detach(model))
