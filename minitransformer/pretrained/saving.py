@@ -62,8 +62,9 @@ def check_plain(model: nn.Module) -> None:
     expected, given = ({name: type(module) for name, module in m.named_modules()} for m in (fresh, model))
     for name in [name for name in given if expected.get(name) is not given[name]]:
         raise ValueError(
-            f"{name} is a {given[name].__name__}, so this is no plain Transformer; write merged_copy(model) where an "
-            f"update is attached that a weight can hold, else detach(model) first"
+            f"{name} is a {given[name].__name__}, so this is no plain Transformer; dequantize(model) where it is "
+            f"quantised, write merged_copy(model) where an update is attached that a weight can hold, else "
+            f"detach(model) first"
         )
     expected, given = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (fresh, model))
     for name in [name for name in given.keys() | expected.keys() if expected.get(name) != given.get(name)]:

@@ -13,7 +13,7 @@ from reference.tiny_models import LLAMA, SIZES
 from safetensors.torch import load_file
 from torch import nn
 
-from minitransformer import Transformer, TransformerConfig
+from minitransformer import Transformer, TransformerConfig, dequantize, quantize
 from minitransformer.files import write_whole
 from minitransformer.heads import SequenceClassifier
 from minitransformer.pretrained import from_bert, from_gpt2, from_llama, from_pretrained, save_pretrained
@@ -153,6 +153,15 @@ def test_attached_methods_are_refused_and_a_merged_copy_is_written(tmp_path):
     attach(detach(model), BottleneckAdapter(bottleneck=2))
     with pytest.raises(ValueError, match=r"else detach\(model\) first"):
         save_pretrained(model, tmp_path / "again")
+
+
+def test_quantised_weights_are_refused_and_written_once_they_are_unpacked(tmp_path):
+    model = quantize(model_of(LLAMA).requires_grad_(False), block=4)
+    with pytest.raises(ValueError, match=r"query is a QuantizedLinear, .*dequantize\(model\) where it is quantised"):
+        save_pretrained(model, tmp_path / "out")
+    expected = outputs(model)
+    save_pretrained(dequantize(model), tmp_path / "out")
+    torch.testing.assert_close(outputs(from_pretrained(tmp_path / "out")), expected)
 
 
 class Other(Transformer):
