@@ -1,18 +1,15 @@
 """What a forward pass needs to know beside its arguments: which methods are off, which row is under which task.
 
 It belongs to the pass and its thread: another thread does not see it, and a block that is computed again for its
-gradient (`checkpointed`) sees what it saw the first time, wherever and whenever that happens. A checkpoint of the
+gradient (`checkpointing.py`) sees what it saw the first time, wherever and whenever that happens. A checkpoint of the
 reader's own (`torch.utils.checkpoint`) cannot know: what it runs has to enter the context inside, and so does again.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 RECORDS = "records"  # the entry of those who note attention weights
 
@@ -34,17 +31,6 @@ def telling(told: Mapping) -> Iterator[None]:
         yield
     finally:  # only its own entries: another one that began inside may last longer
         CALL.told = {key: value for key, value in CALL.told.items() if key not in told} | before
-
-
-def checkpointed(step: Callable, *inputs):
-    """`step(*inputs)`, of which nothing is kept for the backward pass: it is computed again there.
-
-    The non-reentrant form: the other gives no gradient where no input needs one, as in the first block of every frozen
-    model.
-    """
-    if not torch.compiler.is_compiling():  # a compiled recomputation repeats what was traced
-        step = partial(as_told, CALL.told, step)
-    return checkpoint(step, *inputs, use_reentrant=False)
 
 
 def of_rows(told: Mapping, rows: Tensor) -> Mapping:

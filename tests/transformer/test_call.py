@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peft
 from minitransformer import Transformer, TransformerConfig
-from minitransformer.call import CALL, checkpointed, telling
+from minitransformer.call import CALL, telling
+from minitransformer.checkpointing import _malloc_trim, checkpointed, give_memory_back
 
 CONFIG = {"vocab_size": 23, "max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24}
 TOKENS = torch.tensor([[3, 1, 4, 1], [2, 7, 5, 9]])
@@ -85,3 +86,14 @@ def test_a_readers_own_checkpoint_is_right_with_the_context_inside(checkpointing
 
     expected = torch.autograd.grad(off(TOKENS), weight)[0]
     torch.testing.assert_close(torch.autograd.grad(checkpoint(off, TOKENS, use_reentrant=False), weight)[0], expected)
+
+
+def test_memory_is_given_back_where_the_c_library_can(monkeypatch):
+    _malloc_trim.cache_clear()
+    assert _malloc_trim() is None or _malloc_trim()(0) in (0, 1)
+    for platform in ("win32", "darwin", "emscripten"):
+        monkeypatch.setattr("sys.platform", platform)
+        _malloc_trim.cache_clear()
+        assert _malloc_trim() is None
+        give_memory_back()
+    _malloc_trim.cache_clear()

@@ -1,0 +1,61 @@
+"""Gradient checkpointing: of each block only its input is kept; for the backward pass the block is computed again.
+
+Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minitransformer.attention import Context, Hidden, Mask
+from minitransformer.call import CALL, as_told
+
+EVERY = 4  # blocks: giving memory back before each of them would cost a quarter of the time
+
+
+def through_checkpoints(
+    steps: Sequence[Callable], x: Hidden, mask: Mask, contexts: Sequence[Context | None]
+) -> Float[Tensor, "B Q d_model"]:
+    """What the blocks make of x, one after the other, each as `checkpointed` runs it."""
+    for i, (step, context) in enumerate(zip(steps, contexts, strict=True)):
+        x = checkpointed(partial(_tidied, step) if (len(steps) - i) % EVERY == 1 else step, x, mask, context)
+    give_memory_back()
+    return x
+
+
+def checkpointed(step: Callable, *inputs):
+    """`step(*inputs)`, of which nothing is kept for the backward pass: it is computed again there.
+
+    The non-reentrant form: the other gives no gradient where no input needs one, as in the first block of every frozen
+    model.
+    """
+    if not torch.compiler.is_compiling():  # a compiled recomputation repeats what was traced
+        step = partial(as_told, CALL.told, step)
+    return checkpoint(step, *inputs, use_reentrant=False)
+
+
+def _tidied(step: Callable, *inputs):
+    give_memory_back()
+    return step(*inputs)
+
+
+def give_memory_back() -> None:
+    """Let the C library return to the system what was freed, where it can.
+
+    Else glibc keeps the blocks' tensors in pieces between the nodes of the graph, each too small by a few bytes for the
+    next one of the same size: some 20 MB for each block of SmolLM2.
+    """
+    if not torch.compiler.is_compiling() and (trim := _malloc_trim()):
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable | None:
+    """glibc's function; other C libraries have none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
