@@ -20,7 +20,7 @@ worse. A run that chooses has half the steps of a final one.
 The test is the whole test split: 200 rows, of the reviews all 1,000 of the unseen films.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -160,12 +160,11 @@ STEPS = {"movers": 100, "records": 100, "rotten_tomatoes_words": 300}  # of 16 r
 
 
 def language(
-    method: Method | Mapping[str, Method] | None, rates: tuple[float, ...], on: Sequence[str] = tuple(STEPS),
-    frozen: bool = False,
-) -> dict:  # fmt: skip
+    method: Method | Mapping[str, Method] | None, rates: tuple[float, ...], frozen: bool = False
+) -> dict[str, Entry]:
     """The entries of a method on these tasks: the same rates on each; a mapping has a recipe for each task."""
     recipes = method if isinstance(method, Mapping) else dict.fromkeys(STEPS, method)
-    steps = {name: 0 if frozen else STEPS[name] for name in on}
+    steps = {name: 0 if frozen else own for name, own in STEPS.items()}
     return {name: Entry(recipes[name], rates, own, own // 2, frozen=frozen) for name, own in steps.items()}
 
 
@@ -190,7 +189,6 @@ LANGUAGE = {
     PROMPT: language({t: PromptTuning(length=16, init_tokens=own) for t, own in INIT_TOKENS.items()}, (5e-3, 2e-2)),
     PFEIFFER: language(BottleneckAdapter(bottleneck=16, placement="pfeiffer"), (1e-3, 3e-3)),
     "IA3": language(IA3(), (1e-2, 5e-2)),
-    "VeRA q,v r=128": language(VeRA(rank=128), (1e-2, 5e-2), on=("movers",)),
 }
 
 
