@@ -92,6 +92,8 @@ class Attention(nn.Module):
     `config.bias` says so.
     """
 
+    rope_theta: float | None = None  # where positions are rotary: a context then turns queries and keys
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.d_model, self.n_heads = config.d_model, config.n_heads
@@ -100,7 +102,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, config.d_kv, config.has_bias("key"))
         self.value = nn.Linear(config.d_model, config.d_kv, config.has_bias("value"))
         self.output = nn.Linear(config.n_heads * config.d_head, config.d_model, config.has_bias("output"))
-        if config.position == "rotary":  # then a context turns queries and keys
+        if config.position == "rotary":
             self.rope_theta = config.rope_theta
 
     def extra_repr(self) -> str:

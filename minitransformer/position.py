@@ -54,7 +54,7 @@ class Rotary(Context):
 
 def in_front(attention: Attention, keys: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n d"]:
     """An attention layer's keys of n words as a text behind them sees them: turned to the positions -n … -1."""
-    if not hasattr(attention, "rope_theta"):
+    if attention.rope_theta is None:
         return keys
     heads, before = attention.split_heads(keys), torch.arange(-keys.shape[1], 0, device=keys.device)[None]
     return rotated(heads, *rotary(before, heads.shape[-1], attention.rope_theta)).transpose(1, 2).flatten(2)

@@ -4,9 +4,10 @@ Sources: Touvron et al. 2023, "LLaMA", section 2.2: a causal pre-norm Transforme
 and no biases. Qwen2 (Yang et al. 2024, section 2.2.1) has biases on queries, keys and values; in each
 family the larger models have fewer heads for keys and values.
 
-What is not computed is refused by name: scaled rotary angles, sliding windows, experts, parallel blocks.
+What is not computed is refused by name: scaled rotary angles or logits, sliding windows, experts, parallel blocks.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -57,23 +58,11 @@ OUTSIDE = {"embedding.token": "embed_tokens", "norm": "norm", "head": "lm_head"}
 HEAD = "lm_head.weight"
 COPIES = {HEAD: "embed_tokens.weight"}  # of a tied weight: either or both may be saved
 
-SUPPORTED = {
-    "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "use_sliding_window": False,
-    "use_parallel_residual": False,
-    "parallel_attn": False,
-    "num_local_experts": False,
-    "num_experts": False,
-    "use_qk_norm": False,
-    "qk_layernorm": False,
-    "attn_logit_softcapping": False,
-    "final_logit_softcapping": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "pruned_heads": False,  # as is an empty dict
-}
+READ = {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers"}
+OTHER_ARITHMETIC = re.compile(  # what an option is about that changes what is computed, whoever invented it
+    r"scale|scaling|multiplier|softcap|clip_|attention_dropout|rotary|rope|alibi|window|attention_chunk|bidirectional|"
+    r"expert|parallel_(attn|residual)|qk_|cross_attention|encoder_decoder|pruned_heads"
+)
 BIAS = {  # attention_bias and mlp_bias -> ours
     (False, False): "none",
     (True, False): "query+key+value+output",
@@ -108,7 +97,8 @@ def from_llama(
     known = [form for form in FORMS if isinstance(config, Mapping) and form.is_of(config)]
     form = known[0] if known else LLAMA
     sizes = (*SIZES.values(), *["num_key_value_heads"] * (form is not LLAMA))
-    check_options(config, form, sizes, SUPPORTED, optional=("head_dim", "num_key_value_heads"))
+    check_options(config, form, sizes, {}, optional=("head_dim", "num_key_value_heads"))
+    _check_arithmetic(config)
     _check_windows(config, form)
     saved = plain_tensors(state_dict, form)
     tensors = left_out(saved, leave_out)
@@ -118,6 +108,13 @@ def from_llama(
         tensors = one_of_each(tensors, COPIES)
         lm_head = "tied" if lm_head == "untied" or HEAD not in saved else "none"
     return filled(_our_config(config, lm_head, form), tensors, names, assign)
+
+
+def _check_arithmetic(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of other arithmetic, unless it is off: a factor of 1, or nothing."""
+    for name, value in config.items():
+        if name not in READ and OTHER_ARITHMETIC.search(name) and value and (value is True or value != 1):
+            raise ValueError(f"config has {name}={value!r}, which is not computed; {CHOOSE}")
 
 
 def _check_windows(config: Mapping[str, Any], form: Form) -> None:

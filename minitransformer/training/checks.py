@@ -30,6 +30,8 @@ def check_options(given: Mapping) -> None:
         raise ValueError(f"warmup={o.warmup} must be shorter than the run of {o.steps} steps")
     if o.autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast={o.autocast!r}: only torch.bfloat16; torch.float16 would need its losses scaled")
+    if o.autocast and any(p.dtype == torch.float64 for p in o.model.parameters()):
+        raise ValueError("autocast would be ignored: it leaves float64 as it is; model.float() first, or leave it out")
     if o.clip is not None and not o.clip > 0:
         raise ValueError(f"clip={o.clip} must be above 0; None never clips")
     adamw = (o.optimizer is None, "AdamW; an optimizer of your own says it in its groups")

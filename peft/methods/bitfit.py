@@ -33,7 +33,7 @@ class BitFit(LayerwiseMethod):
 
     def sites(self, modules: dict[str, nn.Module]) -> list[str]:
         """Every linear layer and LayerNorm with a bias, in blocks, and a Transformer's norms outside of them."""
-        keys = [unwrapped(m.key) for m in modules.values() if isinstance(m, Attention) and not hasattr(m, "rope_theta")]
+        keys = [unwrapped(m.key) for m in modules.values() if isinstance(m, Attention) and m.rope_theta is None]
         places = [name for name in inner_modules(modules) if isinstance(modules[name], (nn.Linear, nn.LayerNorm))]
         places = [name for name in places if modules[name].bias is not None and modules[name] not in keys]
         return in_layers(places, modules, self.layers) or (_refuse() if block_names(modules) else [])

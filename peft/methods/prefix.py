@@ -77,7 +77,7 @@ class PrefixTuning(LayerwiseMethod, LearnedPositions):
 
     def start(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """The prefix of one layer, or what makes it, at the start of training."""
-        n, d, d_kv = self.length, attention.d_model, getattr(attention, "d_kv", attention.d_model)
+        n, d, d_kv = self.length, attention.d_model, unwrapped(attention.value).out_features
         if self.reparameterize is not None:
             return mlp_start(d, n, self.reparameterize, generator, d_kv)
         parts = {"key": d_kv, "value": d_kv} if self.at == "kv" else {"hidden": d}

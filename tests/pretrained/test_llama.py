@@ -149,13 +149,13 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10_000.0}
         (SMALL, {"rope_scaling": {"factor": 2.0}}, "rope_scaling=.*factor.*, but only plain"),
         (SMALL, {"rope_parameters": "yarn"}, "rope_parameters='yarn', but only plain"),
         (SMALL, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "turns a part of each head only"),
-        (SMALL, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, but only 1.0"),
+        (SMALL, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, which is not computed"),
         (SMALL, {"rope_theta": 7.0}, "rope_theta=7.0 and 10000.0; keep the right"),
-        (SMALL, {"rope_interleaved": True}, "rope_interleaved=True, but only False"),
+        (SMALL, {"rope_interleaved": True}, "rope_interleaved=True, which is not computed"),
         (SMALL, {"hidden_act": "mish"}, "'mish' is not supported"),
-        (SMALL, {"attention_dropout": 0.1}, "attention_dropout=0.1, but only 0.0"),
-        (SMALL, {"num_local_experts": 8}, "num_local_experts=8, but only False"),
-        (SMALL, {"use_parallel_residual": True}, "use_parallel_residual=True, but only False"),
+        (SMALL, {"attention_dropout": 0.1}, "attention_dropout=0.1, which is not computed"),
+        (SMALL, {"num_local_experts": 8}, "num_local_experts=8, which is not computed"),
+        (SMALL, {"use_parallel_residual": True}, "use_parallel_residual=True, which is not computed"),
         (SMALL, {"quantization_config": {"bits": 4}}, "quantization_config=.*, but only False"),
         (SMALL, {"num_key_value_heads": 3}, "n_kv_heads=3 must divide n_heads=4"),
         (SMALL, {"num_key_value_heads": 0}, "num_key_value_heads=0, which is no size"),
@@ -163,7 +163,7 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10_000.0}
         (SMALL, {"attention_bias": True}, "lacks layers.0.self_attn.k_proj.bias"),
         (SMALL, {"tie_word_embeddings": True}, "'lm_head.weight' differs from 'embed_tokens.weight'"),
         (SMALL, {"model_type": "gemma"}, "model_type='gemma' .*, but only 'llama' is supported"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True, but only False"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True, which is not computed"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with 'sliding_attention'"),
         ("mistral", {"sliding_window": 15}, r"sliding_window=15, but only windows as long as .* \(16\)"),
         ("mistral", {"max_position_embeddings": 5000, "sliding_window": 4096}, "sliding_window=4096"),
@@ -172,6 +172,25 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10_000.0}
 def test_what_is_not_computed_is_refused_by_name(name, change, message):
     with pytest.raises(ValueError, match=message):
         from_llama(state_dict(name), CONFIGS[name] | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: 0.5} for name in ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier")),
+        *({name: True} for name in ("qk_norm", "use_qk_norm", "alibi", "use_bidirectional_attention")),
+        *({name: 4} for name in ("moe_num_experts", "attention_chunk_size", "clip_qkv", "rotary_dim", "scale_emb")),
+        {"no_rope_layers": [1, 0]},
+        {"final_logit_softcapping": 30.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_options_that_change_the_arithmetic_are_never_ignored(change):
+    ((option, value),) = change.items()
+    with pytest.raises(ValueError, match=rf"config has {option}=.*, which is not computed"):
+        from_llama(state_dict(SMALL), CONFIGS[SMALL] | change)
+    for off in (None, False, 0, 1, 1.0) if isinstance(value, float) else (None, False, 0, []):
+        from_llama(state_dict(SMALL), CONFIGS[SMALL] | {option: off})
 
 
 def test_a_window_that_is_not_stated_is_mistrals_own():
