@@ -55,10 +55,9 @@ def by_module(
 def _targeted(names: Names, options: Options) -> list[str]:
     """Those of their linear layers that the options name, in the model's order, as their library does."""
     targets, excluded = options.names("target_modules"), options.names("exclude_modules")
-    layers, patterns = options.get("layers_to_transform"), options.get("layers_pattern")
-    options.known.update(("layers_to_transform", "layers_pattern"))
-    layers = [layers] if type(layers) is int else layers or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns or []
+    layers, patterns = options.get("layers_to_transform", []), options.get("layers_pattern", [])
+    layers = [layers] if type(layers) is int else layers
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise ValueError(f"adapter_config.json has layers_to_transform={layers!r}, where whole numbers are needed")
     if patterns and not layers:

@@ -33,6 +33,7 @@ NOT_WRITTEN = {
         "different scales",
     ),
     "VeRA on c_attn": ("gpt2", (VeRA(rank=2),), "choose other targets for VeRA"),
+    "a prompt, masked words": ("bert", (PromptTuning(length=3),), "choose LoRA"),
     "two VeRA": ("llama", (VeRA(rank=2, targets=("query",)), VeRA(rank=2, targets=("value",))), "attach one VeRA"),
 }
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -55,6 +56,7 @@ OPTIONS = {  # method, option, value, message
     "more targets": (LoRA(rank=2), "target_modules", ["q_proj", "k_proj", "v_proj"], "lacks .*k_proj.lora_A"),
     "fewer targets": (LoRA(rank=2), "target_modules", ["q_proj"], "tensors of .*v_proj"),
     "other targets": (LoRA(rank=2), "target_modules", ["nothing"], "asks for no layer"),
+    "no layer": (LoRA(rank=2), "layers_to_transform", 0.0, "whole numbers"),
     "magnitudes asked for": (LoRA(rank=2), "use_dora", True, "lacks .*magnitude"),
     "a pooled head": (LoRA(rank=2), "task_type", "SEQ_CLS", "which no head of ours does"),
     "another head": (LoRA(rank=2), "modules_to_save", ["embed_tokens"], "no such head"),
@@ -118,6 +120,7 @@ def test_an_option_that_we_do_not_compute_is_refused(case, tmp_path):
         (lambda t: t.update({LORA: t[LORA].T}), r"has shape \[24, 2\]"),
         (lambda t: t.update({LORA: t[LORA].long()}), "is of torch.int64"),
         (lambda t: t.update({LORA: t[LORA] / 0}), "NaN or an infinity"),
+        (lambda t: t.update({LORA: 1e300 * t[LORA].double()}), "NaN or an infinity"),
         (lambda t: t.clear(), "lacks"),
     ],
 )
