@@ -112,8 +112,12 @@ def check_pattern(pattern: dict[str, Any], modules: Collection[str]) -> None:
 
 
 def matched(pattern: dict[str, Any], module: str, common: Any) -> Any:
-    """The value for a module: of the first name that is its own or its end by whole parts, as their library does."""
-    return next((pattern[key] for key in pattern if _matches(key, module)), common)
+    """The value for a module: of a name that is its own or its end by whole parts. Of several names the first counts
+    in their library, but their files are sorted, so ValueError if the values differ."""
+    found = [value for key, value in pattern.items() if _matches(key, module)] or [common]
+    if any(value != found[0] for value in found):
+        raise ValueError(f"patterns in adapter_config.json give {module} the values {found}; leave the one that holds")
+    return found[0]
 
 
 def _matches(key: str, module: str) -> bool:

@@ -47,6 +47,7 @@ OPTIONS = {  # method, option, value, message
     "alpha infinite": (LoRA(rank=2), "lora_alpha", float("inf"), "Infinity is no number of JSON"),
     "alpha too large": (LoRA(rank=2), "lora_alpha", 10**400, "finite number"),
     "a pattern of nothing": (LoRA(rank=2), "alpha_pattern", {"q_project": 3}, "no such module"),
+    "two patterns": (LoRA(rank=2), "alpha_pattern", {"0.self_attn.q_proj": 3, "q_proj": 5}, r"the values \[3, 5\]"),
     "an expression": (LoRA(rank=2), "rank_pattern", {"(q+)+": 3}, "plain names"),
     "biases": (LoRA(rank=2), "bias", "all", "only 'none'"),
     "an unknown option": (LoRA(rank=2), "use_mora", True, "use_mora=True"),
