@@ -11,6 +11,7 @@ What is rounded is lost: `dequantize` gives plain layers with the weights as the
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from minitransformer.attention import Attention
@@ -20,6 +21,7 @@ from minitransformer.feedforward import FeedForward
 from minitransformer.quantized_layer import Quantized, QuantizedLinear
 
 
+@torch.inference_mode(False)
 def quantize(model: nn.Module, storage: str = "nf4", block: int = 64, double: bool = True) -> nn.Module:
     """Store the weights of all linear layers in the blocks in 4 bits, in place; embedding, norms and heads stay.
 
@@ -37,15 +39,21 @@ def quantize(model: nn.Module, storage: str = "nf4", block: int = 64, double: bo
         raise ValueError(f"storage={storage!r} is unknown; choose one of {', '.join(BOOKS)}")
     places = _places(model)
     for name, (_, layer) in places.items():
-        _check_layer(model, name, layer, block)
+        check_layer(model, name, layer)
+        if not isinstance(block, int) or block < 2 or block % 2 or layer.in_features % block:
+            raise ValueError(f"block={block} must be an even number that divides d_in = {layer.in_features} of {name}")
     _check_frozen(model)
-    unpack = partial(unpacked, storage)
-    new = {n: QuantizedLinear(unpack, packed(e.weight, storage, block, double), e) for n, (_, e) in places.items()}
+    new, unpack = {}, partial(unpacked, storage)
+    for name, (_, layer) in places.items():
+        stored = packed(layer.weight, storage, block, double)
+        # By names that say the book: a state dict of another one must not fit.
+        new[name] = QuantizedLinear(unpack, {f"{storage}_{own}": tensor for own, tensor in stored.items()}, layer)
     for name, (parent, _) in places.items():
         parent._modules[name.rpartition(".")[2]] = new[name]
     return model
 
 
+@torch.inference_mode(False)
 def dequantize(model: nn.Module) -> nn.Module:
     """Replace quantised layers by plain ones with the weights that are unpacked, in place; methods stay attached.
 
@@ -60,7 +68,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     plain = {module: module.plain() for module in modules if isinstance(module, Quantized)}
     for parent in modules:
         parent._modules.update({name: plain[m] for name, m in parent._modules.items() if m in plain})
-    return model
+    return plain.get(model, model)
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -86,8 +94,8 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     return found
 
 
-def _check_layer(model: nn.Module, name: str, layer: nn.Module, block: int) -> None:
-    """Raise ValueError, with the cure, unless the layer's weight is a plain one that `block` divides."""
+def check_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Raise ValueError, with the cure, unless the layer's weight is a plain one of its own, and finite in float32."""
     if isinstance(layer, Quantized):
         raise ValueError(f"{name} is quantised already; dequantize(model) first, or start from the model as it was")
     weight, hooks = layer._parameters.get("weight"), [v for k, v in vars(layer).items() if k.endswith("_hooks") and v]
@@ -95,9 +103,7 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, block: int) -> N
         raise ValueError(f"{name} is pruned, parametrised, watched by a hook or of a class of its own; make it plain")
     if [p is weight for _, p in model.named_parameters(remove_duplicate=False)].count(True) > 1:
         raise ValueError(f"the weight of {name} is shared with another module; give each one its own first")
-    if not isinstance(block, int) or block < 2 or block % 2 or layer.in_features % block:
-        raise ValueError(f"block={block} must be an even number that divides d_in = {layer.in_features} of {name}")
-    if not bool(weight.isfinite().all()):
+    if not bool(weight.float().isfinite().all()):
         raise ValueError(f"the weight of {name} holds a NaN or an infinity; choose another checkpoint")
 
 

@@ -95,7 +95,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
 
     def forward(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows d_model"]:
         """The rows of these numbers."""
-        rows = self.unpack(*[tensor[tokens.flatten()] for tensor in self.stored])
+        rows = self.unpack(*[tensor.index_select(0, tokens.flatten()) for tensor in self.stored])
         return rows.to(self.like.dtype).view(*tokens.shape, -1)
 
     def scores(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
@@ -126,16 +126,10 @@ class FrozenProduct(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, _, ctx.unpack, _, *stored = inputs
         ctx.save_for_backward(*stored)
-        ctx.save_for_forward(*stored)
 
     @staticmethod
     def backward(ctx, g):
         needs_x, needs_bias, *others = ctx.needs_input_grad
         dx = g @ ctx.unpack(*ctx.saved_tensors).to(g.dtype) if needs_x else None
-        db = g.flatten(0, -2).sum(dim=0) if needs_bias else None
+        db = g.reshape(-1, g.shape[-1]).sum(dim=0) if needs_bias else None
         return dx, db, *[None for _ in others]
-
-    @staticmethod
-    def jvp(ctx, x, bias, *_):
-        y = F.linear(x, ctx.unpack(*ctx.saved_tensors).to(x.dtype))
-        return y if bias is None else y + bias

@@ -170,7 +170,7 @@ def load_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         given, needed = tensors[name], f"{list(tensor.shape)} of {tensor.dtype}"
         if tensor.shape != given.shape or not torch.can_cast(given.dtype, tensor.dtype):
             raise ValueError(f"{name} has shape {list(given.shape)} of {given.dtype}; what is attached needs {needed}")
-        if not bool(torch.isfinite(given).all()):
+        if not bool(torch.isfinite(given.to(tensor.dtype)).all()):
             raise ValueError(f"{name} holds a NaN or an infinity; take tensors from before the training went wrong")
     with torch.no_grad():
         for name, tensor in own.items():

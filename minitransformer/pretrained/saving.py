@@ -43,7 +43,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         OSError: the folder is there and not empty, or cannot be written.
     """
     check_plain(model)
-    writer = _writer(model.config)
+    writer = writer_of(model.config)
     tensors = _theirs(model, writer)
     data = serialize(tensors, metadata={"format": "pt"})
     config = json.dumps(_config(model, writer), indent=2)
@@ -75,8 +75,8 @@ def check_plain(model: nn.Module) -> None:
     check_weights(model.state_dict())
 
 
-def _writer(config: TransformerConfig) -> Writer:
-    """Of the architecture that computes just this."""
+def writer_of(config: TransformerConfig) -> Writer:
+    """Of the architecture that computes just this; ValueError, with what is different, if there is none."""
     misfits = [_misfits(config, writer) for writer in WRITERS]
     nearest = min(range(len(WRITERS)), key=lambda i: len(misfits[i]))
     if misfits[nearest]:

@@ -77,7 +77,7 @@ def to_huggingface(model: nn.Module, folder: str | Path, base_model: str | None 
     options, tensors, record = kind.written(wrappers, names)
     head = _trained_head(model, names)
     tensors |= {f"{kind.front}{theirs}": tensor for theirs, tensor in head.items()}
-    is_gpt2 = names.architecture.form.model_type == "gpt2"
+    is_gpt2 = names.form.model_type == "gpt2"
     config = options | {
         "task_type": _task(names),
         "base_model_name_or_path": base_model,

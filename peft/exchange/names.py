@@ -7,7 +7,7 @@
 A class with a head has the Transformer as a part (`model.`, `bert.`, `transformer.`), the bare model has not.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import nn
 from minitransformer.config import TransformerConfig
 from minitransformer.heads import SequenceClassifier
 from minitransformer.pretrained import bert, gpt2, llama
+from minitransformer.pretrained.saving import writer_of
 from minitransformer.pretrained.state_dict import Form
 from minitransformer.transformer import Transformer
 from peft.sites import sites_of
@@ -24,50 +25,10 @@ from peft.sites import sites_of
 PARTS = gpt2.PARTS  # of c_attn, in their order
 
 
-class Architecture(NamedTuple):
-    """One of Hugging Face's: how it is named, what shape of ours it computes, and where its heads and biases differ."""
-
-    form: Form
-    names: Callable[[int], dict[str, str]]
-    shape: dict[str, object]  # fields of a TransformerConfig
-    lm_heads: tuple[str, ...]
-    classifier: str  # the linear layer over every token, in its class …ForTokenClassification
-    unnamed: tuple[str, ...] = ()  # linear layers that it has and we have not, below the Transformer
-
-
-COMMON = {"n_segments": 0, "embedding_norm": False, "logit_scale": 1.0}
-OLDER = {
-    "position": "learned",
-    "norm_type": "layer",
-    "gated": False,
-    "bias": "all",
-    "n_kv_heads": 0,
-    "head_dim": 0,
-}
-ARCHITECTURES = (
-    Architecture(
-        llama.LLAMA,
-        llama.names,
-        COMMON | {"causal": True, "norm": "pre", "position": "rotary", "norm_type": "rms", "gated": True},
-        ("tied", "untied", "none"),
-        "score",
-    ),
-    Architecture(
-        bert.FORM,
-        bert.names,
-        OLDER | {"causal": False, "norm": "post", "embedding_norm": True, "logit_scale": 1.0},
-        ("bert", "none"),
-        "classifier",
-        ("pooler.dense",),
-    ),
-    Architecture(
-        gpt2.FORM,
-        gpt2.names,
-        COMMON | OLDER | {"causal": True, "norm": "pre"},
-        ("tied", "none"),
-        "classifier",
-    ),
-)
+# Where an architecture differs: the linear layer over every token, in its class …ForTokenClassification; and linear
+# layers that it has and we have not, below the Transformer.
+CLASSIFIERS = {bert.FORM: "classifier", gpt2.FORM: "classifier"} | dict.fromkeys(llama.FORMS, "score")
+UNNAMED = {bert.FORM: ("pooler.dense",)}
 
 
 class Place(NamedTuple):
@@ -81,7 +42,7 @@ class Place(NamedTuple):
 class Names:
     """The names of one model, ours and theirs."""
 
-    architecture: Architecture
+    form: Form
     transformer: Transformer
     root: str  # in front of our names: "", or "transformer." in a SequenceClassifier
     linears: dict[str, nn.Linear]  # our linear layers that have a place, by their sites
@@ -127,21 +88,21 @@ def names_of(model: nn.Module, tensors: Iterable[str] | None = None) -> Names:
     if len(found) != 1 or not isinstance(outer, (Transformer, SequenceClassifier)):
         raise ValueError("the folder is about one Transformer, alone or in a SequenceClassifier; give such a model")
     name, transformer = found[0]
-    root, architecture = f"{name}." * bool(name), _architecture(transformer.config)
-    base = f"{architecture.form.base}."
+    root, writer = f"{name}." * bool(name), writer_of(transformer.config)
+    form, base = writer.form, f"{writer.form.base}."
     if tensors is None:
         is_bare = transformer.config.lm_head == "none" and not root
     else:
         is_bare = not any(tensor.startswith(f"base_model.model.{base}") for tensor in tensors)
     base *= not is_bare
     linears, places = {}, {}
-    for ours, theirs in architecture.names(transformer.config.n_layers).items():
+    for ours, theirs in writer.names(transformer.config.n_layers).items():
         site = f"{root}{ours}"
         if site in sites and isinstance(sites[site].module, nn.Linear):
             linears[site] = sites[site].module
             places[site] = _place(theirs if ours.startswith("head") else f"{base}{theirs}")
-    others = (*(f"{base}{name}" for name in architecture.unnamed), "lm_head", "cls.predictions.decoder")
-    return Names(architecture, transformer, root, linears, places, _head(architecture, outer), others)
+    others = (*(f"{base}{name}" for name in UNNAMED.get(form, ())), "lm_head", "cls.predictions.decoder")
+    return Names(form, transformer, root, linears, places, _head(form, outer), others)
 
 
 def _place(name: str) -> Place:
@@ -150,20 +111,9 @@ def _place(name: str) -> Place:
     return Place(module, part) if module.endswith("c_attn") else Place(name)
 
 
-def _architecture(config: TransformerConfig) -> Architecture:
-    for architecture in ARCHITECTURES:
-        fits = all(getattr(config, field) == value for field, value in architecture.shape.items())
-        if fits and config.lm_head in architecture.lm_heads:
-            return architecture
-    raise ValueError(
-        "no architecture of Hugging Face's that we read computes such a Transformer; give one that from_llama, "
-        "from_bert or from_gpt2 made, or that has their shape"
-    )
-
-
-def _head(architecture: Architecture, outer: nn.Module) -> dict[str, str]:
+def _head(form: Form, outer: nn.Module) -> dict[str, str]:
     if isinstance(outer, SequenceClassifier):
-        return {f"head.{last}": f"{architecture.classifier}.{last}" for last in ("weight", "bias")}
+        return {f"head.{last}": f"{CLASSIFIERS[form]}.{last}" for last in ("weight", "bias")}
     return {"head.weight": "lm_head.weight"} if outer.config.lm_head == "untied" else {}
 
 

@@ -72,7 +72,9 @@ def found_prefix(options: Options, tensors: dict[str, Tensor], names: Names, rec
 
 
 def written_prompt(wrappers: dict[str, PromptEmbedding], names: Names) -> Written:
-    """The folder's contents for a prompt."""
+    """The folder's contents for a prompt; ValueError for a model of masked words, a task that theirs lacks."""
+    if names.config.lm_head == "bert" and not names.root:
+        raise ValueError("Hugging Face's peft leaves a prompt out where a model fills in masked words; choose LoRA")
     (wrapper,) = wrappers.values()
     n, d = wrapper.prompt.shape
     options = {"peft_type": "PROMPT_TUNING", **_sizes(n, d, names.config.n_heads, names)}

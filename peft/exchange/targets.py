@@ -55,10 +55,9 @@ def by_module(
 def _targeted(names: Names, options: Options) -> list[str]:
     """Those of their linear layers that the options name, in the model's order, as their library does."""
     targets, excluded = options.names("target_modules"), options.names("exclude_modules")
-    layers, patterns = options.get("layers_to_transform"), options.get("layers_pattern")
-    options.known.update(("layers_to_transform", "layers_pattern"))
-    layers = [layers] if type(layers) is int else layers or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns or []
+    layers, patterns = options.get("layers_to_transform", []), options.get("layers_pattern", [])
+    layers = [layers] if type(layers) is int else layers
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise ValueError(f"adapter_config.json has layers_to_transform={layers!r}, where whole numbers are needed")
     if patterns and not layers:
@@ -113,8 +112,12 @@ def check_pattern(pattern: dict[str, Any], modules: Collection[str]) -> None:
 
 
 def matched(pattern: dict[str, Any], module: str, common: Any) -> Any:
-    """The value for a module: of the first name that is its own or its end by whole parts, as their library does."""
-    return next((pattern[key] for key in pattern if _matches(key, module)), common)
+    """The value for a module: of a name that is its own or its end by whole parts. Of several names the first counts
+    in their library, but their files are sorted, so ValueError if the values differ."""
+    found = [value for key, value in pattern.items() if _matches(key, module)] or [common]
+    if any(value != found[0] for value in found):
+        raise ValueError(f"patterns in adapter_config.json give {module} the values {found}; leave the one that holds")
+    return found[0]
 
 
 def _matches(key: str, module: str) -> bool:

@@ -32,11 +32,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.code_book import packed, unpacked
-from minitransformer.quantized import quantize
+from minitransformer.quantized import check_layer, quantize
 from peft.attach import attach, attached, freeze, restore
 from peft.functional import lora_weight
 from peft.methods.lora import LoRA
-from peft.sites import all_wrappers, named_sites, sites_of
+from peft.sites import all_wrappers, block_names, layer_of, named_sites, sites_of
 
 HOW = {"block": 64, "double": True}  # a model is rounded
 Weight, FactorA, FactorB = Float[Tensor, "d_out d_in"], Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]
@@ -55,7 +55,8 @@ def attach_pissa(
 
     Raises:
         ValueError: no plain LoRA, dropout, something is attached, a target's weight that is not finite or no plain
-            tensor of its own, or what `attach` and `quantize` refuse. Nothing has changed then.
+            tensor of its own, with a storage one outside of blocks, or what `attach` and `quantize` refuse. Nothing has
+            changed then.
     """
     return _attach(model, method, lambda W, r, s, q: pissa(W, r, s), storage, train_also)
 
@@ -65,7 +66,7 @@ def attach_loftq(
 ) -> nn.Module:
     """Quantise the model, and attach a LoRA that starts as near as it can to what that took from the targets; `steps`
     says how often rounding and correcting take turns. The rest is as in `attach_pissa`."""
-    if storage is None or steps < 1:
+    if storage is None or type(steps) is not int or steps < 1:
         raise ValueError(f"storage={storage}, steps={steps}: LoftQ corrects a rounding, in at least one step")
     return _attach(model, method, partial(loftq, steps=steps), storage, train_also)
 
@@ -110,30 +111,31 @@ def _attach(
     names = [*all_wrappers(model)]
     restore(model)
     modules = named_sites(model)
-    weights = {name: _plain_weight(name, modules[name], model) for name in names}
-    if storage is not None:
-        freeze(sites_of(model))
-        try:
+    for name in names:
+        check_layer(model, name, modules[name])
+        if modules[name].weight.is_inference():
+            raise ValueError(f"the weight of {name} cannot change: it is of inference mode; build the model outside")
+        if storage is not None and layer_of(name, block_names(modules)) is None:
+            raise ValueError(f"{name} is in no block, and so is not rounded; choose other targets")
+    try:
+        if storage is not None:
+            freeze(sites_of(model))
             quantize(model, storage, **HOW)
-        except BaseException:
-            restore(model)
-            raise
-    attach(model, method, train_also=train_also)
+        attach(model, method, train_also=train_also)
+    except BaseException:
+        for name, site in sites_of(model).items():
+            for parent, attribute in site.places:
+                parent._modules[attribute] = modules[name]
+        restore(model)
+        raise
     for name, (wrapper,) in all_wrappers(model).items():
-        rest, A, B = start(weights[name].to(wrapper.A.dtype), method.rank, method.scale, partial(_rounded, storage))
+        W, base = modules[name].weight.to(wrapper.A.dtype), wrapper.base
+        rest, A, B = start(W, method.rank, method.scale, partial(_rounded, storage))
         wrapper.A.copy_(A), wrapper.B.copy_(B)
-        for own, tensor in ({"weight": rest} if storage is None else packed(rest, storage, **HOW)).items():
-            getattr(wrapper.base, own).copy_(tensor)
+        stored = [rest] if storage is None else packed(rest, storage, **HOW).values()
+        for own, tensor in zip([base.weight] if storage is None else base.stored, stored, strict=True):
+            own.copy_(tensor)
     return model
-
-
-def _plain_weight(name: str, linear: nn.Linear, model: nn.Module) -> nn.Parameter:
-    weight, holders = linear._parameters.get("weight"), [p for m in model.modules() for p in m._parameters.values()]
-    if type(weight) is not nn.Parameter or weight.is_inference() or sum(p is weight for p in holders) > 1:
-        raise ValueError(f"the weight of {name} is rounded, tied, pruned or of inference mode; give a plain model")
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"the weight of {name} holds a NaN or an infinity, so it has no singular vectors")
-    return weight
 
 
 def _rounded(storage: str, weight: Weight) -> Weight:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference.exchange_models import READERS, TOKENS, built, logits, with_methods
+from reference.exchange_models import READERS, TOKENS, built, classifier, logits, with_methods
 from reference.their_form import read, state_dict, write
 
 import peft
@@ -61,11 +61,11 @@ def test_a_prefix_of_theirs_is_read(tmp_path):
 
 @pytest.mark.parametrize("family", TABLE)
 def test_a_prompt_is_further_words_there_and_here(family, tmp_path):
-    model = with_methods(built(family), PromptTuning(length=N))
+    model = with_methods(classifier(family), PromptTuning(length=N))
     peft.to_huggingface(model, tmp_path / "folder")
     config, tensors = read(tmp_path / "folder")
     assert config["num_virtual_tokens"] == N and tensors.keys() == {"prompt_embeddings"}
     expected = behind_words(family, tensors["prompt_embeddings"])
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5)
-    again = peft.from_huggingface(built(family), tmp_path / "folder")
-    assert torch.equal(again.embedding.prompt, model.embedding.prompt)
+    torch.testing.assert_close(logits(model.transformer), expected, rtol=0, atol=2e-5)
+    again = peft.from_huggingface(classifier(family), tmp_path / "folder")
+    assert torch.equal(again.transformer.embedding.prompt, model.transformer.embedding.prompt)

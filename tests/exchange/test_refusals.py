@@ -33,6 +33,7 @@ NOT_WRITTEN = {
         "different scales",
     ),
     "VeRA on c_attn": ("gpt2", (VeRA(rank=2),), "choose other targets for VeRA"),
+    "a prompt, masked words": ("bert", (PromptTuning(length=3),), "choose LoRA"),
     "two VeRA": ("llama", (VeRA(rank=2, targets=("query",)), VeRA(rank=2, targets=("value",))), "attach one VeRA"),
 }
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -46,6 +47,7 @@ OPTIONS = {  # method, option, value, message
     "alpha infinite": (LoRA(rank=2), "lora_alpha", float("inf"), "Infinity is no number of JSON"),
     "alpha too large": (LoRA(rank=2), "lora_alpha", 10**400, "finite number"),
     "a pattern of nothing": (LoRA(rank=2), "alpha_pattern", {"q_project": 3}, "no such module"),
+    "two patterns": (LoRA(rank=2), "alpha_pattern", {"0.self_attn.q_proj": 3, "q_proj": 5}, r"the values \[3, 5\]"),
     "an expression": (LoRA(rank=2), "rank_pattern", {"(q+)+": 3}, "plain names"),
     "biases": (LoRA(rank=2), "bias", "all", "only 'none'"),
     "an unknown option": (LoRA(rank=2), "use_mora", True, "use_mora=True"),
@@ -55,6 +57,7 @@ OPTIONS = {  # method, option, value, message
     "more targets": (LoRA(rank=2), "target_modules", ["q_proj", "k_proj", "v_proj"], "lacks .*k_proj.lora_A"),
     "fewer targets": (LoRA(rank=2), "target_modules", ["q_proj"], "tensors of .*v_proj"),
     "other targets": (LoRA(rank=2), "target_modules", ["nothing"], "asks for no layer"),
+    "no layer": (LoRA(rank=2), "layers_to_transform", 0.0, "whole numbers"),
     "magnitudes asked for": (LoRA(rank=2), "use_dora", True, "lacks .*magnitude"),
     "a pooled head": (LoRA(rank=2), "task_type", "SEQ_CLS", "which no head of ours does"),
     "another head": (LoRA(rank=2), "modules_to_save", ["embed_tokens"], "no such head"),
@@ -97,7 +100,7 @@ def test_a_module_that_is_trained_whole_is_a_head_or_refused(tmp_path):
 
 def test_a_shape_that_they_have_not_is_refused(tmp_path):
     model = with_methods(Transformer(TransformerConfig(20, 12, 16, 2, 2, 24, logit_scale=0.5)), LoRA(rank=2))
-    with pytest.raises(ValueError, match="no architecture of Hugging Face's"):
+    with pytest.raises(ValueError, match=r"none of Hugging Face's .* logit_scale=1.0 and not 0.5"):
         peft.to_huggingface(model, tmp_path / "folder")
 
 
@@ -118,6 +121,7 @@ def test_an_option_that_we_do_not_compute_is_refused(case, tmp_path):
         (lambda t: t.update({LORA: t[LORA].T}), r"has shape \[24, 2\]"),
         (lambda t: t.update({LORA: t[LORA].long()}), "is of torch.int64"),
         (lambda t: t.update({LORA: t[LORA] / 0}), "NaN or an infinity"),
+        (lambda t: t.update({LORA: 1e300 * t[LORA].double()}), "NaN or an infinity"),
         (lambda t: t.clear(), "lacks"),
     ],
 )

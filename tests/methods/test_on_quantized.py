@@ -119,7 +119,7 @@ def test_a_file_knows_its_base(tmp_path):
     path = tmp_path / "lora.safetensors"
     peft.save(train_a_little(peft.attach(tiny(), LoRA(rank=2))), path)
     changed = tiny()
-    changed.blocks[1].feedforward.up.codes[3, 3] += 1
+    changed.blocks[1].feedforward.up.nf4_codes[3, 3] += 1
     rescaled = tiny()
     rescaled.blocks[1].feedforward.up.scales[3] += 1
     wide_scales = quantize(tiny_of({})().requires_grad_(False), block=8, double=False)

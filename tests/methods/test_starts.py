@@ -170,7 +170,7 @@ def test_every_target_starts_nearer_to_its_weight_than_rounding_leaves_it(start,
     quantised = {name for name, module in plain.named_modules() if isinstance(module, QuantizedLinear)}
     assert {*layers(started)} < quantised == {name for name in quantised if is_quantised(started, name)}
     for name in quantised - {*layers(started)}:
-        assert torch.equal(started.get_submodule(name).codes, plain.get_submodule(name).codes)
+        assert torch.equal(started.get_submodule(name).weight, plain.get_submodule(name).weight)
     assert (outputs(started) - outputs(original)).norm() < (outputs(plain) - outputs(original)).norm()
     peft.gradient_audit(started, loss_of)
 
@@ -265,11 +265,16 @@ REFUSED = {
     "targets": (lambda: model(), LoRA(rank=4, targets=("gate",)), {}, "matches no linear layer"),
     "train_also": (lambda: model(), RECIPE, {"train_also": ("top",)}, "matches no module"),
     "a NaN": (lambda: with_nan(model()), RECIPE, {}, "NaN"),
-    "tied": (lambda: tied(model()), RECIPE, {}, "tied"),
-    "rounded": (lambda: quantize(model().requires_grad_(False)), RECIPE, {}, "rounded"),
+    "tied": (lambda: tied(model()), RECIPE, {}, "shared with another"),
+    "rounded": (lambda: quantize(model().requires_grad_(False)), RECIPE, {}, "quantised already"),
+    "rounded and trained": (lambda: model(), RECIPE, {"storage": "nf4", "train_also": ("down",)}, "can be trained"),
+    "outside of blocks": (
+        lambda: model(causal=False, lm_head="bert"), LoRA(rank=4, targets=("query", "dense")), {"storage": "nf4"},
+        "head.dense is in no block",
+    ),
     "storage": (lambda: model(), RECIPE, {"storage": "nf3"}, "nf3"),
     "a layer beside": (lambda: model(d_ff=96), LoRA(rank=4), {"storage": "nf4"}, "down"),
-}
+}  # fmt: skip
 REFUSED_BY_LOFTQ = {"steps": (lambda: model(), RECIPE, {"steps": 0}, "at least one step")}
 
 
@@ -292,11 +297,23 @@ def test_what_cannot_be_is_refused_and_nothing_has_changed(start, made, recipe, 
     assert_same(before, after)
 
 
+def test_a_weight_that_cannot_change_is_refused():
+    own = model()
+    layer = own.blocks[1].attention.query
+    with torch.inference_mode():
+        layer.weight = torch.nn.Parameter(layer.weight.clone())
+    with pytest.raises(ValueError, match="of inference mode"):
+        attach_pissa(own, RECIPE)
+    assert not peft.attached(own) and own.blocks[1].attention.query is layer
+
+
 def test_without_a_rounding_loftq_has_nothing_to_correct(unchecked):
     own = model()
     before = fingerprint(own)
     with pytest.raises(ValueError, match="corrects a rounding"):
         attach_loftq(own, RECIPE, storage=None)
+    with pytest.raises(ValueError, match="at least one step"):
+        attach_loftq(own, RECIPE, steps=1.5)
     with pytest.raises(ValueError, match="plain LoRA"):
         attach_loftq(own, PrefixTuning(length=2))
     assert_same(before, fingerprint(own))
