@@ -56,7 +56,8 @@ PEFT_TYPES: dict[type[Wrapper], str] = {
 def to_huggingface(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
     """Write the attached method as Hugging Face's peft does: `PeftModel.from_pretrained(their_model, folder)` reads it.
 
-    Their model has the same frozen weights. A `SequenceClassifier` is theirs "for token classification": it scores each
+    Their model has the same frozen weights, also where those were rounded, or are what PiSSA left of them: give them to
+    it by `save_pretrained`. A `SequenceClassifier` is theirs "for token classification": it scores each
     token, and the scores of a row are their mean here, or the first (`pool`). Behind a prefix their text stands at
     positions n, n + 1, …, ours at 0, 1, …: the keys are turned for that (`prompts.py`).
 
@@ -67,7 +68,7 @@ def to_huggingface(model: nn.Module, folder: str | Path, base_model: str | None 
 
     Raises:
         ValueError: nothing is attached; a method, or several, that a folder cannot hold; a prefix with learned
-            positions; what `peft.save` refuses.
+            positions; a prompt for masked words; what `peft.save` refuses.
         OSError: there is something of that name, or it cannot be written.
     """
     complete_state(model)

@@ -89,7 +89,7 @@ def our_methods(family: str) -> dict:
     found["LoRA, ranks by pattern"] = LoRA(rank=2, alpha=5, targets=three), LoRA(rank=3, targets=("output",))
     if family == "llama":
         found["LoRA, head trained whole"] = (LoRA(rank=3, alpha=5, targets=three), ("head",))
-    return found if family != "bert" else {name: found[name] for name in found if name != "prompt"}
+    return found
 
 
 def with_methods(family: str, entries: tuple):
