@@ -23,7 +23,7 @@ def through_checkpoints(
     steps: Sequence[Callable], x: Hidden, mask: Mask, contexts: Sequence[Context | None]
 ) -> Float[Tensor, "B Q d_model"]:
     """What the blocks make of x, one after the other, each as `checkpointed` runs it."""
-    for i, (step, context) in enumerate(zip(steps, contexts, strict=True)):
+    for i, (step, context) in enumerate(zip(steps, contexts, strict=False)):
         x = checkpointed(partial(_tidied, step) if (len(steps) - i) % EVERY == 1 else step, x, mask, context)
     give_memory_back()
     return x

@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         if recompute:
             x = through_checkpoints(steps, x, mask, contexts)
         else:
-            for step, context in zip(steps, contexts, strict=True):
+            for step, context in zip(steps, contexts, strict=False):
                 x = step(x, mask, context)
         return self.norm(x[:, n:] if asked is None else x)
 

@@ -10,6 +10,8 @@ and its loss on other text; of a method also with the method detached.
 import json
 from pathlib import Path
 
+import torch
+
 from minitransformer.pretrained import smollm2, smollm2_tokenizer
 from minitransformer.tasks.dataset import Dataset, pad_rows
 from minitransformer.tasks.language.pairs import ask
@@ -44,7 +46,7 @@ def main() -> None:
     own.targets[own.targets == tokenizer.end_id] = NOT_ASKED  # some answers were cut short
     films, mask = pad_rows([tokenizer.encode(row.text.strip()) for row in snippets()[:64]], tokenizer.pad_id)
     texts = {
-        "films": (Dataset(films, mask, films), next_token_loss),
+        "films": (Dataset(films, mask, torch.zeros(len(films))), next_token_loss),
         "own answers": (own, answer_only),
     }
 
