@@ -46,7 +46,7 @@ def main() -> None:
     own.targets[own.targets == tokenizer.end_id] = NOT_ASKED  # some answers were cut short
     films, mask = pad_rows([tokenizer.encode(row.text.strip()) for row in snippets()[:64]], tokenizer.pad_id)
     texts = {
-        "films": (Dataset(films, mask, torch.zeros(len(films))), next_token_loss),
+        "films": (Dataset(films, mask, torch.zeros(len(films), dtype=torch.long)), next_token_loss),
         "own answers": (own, answer_only),
     }
 
