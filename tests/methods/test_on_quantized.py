@@ -121,7 +121,7 @@ def test_a_file_knows_its_base(tmp_path):
     changed = tiny()
     changed.blocks[1].feedforward.up.nf4_codes[3, 3] += 1
     rescaled = tiny()
-    rescaled.blocks[1].feedforward.up.scales[3] += 1
+    rescaled.blocks[1].feedforward.up.nf4_scales[3] += 1
     wide_scales = quantize(tiny_of({})().requires_grad_(False), block=8, double=False)
     others = {
         "float32": tiny_of({})(), "dequantised": dequantize(tiny()), "int4": tiny(storage="int4"), "one code": changed,
