@@ -58,6 +58,8 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
     inputs = options.names("feedforward_modules")
     options.unused({"init_ia3_weights": bool})
     modules = by_module(tensors, names, options, (SCALE,))
+    if stray := [end for end in inputs if not any(ends_in(module, [end]) for module in modules)]:
+        raise ValueError(f"feedforward_modules names {stray[0]!r}, but target_modules has no such layer; take it out")
     scales: dict[tuple[int, str, str], Tensor] = {}  # block, layer in it, side
     for module, own in modules.items():
         sites, side = names.modules[module], "input" if ends_in(module, inputs) else "output"

@@ -63,6 +63,7 @@ OPTIONS = {  # method, option, value, message
     "another head": (LoRA(rank=2), "modules_to_save", ["embed_tokens"], "no such head"),
     "a head that is not there": (LoRA(rank=2), "modules_to_save", ["lm_head"], "lacks base_model.model.lm_head"),
     "no feed-forward": (IA3(), "feedforward_modules", [], r"say \[24, 1\]"),
+    "another feed-forward": (IA3(), "feedforward_modules", ["down_proj", "up_proj"], "names 'up_proj'"),
     "random A": (VeRA(rank=4), "vera_dropout", 0.1, "vera_dropout"),
     "other layers": (PrefixTuning(length=3), "num_layers", 3, "num_layers=3"),
     "other heads": (PrefixTuning(length=3), "num_attention_heads", 4, "num_attention_heads=4"),
