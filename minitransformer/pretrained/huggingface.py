@@ -26,6 +26,8 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
 }
 SIZES = {  # ours -> as BERT and the Llama family name them
     "vocab_size": "vocab_size",
@@ -63,8 +65,8 @@ def written_sizes(config: TransformerConfig, names: Mapping[str, str]) -> dict[s
 
 
 def written_activation(activation: str) -> str:
-    """Hugging Face's first name for our activation; of another one where there is none."""
-    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == activation), "gelu")
+    """Hugging Face's first name for our activation."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
 
 
 def check_options(

@@ -58,7 +58,7 @@ OUTSIDE = {"embedding.token": "embed_tokens", "norm": "norm", "head": "lm_head"}
 HEAD = "lm_head.weight"
 COPIES = {HEAD: "embed_tokens.weight"}  # of a tied weight: either or both may be saved
 
-READ = {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers"}
+READ = {"rope_theta", "rope_type", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers"}
 OTHER_ARITHMETIC = re.compile(  # what an option is about that changes what is computed, whoever invented it
     r"scale|scaling|multiplier|softcap|clip_|attention_dropout|rotary|rope|alibi|window|attention_chunk|bidirectional|"
     r"expert|parallel_(attn|residual)|qk_|cross_attention|encoder_decoder|pruned_heads"
@@ -143,8 +143,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         if not plain or given.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             raise ValueError(f"config has {name}={given!r}, but only plain rotary angles are supported; {CHOOSE}")
         found |= given
-    if found.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config turns a part of each head only ({found}), but all of it is supported; {CHOOSE}")
+    _check_arithmetic(found)
     if {"rope_theta"} <= config.keys() & found.keys() and config["rope_theta"] != found["rope_theta"]:
         raise ValueError(
             f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep the right one"
@@ -161,13 +160,12 @@ def names(n_layers: int) -> dict[str, str]:
 def _our_config(config: Mapping[str, Any], lm_head: str, form: Form) -> TransformerConfig:
     d_model, n_heads = config["hidden_size"], config["num_attention_heads"]
     n_kv_heads, head_dim = config.get("num_key_value_heads") or n_heads, config.get("head_dim") or 0
-    activation = config.get("hidden_act", "silu")
     asked = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return TransformerConfig(
         **read_sizes(config, SIZES),
         causal=True,
         norm="pre",
-        activation="silu" if activation in ("silu", "swish") else read_activation(activation),
+        activation=read_activation(config.get("hidden_act", "silu")),
         norm_eps=read_number(config, "rms_norm_eps", 1e-6),
         lm_head=lm_head,
         position="rotary",
@@ -188,7 +186,7 @@ def _their_config(config: TransformerConfig, form: Form) -> dict[str, Any]:
         **biases,
         "num_key_value_heads": config.n_kv_heads or config.n_heads,
         "head_dim": config.d_head,
-        "hidden_act": "silu" if config.activation == "silu" else written_activation(config.activation),
+        "hidden_act": written_activation(config.activation),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
     }

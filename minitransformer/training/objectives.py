@@ -65,7 +65,7 @@ def answer_only(model: nn.Module, batch: Dataset) -> Score:
     of the answer: a model that never learns it never stops.
 
     Raises:
-        ValueError: the model is an encoder, or there is one target a row.
+        ValueError: the model is an encoder, there is one target a row, or padding is asked for a word.
     """
     _check_says_next_words(model, batch)
     if batch.targets.shape != batch.tokens.shape:
@@ -74,6 +74,8 @@ def answer_only(model: nn.Module, batch: Dataset) -> Score:
             f"{list(batch.tokens.shape)}; answer_loss is for one word a row"
         )
     asked = batch.targets != -100  # [B, T]
+    if bool((asked & ~batch.padding_mask).any()):
+        raise ValueError("targets ask padding for the next word, which is learned wrongly: make them -100 there")
     return word_score(model, model.hidden(batch.tokens, batch.padding_mask)[asked], batch.targets[asked])
 
 

@@ -73,7 +73,7 @@ def test_left_out_segments_are_the_first_segment():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden_act": "silu"}, "'silu' is not supported; choose a checkpoint with one of gelu,"),
+        ({"hidden_act": "mish"}, "'mish' is not supported; choose a checkpoint with one of gelu,"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key', but only 'absolute'"),
         ({"is_decoder": True}, "is_decoder=True, but only False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False, but only True"),

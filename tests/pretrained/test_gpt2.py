@@ -70,7 +70,7 @@ def test_half_precision_files_are_read_into_float32(dtype):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"activation_function": "silu"}, "'silu' is not supported; choose a checkpoint with one of gelu,"),
+        ({"activation_function": "mish"}, "'mish' is not supported; choose a checkpoint with one of gelu,"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, but only False"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False, but only True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False, but only True"),

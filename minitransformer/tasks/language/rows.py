@@ -87,9 +87,5 @@ def generated_answers(
         options = {"padding_mask": padding_mask.to(device), "stop": tokenizer.end_id, "pad_id": tokenizer.pad_id}
         longer = model.generate(tokens.to(device), max_new_tokens, **options)
         for i, row in zip(batch, longer[:, tokens.shape[1] :].tolist(), strict=True):
-            said[i] = tokenizer.decode(_up_to(row, tokenizer.end_id))
+            said[i] = tokenizer.decode(row[: [*row, tokenizer.end_id].index(tokenizer.end_id)])  # without the end
     return [said[i] for i in range(len(pairs))]
-
-
-def _up_to(row: list[int], end_id: int) -> list[int]:
-    return row[: row.index(end_id)] if end_id in row else row

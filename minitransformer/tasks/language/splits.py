@@ -82,5 +82,4 @@ def _drawn(pairs: tuple[Pair, ...], n: int | None, name: str) -> tuple[Pair, ...
 
 
 def _split(pairs: tuple[Pair, ...], tokenizer) -> PairSplit:
-    rows = answer_rows(tokenizer, pairs)
-    return PairSplit(rows.tokens, rows.padding_mask, rows.targets, pairs)
+    return PairSplit(**vars(answer_rows(tokenizer, pairs)), pairs=pairs)
