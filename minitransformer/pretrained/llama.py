@@ -63,6 +63,7 @@ OTHER_ARITHMETIC = re.compile(  # what an option is about that changes what is c
     r"scale|scaling|multiplier|softcap|clip_|attention_dropout|rotary|rope|alibi|window|attention_chunk|bidirectional|"
     r"expert|parallel_(attn|residual)|qk_|cross_attention|encoder_decoder|pruned_heads"
 )
+FACTOR = re.compile("scale|scaling|multiplier|factor")  # 1 leaves all as it is
 BIAS = {  # attention_bias and mlp_bias -> ours
     (False, False): "none",
     (True, False): "query+key+value+output",
@@ -113,7 +114,8 @@ def from_llama(
 def _check_arithmetic(config: Mapping[str, Any]) -> None:
     """Raise ValueError for an option of other arithmetic, unless it is off: a factor of 1, or nothing."""
     for name, value in config.items():
-        if name not in READ and OTHER_ARITHMETIC.search(name) and value and (value is True or value != 1):
+        is_off = not value or (value == 1 and value is not True and FACTOR.search(name))
+        if name not in READ and OTHER_ARITHMETIC.search(name) and not is_off:
             raise ValueError(f"config has {name}={value!r}, which is not computed; {CHOOSE}")
 
 

@@ -181,7 +181,7 @@ def test_what_is_not_computed_is_refused_by_name(name, change, message):
         *({name: True} for name in ("qk_norm", "use_qk_norm", "alibi", "use_bidirectional_attention")),
         *({name: 4} for name in ("moe_num_experts", "attention_chunk_size", "clip_qkv", "rotary_dim", "scale_emb")),
         {"no_rope_layers": [1, 0]},
-        {"final_logit_softcapping": 30.0},
+        {"final_logit_softcapping": 30},
     ],
     ids=lambda change: next(iter(change)),
 )
