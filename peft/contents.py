@@ -55,7 +55,7 @@ class FileDescription:
         lines = [f"{recipe}, seed {seed}" for recipe, seed in zip(self.recipes, self.seeds, strict=True)]
         lines += [f"with the modules {', '.join(self.train_also)}, trained whole"] * bool(self.train_also)
         lines += ["saved while merged into the weights"] * self.merged
-        lines += [f"{len(self.tensors)} tensors, {self.numbers:,} numbers, {self.bytes:,} bytes"]
+        lines += [f"{len(self.tensors)} tensors, {self.numbers:,} parameters, {self.bytes:,} bytes"]
         lines += [f"  {name} {list(shape)}" for name, shape in self.tensors.items()]
         return "\n".join([*lines, f"trained on the base {self.base[:12]}…"])
 
