@@ -46,6 +46,16 @@ def words(rows: int, length: int) -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0))
 
 
+def asked_batch():
+    """`ROWS` rows of `LENGTH` words, the last `ASKED` of each asked for, as our `answer_only` reads them."""
+    from minitransformer.tasks import Dataset
+
+    tokens = words(ROWS, LENGTH)
+    targets = torch.full_like(tokens, -100)
+    targets[:, -ASKED - 1 : -1] = tokens[:, -ASKED:]
+    return Dataset(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
+
+
 def both_lengths(build: Callable[[torch.dtype, int, int], Job]) -> dict[str, Callable[[], Job]]:
     """The jobs of generation: `build(dtype, rows, new words)` for all rows of the table."""
     jobs = {}
@@ -61,16 +71,12 @@ def our_jobs(_: str) -> dict[str, Callable[[], Job]]:
     """This repository."""
     import peft
     from minitransformer.pretrained import smollm2
-    from minitransformer.tasks import Dataset
     from minitransformer.training import training_step
     from minitransformer.training.objectives import answer_only, autocasting
 
     def step(weights: torch.dtype = torch.float32, autocast: bool = False) -> Job:
         model = peft.attach(smollm2(weights), peft.LoRA(rank=RANK, alpha=ALPHA))
-        tokens = words(ROWS, LENGTH)
-        targets = torch.full_like(tokens, -100)
-        targets[:, -ASKED - 1 : -1] = tokens[:, -ASKED:]
-        batch, trainable = Dataset(tokens, torch.ones_like(tokens, dtype=torch.bool), targets), trained(model)
+        batch, trainable = asked_batch(), trained(model)
         objective = autocasting(answer_only, torch.bfloat16) if autocast else answer_only
         optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
 
