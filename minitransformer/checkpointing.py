@@ -9,24 +9,22 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minitransformer.attention import Context, Hidden, Mask
 from minitransformer.call import CALL, as_told
 
 EVERY = 4  # blocks: giving memory back before each of them would cost a quarter of the time
+LARGE = 2**20  # bytes of a block's input from which on it pays
 
 
-def through_checkpoints(
-    steps: Sequence[Callable], x: Hidden, mask: Mask, contexts: Sequence[Context | None]
-) -> Float[Tensor, "B Q d_model"]:
-    """What the blocks make of x, one after the other, each as `checkpointed` runs it."""
-    for i, (step, context) in enumerate(zip(steps, contexts, strict=False)):
-        x = checkpointed(partial(_tidied, step) if (len(steps) - i) % EVERY == 1 else step, x, mask, context)
-    give_memory_back()
-    return x
+def checkpoints(steps: Sequence[Callable]) -> list[Callable]:
+    """The same steps, of which each keeps its inputs alone."""
+    last = len(steps) - 1
+    return [
+        partial(checkpointed, partial(_tidied, step) if (last - i) % EVERY == 0 else step)
+        for i, step in enumerate(steps)
+    ]
 
 
 def checkpointed(step: Callable, *inputs):
@@ -40,9 +38,10 @@ def checkpointed(step: Callable, *inputs):
     return checkpoint(step, *inputs, use_reentrant=False)
 
 
-def _tidied(step: Callable, *inputs):
-    give_memory_back()
-    return step(*inputs)
+def _tidied(step: Callable, x: Tensor, *others):
+    if x.is_cpu and x.nbytes >= LARGE:
+        give_memory_back()
+    return step(x, *others)
 
 
 def give_memory_back() -> None:

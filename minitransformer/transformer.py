@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minitransformer.attention import attention_mask, is_transformed, recorded
 from minitransformer.block import Block
 from minitransformer.cache import KVCache
-from minitransformer.checkpointing import through_checkpoints
+from minitransformer.checkpointing import checkpoints
 from minitransformer.config import TransformerConfig
 from minitransformer.embedding import Embedding, Real, Tokens, check_text, values_are_read
 from minitransformer.fast.last_position import at_position
@@ -96,12 +96,10 @@ class Transformer(nn.Module):
             steps[-1] = partial(at_position, self.blocks[-1], asked=asked + n)
         # Recomputed, a block would extend the cache twice; and torch.func refuses what recomputation needs.
         impossible = cache is not None or is_transformed()
-        recompute = self.config.gradient_checkpointing and torch.is_grad_enabled() and not impossible
-        if recompute:
-            x = through_checkpoints(steps, x, mask, contexts)
-        else:
-            for step, context in zip(steps, contexts, strict=False):
-                x = step(x, mask, context)
+        if self.config.gradient_checkpointing and torch.is_grad_enabled() and not impossible:
+            steps = checkpoints(steps)
+        for step, context in zip(steps, contexts, strict=False):
+            x = step(x, mask, context)
         return self.norm(x[:, n:] if asked is None else x)
 
     def lm_head(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:

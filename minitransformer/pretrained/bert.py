@@ -63,13 +63,7 @@ COPIES = {  # of tied weights: either or both may be saved
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 
-SUPPORTED = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "pruned_heads": False,  # as is an empty dict
-}
+SUPPORTED = {"position_embedding_type": "absolute", "is_decoder": False}
 
 
 def from_bert(state_dict: Mapping[str, Any], config: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> Transformer:

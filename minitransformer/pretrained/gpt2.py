@@ -68,13 +68,7 @@ SIZES = {  # ours -> theirs
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
-SUPPORTED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "pruned_heads": False,  # as is an empty dict
-}
+SUPPORTED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 ALIASES = {  # names that Hugging Face takes as well
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",

@@ -4,6 +4,7 @@ A checkpoint that fits only in part still runs and gives wrong numbers, so every
 or be known to be of no use, and every option that we do not compute must have the value that makes no difference.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,11 @@ SIZES = {  # ours -> as BERT and the Llama family name them
 }
 EMBEDDINGS = ("wte.weight", "embeddings.word_embeddings.weight", "embed_tokens.weight")
 NOT_QUANTISED = {"quantization_config": False}  # as is an absent one
+OTHER_ARITHMETIC = re.compile(  # what an option is about that changes what is computed, whoever invented it
+    r"scale|scaling|multiplier|softcap|clip_|attention_dropout|rotary|rope|alibi|window|attention_chunk|bidirectional|"
+    r"expert|parallel_(attn|residual)|qk_|cross_attention|encoder_decoder|pruned_heads"
+)
+FACTOR = re.compile("scale|scaling|multiplier|factor")  # 1 leaves all as it is
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
@@ -70,7 +76,12 @@ def written_activation(activation: str) -> str:
 
 
 def check_options(
-    config: Mapping[str, Any], form: Form, sizes: Iterable[str], supported: dict, optional: tuple[str, ...] = ()
+    config: Mapping[str, Any],
+    form: Form,
+    sizes: Iterable[str],
+    supported: dict,
+    read: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
 ) -> None:
     """Raise ValueError unless `config` is of this architecture, states every size, and has only supported options.
 
@@ -78,8 +89,9 @@ def check_options(
         config: the contents of config.json, as a dict.
         form: of the architecture.
         sizes: the options that must be there, each a whole number from 1.
-        optional: sizes that may be left out or null.
         supported: option -> the one value we compute, which is also the value where the option is left out.
+        read: other options that the reader itself reads.
+        optional: sizes that may be left out or null.
     """
     if not isinstance(config, Mapping):
         raise ValueError(
@@ -105,6 +117,15 @@ def check_options(
         given = config.get(name, value)
         if given != value and not (value is False and not given):
             raise ValueError(f"config has {name}={given!r}, but only {value!r} is supported; choose such a checkpoint")
+    check_arithmetic(config, (*read, *supported))
+
+
+def check_arithmetic(config: Mapping[str, Any], read: Iterable[str]) -> None:
+    """Raise ValueError for an option of other arithmetic, unless it is off: a factor of 1, or nothing."""
+    for name, value in config.items():
+        is_off = not value or (value == 1 and value is not True and FACTOR.search(name))
+        if name not in read and OTHER_ARITHMETIC.search(name) and not is_off:
+            raise ValueError(f"config has {name}={value!r}, which is not computed; choose a checkpoint without it")
 
 
 def check_tied(config: Mapping[str, Any], head: str) -> None:

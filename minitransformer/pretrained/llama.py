@@ -7,7 +7,6 @@ family the larger models have fewer heads for keys and values.
 What is not computed is refused by name: scaled rotary angles or logits, sliding windows, experts, parallel blocks.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from minitransformer.config import TransformerConfig
 from minitransformer.pretrained.huggingface import (
     SIZES,
     Writer,
+    check_arithmetic,
     check_options,
     filled,
     read_activation,
@@ -58,12 +58,7 @@ OUTSIDE = {"embedding.token": "embed_tokens", "norm": "norm", "head": "lm_head"}
 HEAD = "lm_head.weight"
 COPIES = {HEAD: "embed_tokens.weight"}  # of a tied weight: either or both may be saved
 
-READ = {"rope_theta", "rope_type", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers"}
-OTHER_ARITHMETIC = re.compile(  # what an option is about that changes what is computed, whoever invented it
-    r"scale|scaling|multiplier|softcap|clip_|attention_dropout|rotary|rope|alibi|window|attention_chunk|bidirectional|"
-    r"expert|parallel_(attn|residual)|qk_|cross_attention|encoder_decoder|pruned_heads"
-)
-FACTOR = re.compile("scale|scaling|multiplier|factor")  # 1 leaves all as it is
+READ = ("rope_theta", "rope_type", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers")
 BIAS = {  # attention_bias and mlp_bias -> ours
     (False, False): "none",
     (True, False): "query+key+value+output",
@@ -98,8 +93,7 @@ def from_llama(
     known = [form for form in FORMS if isinstance(config, Mapping) and form.is_of(config)]
     form = known[0] if known else LLAMA
     sizes = (*SIZES.values(), *["num_key_value_heads"] * (form is not LLAMA))
-    check_options(config, form, sizes, {}, optional=("head_dim", "num_key_value_heads"))
-    _check_arithmetic(config)
+    check_options(config, form, sizes, {}, READ, optional=("head_dim", "num_key_value_heads"))
     _check_windows(config, form)
     saved = plain_tensors(state_dict, form)
     tensors = left_out(saved, leave_out)
@@ -109,14 +103,6 @@ def from_llama(
         tensors = one_of_each(tensors, COPIES)
         lm_head = "tied" if lm_head == "untied" or HEAD not in saved else "none"
     return filled(_our_config(config, lm_head, form), tensors, names, assign)
-
-
-def _check_arithmetic(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option of other arithmetic, unless it is off: a factor of 1, or nothing."""
-    for name, value in config.items():
-        is_off = not value or (value == 1 and value is not True and FACTOR.search(name))
-        if name not in READ and OTHER_ARITHMETIC.search(name) and not is_off:
-            raise ValueError(f"config has {name}={value!r}, which is not computed; {CHOOSE}")
 
 
 def _check_windows(config: Mapping[str, Any], form: Form) -> None:
@@ -145,7 +131,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         if not plain or given.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             raise ValueError(f"config has {name}={given!r}, but only plain rotary angles are supported; {CHOOSE}")
         found |= given
-    _check_arithmetic(found)
+    check_arithmetic(found, READ)
     if {"rope_theta"} <= config.keys() & found.keys() and config["rope_theta"] != found["rope_theta"]:
         raise ValueError(
             f"config has rope_theta={config['rope_theta']!r} and {found['rope_theta']!r}; keep the right one"

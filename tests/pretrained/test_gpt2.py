@@ -74,7 +74,7 @@ def test_half_precision_files_are_read_into_float32(dtype):
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, but only False"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False, but only True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False, but only True"),
-        ({"add_cross_attention": True}, "add_cross_attention=True, but only False"),
+        ({"add_cross_attention": True}, "add_cross_attention=True, which is not computed"),
         ({"model_type": "gpt_neo"}, "model_type='gpt_neo' .*, but only 'gpt2'"),
         ({"attn_pdrop": 0.3}, "one dropout rate serves the whole model.*attn_pdrop=0.3; set them to one value"),
         (

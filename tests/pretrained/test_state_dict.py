@@ -332,8 +332,11 @@ def test_no_memory_is_taken_before_the_shapes_are_known_to_fit(family):
         ({"activation_function": [], "hidden_act": []}, r"the activation \[\] is not supported"),
         ({"n_inner": 0.5, "type_vocab_size": 0.5}, "=0.5, which is no size"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantization_config=.* but only False is supported"),
-        ({"add_cross_attention": True}, "add_cross_attention=True, but only False"),
-        ({"is_encoder_decoder": True}, "is_encoder_decoder=True, but only False"),
+        ({"add_cross_attention": True}, "add_cross_attention=True, which is not computed"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=True, which is not computed"),
+        ({"alibi": True}, "alibi=True, which is not computed; choose a checkpoint without it"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0, which is not computed"),
+        ({"num_local_experts": 8}, "num_local_experts=8, which is not computed"),
         (
             {"model_type": None, "architectures": ["RobertaModel"]},
             r"model_type=None and architectures=\['RobertaModel'\], but only",
