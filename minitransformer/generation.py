@@ -89,7 +89,7 @@ def stream(
     seed: int = 0,
     use_cache: bool = True,
     top_p: float | None = None,
-    stop: int | Iterable[int] | None = None,
+    stop: int | Iterable[int] | Tensor | None = None,
     pad_id: int | None = None,
 ) -> Iterator[Int[Tensor, " B"]]:
     """The words that `generate` appends, one column [B] at a time, each computed when it is asked for.
@@ -187,8 +187,8 @@ def _check(model: nn.Module, tokens: Tensor, max_new_tokens: int, padding_mask: 
     check_text(tokens, padding_mask)
     if not model.config.causal:
         raise ValueError("an encoder (causal=False) cannot generate: it reads in both directions; use a decoder")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a whole number, 0 or more, got {max_new_tokens!r}")
     room, length = model.embedding.room, tokens.shape[1]
     if length + max_new_tokens > room:
         taken = "" if room == model.config.max_len else f", of which a prompt leaves {room}"
@@ -211,12 +211,13 @@ def _check_options(temperature: float, top_k: int | None, top_p: float | None, s
         raise ValueError(f"{given} would be ignored: give a temperature above 0 to draw words")
 
 
-def _stop_words(stop: int | Iterable[int] | None, pad_id: int | None, n_words: int) -> list[int]:
+def _stop_words(stop: int | Iterable[int] | Tensor | None, pad_id: int | None, n_words: int) -> list[int]:
     """The stop tokens as a list; ValueError for one that no row can reach, or a pad_id that no row needs."""
     if stop is None:
         if pad_id is not None:
             raise ValueError(f"pad_id={pad_id} would be ignored: no row ends without stop, the word that ends it")
         return []
+    stop = stop.tolist() if isinstance(stop, Tensor) else stop
     words = list(stop) if isinstance(stop, Iterable) else [stop]
     for name, word in [("stop", word) for word in words] + [("pad_id", pad_id or 0)]:
         if not isinstance(word, Integral) or isinstance(word, bool) or not 0 <= word < n_words:

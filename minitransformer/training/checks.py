@@ -17,7 +17,9 @@ def check_options(given: Mapping) -> None:
     o = SimpleNamespace(**given)
     for name in ("steps", "batch_size", "accumulate", "warmup", "validate_every", "every"):
         value, least = given[name], int(name != "warmup")
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
+        if value is None and name not in ("steps", "accumulate"):
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
     for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
         if not serves and not (isinstance(given[name], Dataset) and len(given[name])):

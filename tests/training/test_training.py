@@ -555,6 +555,8 @@ def test_an_optimizer_that_lacks_a_trainable_tensor_is_refused_with_its_name():
         ({"warmup": 3}, "warmup=3 must be shorter than the run of 3 steps"),
         ({"warmup": -1}, "warmup=-1 must be a whole number, at least 0"),
         ({"warmup": 2.5}, "warmup=2.5 must be a whole number, at least 0"),
+        ({"steps": None}, "steps=None must be a whole number, at least 1"),
+        ({"accumulate": None}, "accumulate=None must be a whole number, at least 1"),
         ({"steps": 3.0}, "steps=3.0 must be a whole number, at least 1"),
         ({"batch_size": True}, "batch_size=True must be a whole number"),
     ],

@@ -159,7 +159,7 @@ def test_generation_in_many_threads_leaves_the_modes(decoder):
 @pytest.mark.parametrize(
     "n, options, message",
     [
-        (-1, {}, "max_new_tokens must be 0 or more"),
+        (-1, {}, "max_new_tokens must be a whole number, 0 or more, got -1"),
         (9, {}, "4 tokens and 9 new ones exceed max_len 12; ask for at most 8 new tokens"),
         (1, {"temperature": -1.0}, "temperature must be 0 .greedy. or more"),
         (1, {"temperature": math.nan}, "temperature must be 0 .greedy. or more, and finite, got nan"),

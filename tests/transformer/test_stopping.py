@@ -280,7 +280,7 @@ def test_streams_of_one_model_do_not_disturb_each_other():
     for own, tokens in zip(columns, expected, strict=True):
         assert torch.equal(torch.stack(own, dim=1), tokens[:, T:])
     with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(lambda tokens: model.generate(tokens, 8, stop=3), beginnings * 5))
+        together = list(pool.map(lambda tokens: model.generate(tokens, 8, stop=torch.tensor(3)), beginnings * 5))
     assert all(torch.equal(got, want) for got, want in zip(together, expected * 5, strict=True))
     assert all(modes(model))
 
@@ -292,6 +292,8 @@ def test_streams_of_one_model_do_not_disturb_each_other():
         ({"stop": [1, -1]}, "stop must be a number of the vocabulary, 0 to 22, got -1"),
         ({"stop": 1.0}, "stop must be a number of the vocabulary, 0 to 22, got 1.0"),
         ({"stop": True}, "got True"),
+        ({"stop": torch.tensor(23)}, "stop must be a number of the vocabulary, 0 to 22, got 23"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, 0 or more, got 2.0"),
         ({"stop": "a"}, "got 'a'"),
         ({"stop": []}, "stop names no word, so it would be ignored; leave it out"),
         ({"stop": 1, "pad_id": 23}, "pad_id must be a number of the vocabulary, 0 to 22, got 23"),
@@ -308,7 +310,7 @@ def test_streams_of_one_model_do_not_disturb_each_other():
 def test_bad_options_are_refused_at_once(options, message):
     for call in (decoder().generate, lambda *a, **k: stream(decoder(), *a, **k)):
         with pytest.raises(ValueError, match=message):
-            call(TOKENS, 2, **options)
+            call(TOKENS, **({"max_new_tokens": 2} | options))
 
 
 @pytest.mark.parametrize("n", [3, 9], ids=["plain", "fast"])
