@@ -48,6 +48,16 @@ class KVCache:
         """True before the first tokens went in."""
         return self.n_keys == 0
 
+    def check(self, n_rows: int, n_layers: int) -> None:
+        """Raise ValueError unless it is of a model of so many layers, and of so many rows if it holds any."""
+        rows = {len(layer.key) for layer in self.layers if layer.key is not None}
+        if len(self.layers) != n_layers or not rows <= {n_rows}:
+            held = f"{rows.pop()} rows" if rows else "no rows yet"
+            raise ValueError(
+                f"the cache has {len(self.layers)} layers and {held}, the model {n_layers} layers, and there are "
+                f"{n_rows} rows of tokens; begin each batch with KVCache(n_layers) of its own, or let it keep(rows)"
+            )
+
     def keep(self, rows: Int[Tensor, "b"]) -> None:
         """Forget all rows but these."""
         for layer in self.layers:

@@ -101,6 +101,12 @@ class TransformerConfig:
         return self.bias == "all" or layer in self.bias.split("+")
 
 
+def check_whole(name: str, value, least: int) -> None:
+    """Raise ValueError unless the value is a whole number, and at least that."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+
+
 def _checked(name: str, value, kind: type):
     """The value as Python's own number (of NumPy's, too), flag or choice; ValueError if it is of another kind."""
     if kind is str:

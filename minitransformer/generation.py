@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minitransformer.cache import KVCache
 from minitransformer.call import CALL, as_told, of_rows
+from minitransformer.config import check_whole
 from minitransformer.embedding import Real, Tokens, check_text
 from minitransformer.fast.generation import FastSteps, fast_steps
 from minitransformer.modes import evaluation_mode
@@ -118,7 +119,7 @@ def stream(
     _check_options(temperature, top_k, top_p, seed)
     stop = _stop_words(stop, pad_id, model.config.vocab_size)
     real = None if padding_mask is None or bool(padding_mask.all()) else padding_mask  # no padding, no mask
-    texts = Texts(model, tokens, real, KVCache(model.config.n_layers) if use_cache else None, CALL.told)
+    texts = Texts(model, tokens, real, KVCache(len(model.blocks)) if use_cache else None, CALL.told)
     generator = torch.Generator(device=tokens.device).manual_seed(seed) if temperature else None
     choose = partial(next_word, temperature=temperature, top_k=top_k, generator=generator, top_p=top_p)
     return _columns(texts, max_new_tokens, stop, pad_id or 0, choose)
@@ -187,8 +188,7 @@ def _check(model: nn.Module, tokens: Tensor, max_new_tokens: int, padding_mask: 
     check_text(tokens, padding_mask)
     if not model.config.causal:
         raise ValueError("an encoder (causal=False) cannot generate: it reads in both directions; use a decoder")
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be a whole number, 0 or more, got {max_new_tokens!r}")
+    check_whole("max_new_tokens", max_new_tokens, 0)
     room, length = model.embedding.room, tokens.shape[1]
     if length + max_new_tokens > room:
         taken = "" if room == model.config.max_len else f", of which a prompt leaves {room}"
@@ -202,8 +202,9 @@ def _check(model: nn.Module, tokens: Tensor, max_new_tokens: int, padding_mask: 
 def _check_options(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or more, and finite, got {temperature}")
-    if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
-        raise ValueError(f"top_k must be at least 1, an integer, got {top_k}")
+    check_whole("seed", seed, 0)
+    if top_k is not None:
+        check_whole("top_k", top_k, 1)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p is a probability above 0, and at most 1, got {top_p}")
     if temperature == 0.0 and (top_k is not None or top_p is not None or seed != 0):

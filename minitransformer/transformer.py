@@ -75,7 +75,7 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: tokens, a padding_mask, segments or asked positions that do not fit the model or each other, a
-                row without a real token, a text longer than max_len, a cache for an encoder.
+                row without a real token, a text longer than max_len, a cache of another model or other rows.
         """
         check(self, tokens, padding_mask, cache, asked)
         x = self.embedding(tokens, padding_mask, segments, cache)  # [B, n + T, d_model]
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         impossible = cache is not None or is_transformed()
         if self.config.gradient_checkpointing and torch.is_grad_enabled() and not impossible:
             steps = checkpoints(steps)
-        for step, context in zip(steps, contexts, strict=False):
+        for step, context in zip(steps, contexts, strict=True):
             x = step(x, mask, context)
         return self.norm(x[:, n:] if asked is None else x)
 
@@ -114,9 +114,11 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tokens, targets: Tokens, padding_mask: Real = None) -> Float[Tensor, ""]:
         """Mean cross-entropy, in nats, of the word that `targets` wants at each position; -100 wants none.
 
-        As with the logits of `forward`, which are never there all at once. ValueError as in `hidden`, or for no word.
+        As with the logits of `forward`, which are never there all at once. ValueError as in `hidden`, for no word, or
+        for targets that are none or stand at padding.
         """
-        hidden, targets = self.hidden(tokens, padding_mask).flatten(0, 1), targets.flatten()
+        check_targets(targets, tokens, padding_mask, self.config.vocab_size)
+        hidden, targets = self.hidden(tokens, padding_mask).flatten(0, 1), targets.flatten().long()
         if values_are_read(targets):
             hidden, targets = hidden[targets != -100], targets[targets != -100]
             if len(targets) == 0:
@@ -151,8 +153,10 @@ def check(
 ) -> None:
     """Raise ValueError, with the cure, for what a model cannot read."""
     check_text(tokens, padding_mask)
-    if cache is not None and not model.config.causal:
-        raise ValueError("an encoder has no KV cache: earlier tokens would have to see later ones")
+    if cache is not None:
+        if not model.config.causal:
+            raise ValueError("an encoder has no KV cache: earlier tokens would have to see later ones")
+        cache.check(len(tokens), len(model.blocks))
     if asked is not None and asked.shape != tokens.shape[:1]:
         raise ValueError(f"asked names one position of each row, [{len(tokens)}], got shape {tuple(asked.shape)}")
     if not values_are_read(tokens):
@@ -164,3 +168,19 @@ def check(
         empty = f"row {int(rows.long().argmin())} ({int((~rows).sum())} such rows)"
         cure = "drop the empty rows, or invert the mask if it marks padding"
         raise ValueError(f"padding_mask hides every token of {empty}; True marks a real token: {cure}")
+
+
+def check_targets(targets: Tensor, tokens: Tensor, padding_mask: Tensor | None, n_words: int) -> None:
+    """Raise ValueError, with the cure, unless targets want one of so many words, or none (-100), of each real token."""
+    if targets.shape != tokens.shape or targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"targets, {targets.dtype} {list(targets.shape)}, are not [N, T], the number of the word that should "
+            f"follow each token of {list(tokens.shape)}; answer_loss is for one word a row"
+        )
+    if not values_are_read(targets):
+        return
+    asked = targets != -100
+    if len(wrong := targets[asked & ((targets < 0) | (targets >= n_words))]):
+        raise ValueError(f"the target {int(wrong[0])} is none of the {n_words} words; only -100 asks nothing")
+    if padding_mask is not None and bool((asked & ~padding_mask).any()):
+        raise ValueError("targets ask padding for a word, which is learned wrongly: make them -100 there")

@@ -45,7 +45,7 @@ Turn = tuple[Float[Tensor, "#B heads d_head"], Float[Tensor, "#B heads d_head"]]
 
 def fast_steps(model: nn.Module, cache: KVCache, more: int) -> "FastSteps | None":
     """The fast form of `more` steps behind this cache; None where the plain one is needed, or as good."""
-    known = says(model, "is_plain") and model.config.attention == "fused" and len(model.blocks) == len(cache.layers)
+    known = says(model, "is_plain") and model.config.attention == "fused"
     if more < FEWEST_STEPS or not known or any(layer.key is None for layer in cache.layers):  # a block that keeps none
         return None
     if not may_stand_in(cache.layers[0].key, *model.modules()):

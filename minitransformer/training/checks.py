@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from numbers import Integral
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
+from minitransformer.config import check_whole
 from minitransformer.tasks.dataset import Dataset
 from minitransformer.training.objectives import Score
 
@@ -15,12 +15,10 @@ from minitransformer.training.objectives import Score
 def check_options(given: Mapping) -> None:
     """Raise ValueError unless `fit` can run with these arguments, and none of them would be ignored."""
     o = SimpleNamespace(**given)
-    for name in ("steps", "batch_size", "accumulate", "warmup", "validate_every", "every"):
-        value, least = given[name], int(name != "warmup")
-        if value is None and name not in ("steps", "accumulate"):
-            continue
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+    least = {"steps": 1, "accumulate": 1, "seed": 0, "batch_size": 1, "warmup": 0, "validate_every": 1, "every": 1}
+    for name, lowest in least.items():
+        if given[name] is not None or name in ("steps", "accumulate", "seed"):
+            check_whole(name, given[name], lowest)
     for name, serves in (("train", callable(o.train)), ("validation", o.validation is None)):
         if not serves and not (isinstance(given[name], Dataset) and len(given[name])):
             raise ValueError(f"{name} is empty, or a {type(given[name]).__name__}; give a Dataset with rows")

@@ -1,9 +1,12 @@
 """Evaluation: a model's mean loss and accuracy on a data set, and its answers, with dropout off."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from minitransformer.config import check_whole
 from minitransformer.modes import evaluation_mode
 from minitransformer.tasks.dataset import Dataset, by_length
 from minitransformer.training.distributed import n_processes, rank, total
@@ -22,11 +25,9 @@ def evaluate(
     Raises:
         ValueError: there is nothing to score, or a batch_size below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     loss = correct = count = 0.0
     with evaluation_mode(model):
-        for rows in by_length(dataset).split(batch_size)[rank() :: n_processes()] if len(dataset) else ():
+        for rows in _batches(dataset, batch_size)[rank() :: n_processes()]:
             score = objective(model, dataset.rows(rows).trimmed())
             if score.count:  # the mean loss over no answers is NaN
                 loss += score.loss.item() * score.count
@@ -38,6 +39,12 @@ def evaluate(
     return {"loss": loss / count, "accuracy": correct / count}
 
 
+def _batches(dataset: Dataset, batch_size: int) -> Sequence[Int[Tensor, "b"]]:
+    """The rows of each batch, those of like length together."""
+    check_whole("batch_size", batch_size, 1)
+    return by_length(dataset).split(batch_size) if len(dataset) else ()
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, dataset: Dataset, choices: list[int] | None = None, batch_size: int = 64
@@ -45,14 +52,16 @@ def predict(
     """The answer word of each row, in the order of the rows: the best of all words, or of `choices` only.
 
     Raises:
-        ValueError: no choice, or a word number below 0.
+        ValueError: no choice, one that is no word of the model, or a batch_size below 1.
     """
     if choices is not None and (not choices or min(choices) < 0):
         raise ValueError(f"choices are word numbers, from 0, and at least one; got {choices}")
-    answers = torch.empty_like(dataset.targets)
+    answers = dataset.targets.new_empty(len(dataset))
     with evaluation_mode(model):
-        for rows in by_length(dataset).split(batch_size) if len(dataset) else ():
+        for rows in _batches(dataset, batch_size):
             logits = answer_logits(model, dataset.rows(rows).trimmed())
+            if choices is not None and max(choices) >= logits.shape[1]:
+                raise ValueError(f"the choice {max(choices)} is none of the {logits.shape[1]} words of the model")
             among = torch.arange(logits.shape[1]) if choices is None else torch.tensor(choices)
             answers[rows] = among.to(logits.device)[logits[:, among].argmax(dim=-1)]
     return answers

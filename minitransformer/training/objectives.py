@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.tasks.dataset import Dataset
+from minitransformer.transformer import check_targets
 
 
 @dataclass
@@ -68,14 +69,8 @@ def answer_only(model: nn.Module, batch: Dataset) -> Score:
         ValueError: the model is an encoder, there is one target a row, or padding is asked for a word.
     """
     _check_says_next_words(model, batch)
-    if batch.targets.shape != batch.tokens.shape:
-        raise ValueError(
-            f"targets {list(batch.targets.shape)} are not [N, T], the word that should follow each token of "
-            f"{list(batch.tokens.shape)}; answer_loss is for one word a row"
-        )
+    check_targets(batch.targets, batch.tokens, batch.padding_mask, model.config.vocab_size)
     asked = batch.targets != -100  # [B, T]
-    if bool((asked & ~batch.padding_mask).any()):
-        raise ValueError("targets ask padding for the next word, which is learned wrongly: make them -100 there")
     return word_score(model, model.hidden(batch.tokens, batch.padding_mask)[asked], batch.targets[asked])
 
 

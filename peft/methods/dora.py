@@ -32,7 +32,7 @@ class DoRA(LoRA):
     """
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "DoRALinear":
-        self.check_rank(name, module)
+        self.check_rank(name, module.in_features, module.out_features)
         if bool((row_norms(module.weight.detach()) == 0).any()):
             raise ValueError(f"{name} has a row of zeros, which has no direction; DoRA cannot start there, LoRA can")
         return DoRALinear(module, self, generator)

@@ -65,19 +65,19 @@ class LoRA(LinearMethod):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def wrap(self, name: str, module: nn.Linear, model: nn.Module, generator: torch.Generator) -> "LoRALinear":
-        self.check_rank(name, module)
+        self.check_rank(name, module.in_features, module.out_features)
         return LoRALinear(module, self, generator)
 
-    def check_rank(self, name: str, module: nn.Linear) -> None:
+    def check_rank(self, name: str, d_in: int, d_out: int) -> None:
         """Raise ValueError if B A could not use a rank as high as that."""
-        highest = min(module.in_features, module.out_features)
-        if self.rank > highest:
+        if self.rank > (highest := min(d_in, d_out)):
             raise ValueError(f"rank {self.rank} exceeds min(d_in, d_out) = {highest} of {name}; choose at most that")
 
     def expected_parameters(self, config: TransformerConfig) -> int:
         """blocks * sum over targets of r d_in (if A is trained) + r d_out (if B is); ValueError as in `attach`."""
-        A, B = "A" in self.train, "B" in self.train
-        return self.rank * sum(A * d_in + B * d_out for d_in, d_out in self.targeted_shapes(config))
+        A, B, shapes = "A" in self.train, "B" in self.train, self.targeted_shapes(config)
+        self.check_rank("the narrowest target", *min(shapes, key=min))
+        return self.rank * sum(A * d_in + B * d_out for d_in, d_out in shapes)
 
 
 class LoRALinear(MergeableLinear):

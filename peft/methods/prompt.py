@@ -42,16 +42,21 @@ class PromptTuning(LearnedPositions):
         return [name for name, module in modules.items() if isinstance(module, Embedding)]
 
     def wrap(self, name: str, module: Embedding, model: nn.Module, generator: torch.Generator) -> "PromptEmbedding":
-        if self.length >= module.room:
-            raise ValueError(f"a prompt of {self.length} vectors leaves no room for text; max_len is {module.room}")
+        self.check_room(module.room)
         if self.init == "normal":
             return PromptEmbedding(module, normal((self.length, module.token.embedding_dim), self.init_std, generator))
         words = self.words(module.token, generator)
         check(module, words[None], torch.zeros_like(words)[None])
         return PromptEmbedding(module, module.token(words))
 
+    def check_room(self, room: int) -> None:
+        """Raise ValueError if no token fits behind the prompt."""
+        if self.length >= room:
+            raise ValueError(f"a prompt of {self.length} vectors leaves no room for text; max_len is {room}")
+
     def expected_parameters(self, config: TransformerConfig) -> int:
-        """n d_model."""
+        """n d_model; ValueError as in `attach`."""
+        self.check_room(config.max_len)
         return self.length * config.d_model
 
 

@@ -166,7 +166,6 @@ UNKNOWN = {
     "a hook for the gradient": hooked_behind,
     "a subclass": lambda model: setattr(model, "__class__", Louder),
     "a block that is left out": lambda model: model.blocks.__setitem__(0, Skipped()),
-    "a block that is gone": lambda model: model.blocks.__delitem__(1),
     "written-out attention": written_out,
     "another attention": doubled("attention"),
     "another feed-forward network": doubled("feedforward"),

@@ -105,6 +105,8 @@ def test_a_rank_above_the_smaller_side_is_refused(decoder):
     peft.attach(decoder(), LoRA(rank=16, targets=("up",)))
     with pytest.raises(ValueError, match=r"rank 17 exceeds min\(d_in, d_out\) = 16 of blocks.0.feedforward.up"):
         peft.attach(decoder(), LoRA(rank=17, targets=("up",)))
+    with pytest.raises(ValueError, match=r"rank 17 exceeds min\(d_in, d_out\) = 16 of the narrowest target"):
+        peft.expected_parameters(decoder().config, LoRA(rank=17, targets=("up",)))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_the_model_stays(decoder):
     peft.detach(peft.attach(model, PromptTuning(length=11)))
     with pytest.raises(ValueError, match="leaves no room"):
         peft.attach(model, PromptTuning(length=12))
+    with pytest.raises(ValueError, match="leaves no room"):
+        peft.expected_parameters(model.config, PromptTuning(length=12))
     assert not peft.attached(model)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -189,8 +190,10 @@ def test_an_empty_set_has_no_score():
         evaluate(transformer(), DATA.rows(slice(0, 0)))
     with pytest.raises(ValueError, match="every label is -100"):
         evaluate(transformer(), silent_at(DATA, *range(64)))
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number, at least 1"):
         evaluate(transformer(), DATA, batch_size=0)
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number, at least 1"):
+        predict(transformer(), DATA, batch_size=0)
 
 
 def test_prediction_is_the_best_word_or_the_best_of_the_choices():
@@ -201,6 +204,10 @@ def test_prediction_is_the_best_word_or_the_best_of_the_choices():
     among = predict(model, DATA, choices=[7, 2, 5], batch_size=10)
     assert set(among.tolist()) <= {2, 5, 7}
     assert torch.equal(among, torch.tensor([7, 2, 5])[logits[:, [7, 2, 5]].argmax(dim=-1)])
+    answers = dataclasses.replace(DATA, targets=DATA.tokens)  # [N, T], as `answer_only` takes them
+    assert torch.equal(predict(model, answers, batch_size=10), logits.argmax(dim=-1))
+    with pytest.raises(ValueError, match=f"the choice 99 is none of the {logits.shape[1]} words"):
+        predict(model, DATA, choices=[1, 99])
 
 
 # --- the loop ---
@@ -556,6 +563,7 @@ def test_an_optimizer_that_lacks_a_trainable_tensor_is_refused_with_its_name():
         ({"warmup": -1}, "warmup=-1 must be a whole number, at least 0"),
         ({"warmup": 2.5}, "warmup=2.5 must be a whole number, at least 0"),
         ({"steps": None}, "steps=None must be a whole number, at least 1"),
+        ({"seed": None}, "seed=None must be a whole number, at least 0"),
         ({"accumulate": None}, "accumulate=None must be a whole number, at least 1"),
         ({"steps": 3.0}, "steps=3.0 must be a whole number, at least 1"),
         ({"batch_size": True}, "batch_size=True must be a whole number"),

@@ -117,3 +117,25 @@ def test_gradients_through_a_cache_are_those_of_the_whole_text(attention, target
     gradients = [torch.autograd.grad(out.square().sum(), trained) for out in (pieces, whole)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_a_cache_of_another_depth_is_refused(n_layers):
+    with pytest.raises(ValueError, match=f"the cache has {n_layers} layers and no rows yet, the model 2 layers"):
+        Transformer(CONFIG)(torch.tensor([[3, 1, 4]]), cache=KVCache(n_layers))
+
+
+def test_other_rows_are_refused_and_the_cache_stays():
+    model, cache = Transformer(CONFIG).eval(), KVCache(2)
+    tokens = torch.tensor([[3, 1, 4, 1], [2, 7, 1, 8]])
+    model(tokens[:, :3], cache=cache)
+    with pytest.raises(ValueError, match=r"the cache has 2 layers and 2 rows, .* there are 1 rows of tokens"):
+        model(tokens[:1, 3:], cache=cache)
+    torch.testing.assert_close(model(tokens[:, 3:], cache=cache), model(tokens)[:, 3:])
+
+
+def test_blocks_that_are_added_or_taken_out_are_cached_too():
+    model, tokens = Transformer(CONFIG).eval(), torch.tensor([[3, 1, 4]])
+    for blocks in ([*model.blocks, *Transformer(CONFIG, seed=1).blocks], model.blocks[:1]):
+        model.blocks = torch.nn.ModuleList(blocks)
+        assert torch.equal(model.generate(tokens, 12), model.generate(tokens, 12, use_cache=False))

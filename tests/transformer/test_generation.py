@@ -159,14 +159,14 @@ def test_generation_in_many_threads_leaves_the_modes(decoder):
 @pytest.mark.parametrize(
     "n, options, message",
     [
-        (-1, {}, "max_new_tokens must be a whole number, 0 or more, got -1"),
+        (-1, {}, "max_new_tokens=-1 must be a whole number, at least 0"),
         (9, {}, "4 tokens and 9 new ones exceed max_len 12; ask for at most 8 new tokens"),
         (1, {"temperature": -1.0}, "temperature must be 0 .greedy. or more"),
         (1, {"temperature": math.nan}, "temperature must be 0 .greedy. or more, and finite, got nan"),
         (1, {"temperature": math.inf}, "temperature must be 0 .greedy. or more, and finite, got inf"),
         (1, {"top_k": 3}, "top_k=3 and seed=0 would be ignored: give a temperature above 0"),
         (1, {"seed": 1}, "top_k=None and seed=1 would be ignored: give a temperature above 0"),
-        (1, {"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
+        (1, {"temperature": 1.0, "top_k": 0}, "top_k=0 must be a whole number, at least 1"),
         (1, {"padding_mask": REAL.flip(1)}, "pad on the left"),
     ],
 )

@@ -293,7 +293,7 @@ def test_streams_of_one_model_do_not_disturb_each_other():
         ({"stop": 1.0}, "stop must be a number of the vocabulary, 0 to 22, got 1.0"),
         ({"stop": True}, "got True"),
         ({"stop": torch.tensor(23)}, "stop must be a number of the vocabulary, 0 to 22, got 23"),
-        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, 0 or more, got 2.0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 must be a whole number, at least 0"),
         ({"stop": "a"}, "got 'a'"),
         ({"stop": []}, "stop names no word, so it would be ignored; leave it out"),
         ({"stop": 1, "pad_id": 23}, "pad_id must be a number of the vocabulary, 0 to 22, got 23"),
@@ -302,7 +302,8 @@ def test_streams_of_one_model_do_not_disturb_each_other():
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is a probability above 0, and at most 1, got 0.0"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p is a probability"),
         ({"temperature": 1.0, "top_p": math.nan}, "top_p is a probability"),
-        ({"temperature": 1.0, "top_k": 2.5}, "top_k must be at least 1"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5 must be a whole number, at least 1"),
+        ({"temperature": 1.0, "seed": None}, "seed=None must be a whole number, at least 0"),
     ],
     ids=str,
 )

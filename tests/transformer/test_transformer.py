@@ -217,6 +217,22 @@ def test_a_loss_of_no_word_is_refused(tiny):
         tiny().loss(TOKENS, torch.full_like(TOKENS, -100))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t + 30, "the target 3[0-9] is none of the 23 words; only -100 asks nothing"),
+        (lambda t: t * 0 - 1, "the target -1 is none of the 23 words"),
+        (lambda t: t[:, 1:], r"are not \[N, T\]"),
+        (lambda t: t.float(), r"torch.float32 \[3, 7\], are not"),
+        (lambda t: t, "targets ask padding for a word"),
+    ],
+    ids=["beyond", "negative", "another shape", "real numbers", "at padding"],
+)
+def test_a_loss_of_what_is_no_word_is_refused(tiny, unchecked, change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().loss(TOKENS, change(TOKENS), MASKS["left"])
+
+
 @pytest.mark.parametrize("asked", [[0, -1, 2], [0, 1, 7]], ids=str)
 def test_an_asked_position_outside_the_text_is_refused(tiny, asked):
     with pytest.raises(ValueError, match=r"asked positions run from 0 to 6, got \["):

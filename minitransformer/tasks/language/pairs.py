@@ -61,5 +61,5 @@ def cut(pairs: Sequence[Pair], sizes: tuple[int, int, int]) -> dict[str, tuple[P
 
 def check_sizes(sizes: tuple[int, int, int], most: int) -> None:
     """Raise ValueError for a split without rows, or more rows than there can be."""
-    if len(sizes) != 3 or min(sizes) < 1 or sum(sizes) > most:
+    if len(sizes) != 3 or {*map(type, sizes)} != {int} or min(sizes) < 1 or sum(sizes) > most:
         raise ValueError(f"sizes={sizes} are rows of train, validation and test: each at least 1, {most} at most")

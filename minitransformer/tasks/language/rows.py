@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from minitransformer.config import check_whole
 from minitransformer.tasks.dataset import Dataset, pad_rows
 from minitransformer.tasks.language.pairs import Pair
 
@@ -76,8 +77,7 @@ def generated_answers(
     Raises:
         ValueError: a batch_size below 1, a prompt without a token, or what `generate` refuses.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_whole("batch_size", batch_size, 1)
     said = {}
     order = sorted(range(len(pairs)), key=lambda i: len(prompt_tokens(tokenizer, pairs[i])))
     for start in range(0, len(order), batch_size):
