@@ -35,7 +35,7 @@ def quantize(model: nn.Module, storage: str = "nf4", block: int = 64, double: bo
         ValueError: an unknown storage; a model without blocks, or that is trained, quantised or wrapped; a weight that
             is shared, watched, not finite, or whose rows are no whole number of blocks. Nothing has changed then.
     """
-    if storage not in BOOKS:
+    if storage not in [*BOOKS]:
         raise ValueError(f"storage={storage!r} is unknown; choose one of {', '.join(BOOKS)}")
     places = _places(model)
     for name, (_, layer) in places.items():

@@ -57,16 +57,25 @@ class Quantized(nn.Module):
         return 8 * sum(tensor.numel() for tensor in self.stored) / math.prod(self.shape)
 
 
+def take_over(layer: nn.Module, old: nn.Module, **parameters: nn.Parameter | None) -> nn.Module:
+    """Let a new layer with these parameters be all else that the old one is: its sizes, its mode, its hooks, what
+    others have noted on it. Returns it."""
+    nn.Module.__init__(layer)  # that of a linear layer would make a weight
+    left = {"_parameters", "_buffers", "_non_persistent_buffers_set", "unpack", "names", "shape"}
+    vars(layer).update({name: value for name, value in vars(old).items() if name not in left})
+    for name, parameter in parameters.items():
+        layer.register_parameter(name, parameter)
+    return layer
+
+
 class QuantizedLinear(Quantized, nn.Linear):
     """A linear layer with a quantised weight. The bias is a parameter as ever."""
 
     position_wise = True
 
     def __init__(self, unpack: Unpack, stored: dict[str, Bytes], like: nn.Linear):
-        nn.Module.__init__(self)  # that of nn.Linear would make a weight
-        self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
+        take_over(self, like, bias=like.bias)
         self.store(unpack, stored, tuple(like.weight.shape), like.weight.dtype)
-        self.train(like.training)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """W x + b."""
@@ -74,11 +83,8 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def plain(self) -> nn.Linear:
         """A linear layer with this weight, frozen."""
-        layer = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(layer)  # as above
-        layer.in_features, layer.out_features = self.in_features, self.out_features
-        layer.weight, layer.bias = nn.Parameter(self.weight, requires_grad=False), self.bias
-        return layer.train(self.training)
+        weight = nn.Parameter(self.weight, requires_grad=False)
+        return take_over(nn.Linear.__new__(nn.Linear), self, weight=weight, bias=self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.bits:.4g} bits a weight"
@@ -88,10 +94,8 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
     """An embedding with a quantised table, of which each row is unpacked by itself."""
 
     def __init__(self, unpack: Unpack, stored: dict[str, Bytes], like: nn.Embedding):
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = *like.weight.shape, like.padding_idx
+        take_over(self, like)
         self.store(unpack, stored, tuple(like.weight.shape), like.weight.dtype)
-        self.train(like.training)
 
     def forward(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows d_model"]:
         """The rows of these numbers."""
@@ -106,7 +110,9 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
 
     def plain(self) -> nn.Embedding:
         """An embedding with this table, frozen."""
-        return nn.Embedding.from_pretrained(self.weight, padding_idx=self.padding_idx).train(self.training)
+        return take_over(
+            nn.Embedding.__new__(nn.Embedding), self, weight=nn.Parameter(self.weight, requires_grad=False)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.bits:.4g} bits a weight"

@@ -31,7 +31,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
     Weights keep their type, which the config says (of several, the one that holds all). A tied head is not written
     twice. A BERT has no pooler here, which transformers draws at random where it finds none. The tokenizer, and which
-    of its tokens begin and end a text, are no part of a model.
+    of its tokens begin and end a text, are no part of a model. Where padding stands on the left, transformers counts it
+    as positions of a BERT or a GPT-2, unless it is given `position_ids`.
 
     Args:
         model: a plain Transformer of the shape of BERT, GPT-2, Llama or Qwen2.

@@ -31,9 +31,14 @@ def written_prefix(wrappers: dict[str, PrefixAttention], names: Names) -> Writte
     """The folder's contents for the prefixes of all layers.
 
     Raises:
-        ValueError: learned positions; a prefix that is more than keys and values, or is not in every layer.
+        ValueError: learned positions or a classifier, which theirs cannot run; a prefix that is more than keys and
+            values, or is not in every layer.
     """
     _require_rotary(names)
+    if names.root:
+        raise ValueError(
+            "Hugging Face's peft runs no prefix in a classifier of the Llama family; choose LoRA or a prompt"
+        )
     config = names.config
     for recipe in [wrapper.recipe for wrapper in wrappers.values()]:
         if recipe.reparameterize is not None:

@@ -52,6 +52,13 @@ def test_their_prefix_is_ours_turned_by_its_length(tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_prefix_in_a_classifier_which_theirs_cannot_run_is_refused(tmp_path):
+    model = with_methods(classifier("llama"), PrefixTuning(length=N))
+    with pytest.raises(ValueError, match="runs no prefix in a classifier of the Llama family; choose LoRA or a prompt"):
+        peft.to_huggingface(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_prefix_of_theirs_is_read(tmp_path):
     given = torch.randn(N, LAYERS * 2 * D_KV, generator=torch.Generator().manual_seed(0))
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": N, "prefix_projection": True}

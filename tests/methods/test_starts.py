@@ -317,3 +317,12 @@ def test_without_a_rounding_loftq_has_nothing_to_correct(unchecked):
     with pytest.raises(ValueError, match="plain LoRA"):
         attach_loftq(own, PrefixTuning(length=2))
     assert_same(before, fingerprint(own))
+
+
+@each_rounded
+def test_detach_makes_trainable_what_was_and_is_not_rounded(start, storage):
+    own = model()
+    before = {name for name, p in own.named_parameters() if p.requires_grad}
+    after = {name for name, p in peft.detach(start(own, RECIPE)).named_parameters() if p.requires_grad}
+    rounded = {name for name in before if name.startswith("blocks.") and name.endswith("weight") and "norm" not in name}
+    assert rounded and after == before - rounded

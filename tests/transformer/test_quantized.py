@@ -258,6 +258,18 @@ def test_a_change_in_inference_mode_leaves_a_model_that_can_be_trained(change):
     assert model.embedding.token.weight.grad.isfinite().all()
 
 
+def test_what_is_noted_on_a_layer_and_watches_it_goes_over():
+    model = tiny()
+    layer, seen = model.blocks[0].attention.query, []
+    layer.noted = "here"
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    plain = dequantize(model).blocks[0].attention.query
+    model(torch.tensor([[1, 2]]))
+    handle.remove()
+    model(torch.tensor([[1, 2]]))
+    assert seen == [1] and plain.noted == "here" and vars(plain).keys() - vars(nn.Linear(1, 1)).keys() == {"noted"}
+
+
 def test_a_weight_cannot_be_set_nor_trained():
     layer = tiny().blocks[0].attention.query
     for value in (torch.zeros(16, 16), nn.Parameter(torch.zeros(16, 16))):
