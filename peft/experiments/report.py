@@ -252,6 +252,7 @@ def caption(results: Path = RESULTS) -> list[str]:
     if not right:
         return []
     question, answer, old, new = min(right, key=lambda own: len(own[0]))
+    question = question.removesuffix(" Answer with one word.")
     said = CAPTION.format(
         question=question, answer=answer, before=" ".join(old.split()), after=new.strip(), steps=stored["steps"]
     )
