@@ -16,6 +16,7 @@ from torch import nn
 
 from minitransformer.attention import Attention
 from minitransformer.block import Block
+from minitransformer.checkpointing import give_memory_back
 from minitransformer.code_book import BOOKS, packed, unpacked
 from minitransformer.feedforward import FeedForward
 from minitransformer.quantized_layer import Quantized, QuantizedLinear
@@ -50,6 +51,8 @@ def quantize(model: nn.Module, storage: str = "nf4", block: int = 64, double: bo
         new[name] = QuantizedLinear(unpack, {f"{storage}_{own}": tensor for own, tensor in stored.items()}, layer)
     for name, (parent, _) in places.items():
         parent._modules[name.rpartition(".")[2]] = new[name]
+    places.clear()
+    give_memory_back()
     return model
 
 
