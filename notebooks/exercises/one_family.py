@@ -75,7 +75,7 @@ def check_same_price(same_price) -> str:
         budget = expected_parameters(config, PrefixTuning(length=n))
         widths = [BottleneckAdapter(bottleneck=m, placement="pfeiffer") for m in range(1, n + 1)]
         m = sum(expected_parameters(config, recipe) <= budget for recipe in widths)
-        r = sum(expected_parameters(config, LoRA(rank=rank)) <= budget for rank in range(1, n + 1))
+        r = sum(expected_parameters(config, LoRA(rank=rank)) <= budget for rank in range(1, min(n, d) + 1))
         result = given(called(same_price, n, d))
         require(isinstance(result, tuple) and len(result) == 2, "return two numbers, m and r")
         got_m, got_r = (given(part) for part in result)

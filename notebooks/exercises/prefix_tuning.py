@@ -43,7 +43,7 @@ def check_prefix_mask(prefix_mask) -> str:
 def check_prefix_parameters(prefix_parameters) -> str:
     """prefix_parameters(n, n_layers, d_model) -> a dict with the keys "kv", "hidden" and "prompt"."""
     for n, layers, d in ((16, 4, 128), (5, 3, 24)):
-        config = TransformerConfig(vocab_size=9, max_len=9, d_model=d, n_heads=4, n_layers=layers, d_ff=d)
+        config = TransformerConfig(vocab_size=9, max_len=32, d_model=d, n_heads=4, n_layers=layers, d_ff=d)
         methods = {
             "kv": PrefixTuning(length=n),
             "hidden": PrefixTuning(length=n, at="hidden"),
