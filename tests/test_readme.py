@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from peft.experiments.report import END, SPEED_END, SPEED_START, START
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +147,7 @@ print("all of it")
 """
 
 
+@pytest.mark.slow
 def test_one_file_and_one_line_are_a_method_of_ones_own(tmp_path):
     for package in ("minitransformer", "peft"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -55,6 +55,7 @@ def test_an_unknown_method_is_refused_with_those_that_exist(word, capsys):
     assert "no method is called" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_comparison_says_its_cost_and_leaves_a_table_a_file_and_a_figure(few_runs, tmp_path, capsys):
     command = [*SENTIMENT, "--methods", "full,adapter m=8", "--seeds", "2", "--out", str(tmp_path)]
     main(command)
@@ -69,6 +70,7 @@ def test_the_comparison_says_its_cost_and_leaves_a_table_a_file_and_a_figure(few
     assert len(read_rows(tmp_path / "sentiment.csv")) == 12
 
 
+@pytest.mark.slow
 def test_the_random_backbone_has_rows_of_its_own(few_runs, tmp_path, capsys):
     main([*SENTIMENT, "--random-backbone", "--seeds", "1", "--out", str(tmp_path)])
     rows = read_rows(tmp_path / "sentiment.csv")

@@ -17,6 +17,7 @@ from peft.experiments.tasks import TASKS
 NAMES = ("full fine-tuning", "LoRA q,v r=4", "prefix k,v n=16")
 
 
+@pytest.mark.slow
 def test_the_whole_sweep_and_going_on_with_it(short, tmp_path, monkeypatch):
     out, entries = tmp_path / "results" / "rows.csv", TASKS["sentiment"].entries
     study = compare.study("sentiment", NAMES, progress=False)

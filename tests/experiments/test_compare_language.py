@@ -81,6 +81,7 @@ def task(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_the_whole_sweep_and_going_on_with_it(task, tmp_path):
     out, entries = tmp_path / "rows.csv", TASKS["movers"].entries
     rows = sweep.run(compare.study("movers", progress=False), out, seeds=(1,))
@@ -219,6 +220,7 @@ def test_the_settings_belong_to_a_run(task, change):
     assert before != after
 
 
+@pytest.mark.slow
 def test_both_precisions_in_one_file_and_their_reports(task, tmp_path, capsys):
     command = ["compare", "--task", "movers", "--methods", "LoRA q,v", "IA3", "no training", "--out", str(tmp_path)]
     main(command)
