@@ -326,3 +326,19 @@ def test_detach_makes_trainable_what_was_and_is_not_rounded(start, storage):
     after = {name for name, p in peft.detach(start(own, RECIPE)).named_parameters() if p.requires_grad}
     rounded = {name for name in before if name.startswith("blocks.") and name.endswith("weight") and "norm" not in name}
     assert rounded and after == before - rounded
+
+
+def test_detach_after_dequantize_makes_trainable_what_was():
+    own = quantize(model().requires_grad_(False))
+    trained = {"blocks.0.attention.query.bias", "norm.weight"}
+    for name in trained:
+        own.get_parameter(name).requires_grad_(True)
+    attach(own, LoRA(rank=2))
+    dequantize(own)
+    assert {name for name, p in peft.detach(own).named_parameters() if p.requires_grad} == trained
+
+
+@pytest.mark.parametrize("storage", [["nf4"], "nf5", None], ids=str)
+def test_an_unknown_storage_is_refused_in_a_sentence(storage, unchecked):
+    with pytest.raises(ValueError, match=r"is unknown; choose one of nf4, int4"):
+        quantize(model().requires_grad_(False), storage)

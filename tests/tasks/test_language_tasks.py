@@ -84,8 +84,8 @@ def test_the_seed_decides(task):
     assert [len(split) for split in splits_of(make(3, (20, 5, 6)))] == [20, 5, 6]
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (99_999, 1, 1)])
-def test_impossible_sizes_are_refused(task, sizes):
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (99_999, 1, 1), (1.0, 1, 1)])
+def test_impossible_sizes_are_refused(task, unchecked, sizes):
     with pytest.raises(ValueError, match="rows of train, validation and test"):
         TASKS[task.name](0, sizes)
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import peft
 from minitransformer import Transformer, TransformerConfig
 from minitransformer.call import CALL, telling
-from minitransformer.checkpointing import _malloc_trim, checkpointed, give_memory_back
+from minitransformer.checkpointing import _malloc_trim, checkpointed, checkpoints, give_memory_back
 
 CONFIG = {"vocab_size": 23, "max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24}
 TOKENS = torch.tensor([[3, 1, 4, 1], [2, 7, 5, 9]])
@@ -97,3 +97,16 @@ def test_memory_is_given_back_where_the_c_library_can(monkeypatch):
         assert _malloc_trim() is None
         give_memory_back()
     _malloc_trim.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "kind, size, given_back", [("cpu", 2**18, True), ("cpu", 2**18 - 1, False), ("meta", 2**18, False)]
+)
+def test_memory_is_given_back_on_a_cpu_behind_large_blocks_alone(monkeypatch, kind, size, given_back):
+    called = []
+    monkeypatch.setattr("minitransformer.checkpointing.give_memory_back", lambda: called.append(1))
+    steps = checkpoints([lambda x: 2 * x] * 5)  # one of every four, counted from the last
+    x = torch.ones(size, device=kind, requires_grad=True)
+    for step in steps:
+        x = step(x)
+    assert len(called) == 2 * given_back
