@@ -44,14 +44,14 @@ def quantize(model: nn.Module, storage: str = "nf4", block: int = 64, double: bo
         if not isinstance(block, int) or block < 2 or block % 2 or layer.in_features % block:
             raise ValueError(f"block={block} must be an even number that divides d_in = {layer.in_features} of {name}")
     _check_frozen(model)
-    new, unpack = {}, partial(unpacked, storage)
-    for name, (_, layer) in places.items():
+    unpack = partial(unpacked, storage)
+    while places:  # so that each old weight is gone before the next one is packed
+        name, (parent, layer) = places.popitem()
         stored = packed(layer.weight, storage, block, double)
         # By names that say the book: a state dict of another one must not fit.
-        new[name] = QuantizedLinear(unpack, {f"{storage}_{own}": tensor for own, tensor in stored.items()}, layer)
-    for name, (parent, _) in places.items():
-        parent._modules[name.rpartition(".")[2]] = new[name]
-    places.clear()
+        new = QuantizedLinear(unpack, {f"{storage}_{own}": tensor for own, tensor in stored.items()}, layer)
+        parent._modules[name.rpartition(".")[2]] = new
+    del layer
     give_memory_back()
     return model
 

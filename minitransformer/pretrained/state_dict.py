@@ -156,7 +156,7 @@ def _trouble(tensor: Any) -> str | None:
         return "has no data (device meta); load the weights before they are passed"
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"has the type {tensor.dtype}, but weights are float16, bfloat16, float32 or float64; {UNQUANTISED}"
-    if not tensor.isfinite().all():
+    if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):  # which a NaN is, too; no copy is made
         return "has values that are not finite; the file is damaged, or its training diverged: choose another"
     return None
 

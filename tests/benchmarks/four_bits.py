@@ -28,26 +28,20 @@ def measured(base: str, checkpointing: bool, steps: int, threads: int) -> dict[s
     """Median "seconds" of a step, and the "peak" of this process in MiB."""
     import torch
     from jobs import mebibytes
-    from language_model import ALPHA, RANK, RATE, asked_batch
+    from language_model import lora_step
 
-    import peft
     from minitransformer import quantize
     from minitransformer.pretrained import smollm2
-    from minitransformer.training import training_step
-    from minitransformer.training.objectives import answer_only
 
     torch.set_num_threads(threads)
     model = smollm2(quantized=base == "q4_1")
     model.config = dataclasses.replace(model.config, gradient_checkpointing=checkpointing)
     if base == "nf4":
         quantize(model.requires_grad_(False))
-    trainable = [*peft.trainable_parameters(peft.attach(model, peft.LoRA(rank=RANK, alpha=ALPHA))).values()]
-    optimizer, batch = torch.optim.AdamW(trainable, lr=RATE), asked_batch()
-    model.train()
-    seconds = []
-    for i in range(WARM_UP + steps):
+    step, seconds = lora_step(model), []
+    for _ in range(WARM_UP + steps):
         began = time.perf_counter()
-        training_step(model, batch, answer_only, optimizer, trainable, 1.0, i)
+        step()
         seconds.append(time.perf_counter() - began)
     return {"seconds": statistics.median(seconds[WARM_UP:]), "peak": mebibytes()}
 

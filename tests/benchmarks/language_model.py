@@ -67,31 +67,34 @@ def both_lengths(build: Callable[[torch.dtype, int, int], Job]) -> dict[str, Cal
     return jobs
 
 
-def our_jobs(_: str) -> dict[str, Callable[[], Job]]:
-    """This repository."""
+def lora_step(model: nn.Module, autocast: bool = False) -> Job:
+    """A step of our LoRA on this model of ours."""
     import peft
-    from minitransformer.pretrained import smollm2
     from minitransformer.training import training_step
     from minitransformer.training.objectives import answer_only, autocasting
 
-    def step(weights: torch.dtype = torch.float32, autocast: bool = False) -> Job:
-        model = peft.attach(smollm2(weights), peft.LoRA(rank=RANK, alpha=ALPHA))
-        batch, trainable = asked_batch(), trained(model)
-        objective = autocasting(answer_only, torch.bfloat16) if autocast else answer_only
-        optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
+    batch, trainable = asked_batch(), trained(peft.attach(model, peft.LoRA(rank=RANK, alpha=ALPHA)))
+    objective = autocasting(answer_only, torch.bfloat16) if autocast else answer_only
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
 
-        def run() -> None:
-            model.train()
-            training_step(model, batch, objective, optimizer, trainable, 1.0, 0)
+    def run() -> None:
+        model.train()
+        training_step(model, batch, objective, optimizer, trainable, 1.0, 0)
 
-        return run
+    return run
+
+
+def our_jobs(_: str) -> dict[str, Callable[[], Job]]:
+    """This repository."""
+    from minitransformer.pretrained import smollm2
 
     def generation(dtype: torch.dtype, rows: int, new: int) -> Job:
         model, beginning = smollm2(dtype), words(rows, BEGINNING)
         return lambda: model.generate(beginning, new)
 
-    ours = {name: step for name in STEPS[:2]}
-    ours |= {STEPS[2]: lambda: step(autocast=True), STEPS[3]: lambda: step(torch.bfloat16)}
+    ours = {name: lambda: lora_step(smollm2()) for name in STEPS[:2]}
+    ours |= {STEPS[2]: lambda: lora_step(smollm2(), autocast=True)}
+    ours |= {STEPS[3]: lambda: lora_step(smollm2(torch.bfloat16))}
     return ours | both_lengths(generation)
 
 

@@ -69,6 +69,25 @@ def test_bytes_are_those_of_the_file(path):
     assert model.embedding.token.bits in (5.0, 8.5)
 
 
+@pytest.mark.parametrize("rows", [1, 5, V, 2 * V])
+def test_the_head_is_the_same_whatever_part_of_the_table_is_unpacked_at_a_time(path, monkeypatch, rows):
+    monkeypatch.setattr("minitransformer.quantized_layer.PART", rows)
+    model, plain = gguf_quantized(path).double(), from_llama(*gguf_llama(path)).requires_grad_(False).double()
+    hidden = torch.randn(3, 7, model.config.d_model, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    hidden.requires_grad_()
+
+    def loss(own, h):
+        return torch.logsumexp(own.lm_head(h), dim=-1).sum()
+
+    torch.testing.assert_close(model.lm_head(hidden), plain.lm_head(hidden))
+    first, second = (torch.autograd.grad(loss(own, hidden), hidden, create_graph=True)[0] for own in (model, plain))
+    torch.testing.assert_close(first, second)
+    again, expected = (torch.autograd.grad(g.square().sum(), hidden)[0] for g in (first, second))
+    torch.testing.assert_close(again, expected)
+    each = torch.func.vmap(torch.func.grad(lambda h: loss(model, h)))(hidden.detach())
+    torch.testing.assert_close(each, first.detach())
+
+
 def test_another_precision_and_casts(path):
     half, model = gguf_quantized(path, torch.bfloat16), gguf_quantized(path)
     assert torch.equal(half(TOKENS), model.to(torch.bfloat16)(TOKENS)) and half(TOKENS).dtype == torch.bfloat16
