@@ -12,7 +12,7 @@ from minitransformer.fast import loss as fast_loss
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.heads import LMHead
 from minitransformer.tasks import Dataset
-from minitransformer.training.objectives import next_token_loss, word_score
+from minitransformer.training.objectives import next_token_loss
 
 N, V, D, SCALE = 11, 7, 5, 0.6
 
@@ -184,7 +184,7 @@ def test_a_head_that_somebody_changed_takes_the_plain_form(monkeypatch, how):
         hook = lambda module, _, out: out / 2 if type(module) is LMHead else None  # noqa: E731
         handle = nn.modules.module.register_module_forward_hook(hook)
     try:
-        loss = word_score(model, model.hidden(batch.tokens)[:, 0], batch.targets).loss
+        loss = model.word_loss(model.hidden(batch.tokens)[:, 0], batch.targets)[0]
     finally:
         if handle is not None:
             handle.remove()
@@ -196,5 +196,5 @@ def test_another_head_takes_the_plain_form(monkeypatch):
     model, batch = model_and_batch(lm_head="bert", causal=False)
     hidden = model.hidden(batch.tokens)[:, 0]
     torch.testing.assert_close(
-        word_score(model, hidden, batch.targets).loss, F.cross_entropy(model.lm_head(hidden), batch.targets)
+        model.word_loss(hidden, batch.targets)[0], F.cross_entropy(model.lm_head(hidden), batch.targets)
     )
