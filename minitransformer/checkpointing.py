@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minitransformer.call import CALL, as_told
 
-EVERY = 4  # blocks: giving memory back at each of them would cost half as much time again
+EVERY = 4  # blocks: giving memory back before each of them would cost half as much time again
 LARGE = 2**20  # bytes of a block's input from which on it pays
 
 
@@ -39,13 +39,9 @@ def checkpointed(step: Callable, *inputs):
 
 
 def _tidied(step: Callable, x: Tensor, *others):
-    pays = x.is_cpu and x.nbytes >= LARGE
-    if pays:
+    if x.is_cpu and x.nbytes >= LARGE:
         give_memory_back()
-    y = step(x, *others)
-    if pays:  # what follows may be the scores of all words; a step that is computed again ends before
-        give_memory_back()
-    return y
+    return step(x, *others)
 
 
 def give_memory_back() -> None:

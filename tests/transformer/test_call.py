@@ -109,4 +109,4 @@ def test_memory_is_given_back_on_a_cpu_behind_large_blocks_alone(monkeypatch, ki
     x = torch.ones(size, device=kind, requires_grad=True)
     for step in steps:
         x = step(x)
-    assert len(called) == 4 * given_back  # in front of and behind each of the two
+    assert len(called) == 2 * given_back
