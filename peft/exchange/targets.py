@@ -34,7 +34,7 @@ def by_module(
             example = next(iter(names.modules))
             raise ValueError(
                 f"{name!r} has no place in this model, which knows {', '.join(endings)} of {example} and its like; "
-                f"load the folder into the model that it was trained on"
+                f"load the folder into the model that it was trained on, or train one that enters these layers alone"
             )
         found.setdefault(module, {})[ending] = tensor
     if not targeted:
