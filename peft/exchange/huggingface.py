@@ -115,7 +115,6 @@ def from_huggingface(model: nn.Module, folder: str | Path) -> nn.Module:
     head = _head(tensors, options, names, kind.front)
     rest = {name: tensor for name, tensor in tensors.items() if name not in head}
     recipes, own = kind.found(options, rest, names, record)
-    options.finish()
     if record:
         raise ValueError(f"the metadata of the tensors speaks of {min(record)!r}, which is no part of them")
     own |= {ours: tensors[theirs] for theirs, ours in head.items()}
@@ -181,7 +180,8 @@ def _check_task(options: Options, names: Names) -> None:
     if options.get("task_type") == "SEQ_CLS":
         raise ValueError(
             "task_type SEQ_CLS scores the last token, or BERT's pooled first one, which no head of ours does; train "
-            "it for TOKEN_CLS, or take the head and modules_to_save out of the folder, and set task_type to null"
+            "it for TOKEN_CLS, or take the head and modules_to_save out of the folder, and set task_type to "
+            "FEATURE_EXTRACTION"
         )
     options.only("task_type", None, "CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION")
     if options.get("task_type") == "CAUSAL_LM" and not names.config.causal:

@@ -71,6 +71,7 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
         ValueError: an option, a name or a shape that does not fit.
     """
     rs, is_dora = options.flag("use_rslora"), options.flag("use_dora")
+    same = {"dropout": options.number("lora_dropout", 0.0), "rank_stabilized": rs}
     updates: dict[str, Update] = {}
     for module, update in _updates(options, tensors, names, is_dora).items():
         sites = names.modules[module]
@@ -81,7 +82,6 @@ def found(options: Options, tensors: dict[str, Tensor], names: Names, record: di
     together: dict[tuple[int, float | int], list[str]] = {}
     for site, update in updates.items():
         together.setdefault((update.rank, update.alpha), []).append(site)
-    same = {"dropout": options.number("lora_dropout", 0.0), "rank_stabilized": rs}
     kind, recipes = DoRA if is_dora else LoRA, []
     for (rank, alpha), sites in together.items():
         entered = entering(sites, names)
@@ -99,6 +99,7 @@ def _updates(options: Options, tensors: dict[str, Tensor], names: Names, is_dora
     alpha, alphas = options.number("lora_alpha", 8), read_pattern(options, "alpha_pattern")
     options.only("bias", "none")
     options.only("init_lora_weights", True, False, "gaussian", "orthogonal")  # others change the frozen weights
+    options.only("loftq_config", {})
     options.unused({"megatron_core": str, "qalora_group_size": int})  # of options that are off
     modules, updates = by_module(tensors, names, options, (A, B, MAGNITUDE) if is_dora else (A, B)), {}
     check_pattern(ranks, modules), check_pattern(alphas, modules)

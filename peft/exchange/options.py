@@ -14,7 +14,8 @@ ORIGIN: dict[str, type] = {
 
 
 class Options:
-    """The options of one folder. Each method reads those that it knows; `finish` refuses what nobody has read.
+    """The options of one folder. Each method reads those that it knows, and then, before it looks at tensors, calls
+    `finish`, which refuses what nobody has read.
 
     Raises:
         ValueError: in each method, an option of another type or value than there can be.
@@ -69,9 +70,10 @@ class Options:
                 raise ValueError(f"adapter_config.json has {name}={value!r}, which is no {kind.__name__}; correct it")
 
     def finish(self) -> None:
-        """Raise ValueError for an option that nobody has read, unless it is off: null, false or empty."""
+        """Raise ValueError for an option that nobody has read, unless it is off: null or false. An empty object is on:
+        it asks for a variant with its defaults."""
         for name, value in self.values.items():
-            if name not in self.known and not (value is None or value is False or value in ("", [], {})):
+            if name not in self.known and value is not None and value is not False:
                 raise ValueError(
                     f"adapter_config.json has {name}={value!r}, which is not supported; choose a folder without it"
                 )

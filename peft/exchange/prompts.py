@@ -124,6 +124,9 @@ def _length(
     n = options.count("num_virtual_tokens")
     for option, value in _sizes(n, width, n_heads, names).items():
         options.only(option, value)
+    options.finish()
+    if options.get("task_type") is None:
+        raise ValueError("without a task_type Hugging Face's peft leaves the prompt out; add the one of its training")
     if tensors.keys() != {NAME}:
         strange = min(tensors.keys() ^ {NAME})
         raise ValueError(f"the folder must hold {NAME} alone, and {strange!r} is one too many or is missing")

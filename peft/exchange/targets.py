@@ -22,9 +22,11 @@ def by_module(
     """Their module -> ending -> tensor, in the model's order: every targeted module with every ending, and no other.
 
     Raises:
-        ValueError: a name of something else, a tensor that is missing, or one that `target_modules` does not ask for.
+        ValueError: an option that nobody has read; a name of something else, a tensor that is missing, or one that
+            `target_modules` does not ask for.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    targeted, found = _targeted(names, options), {}
+    options.finish()
     for name, tensor in tensors.items():
         ending = next((ending for ending in endings if name.endswith(f".{ending}")), "")
         module = name.removeprefix(FRONT).removesuffix(f".{ending}")
@@ -32,10 +34,9 @@ def by_module(
             example = next(iter(names.modules))
             raise ValueError(
                 f"{name!r} has no place in this model, which knows {', '.join(endings)} of {example} and its like; "
-                f"load the folder into the model that it was trained on"
+                f"load the folder into the model that it was trained on, or train one that enters these layers alone"
             )
         found.setdefault(module, {})[ending] = tensor
-    targeted = _targeted(names, options)
     if not targeted:
         raise ValueError(
             f"target_modules={options.names('target_modules')} asks for no layer of this model, which has "

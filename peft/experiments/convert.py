@@ -37,7 +37,8 @@ def described(path: Path) -> str:
         ValueError: it is neither, or damaged.
         OSError: it cannot be read.
     """
-    return describe_folder(path) if path.is_dir() else str(peft.describe(path))
+    text = describe_folder(path) if path.is_dir() else str(peft.describe(path))
+    return "\n".join(map(one_line, text.split("\n")))
 
 
 def describe_folder(folder: Path) -> str:
@@ -52,15 +53,22 @@ def describe_folder(folder: Path) -> str:
     return "\n".join([*lines, "its base has no name" if name is None else f"trained on the base {name!r}"])
 
 
+def one_line(text: object) -> str:
+    """What could steer a terminal, or begin another line, as an escape: names of tensors in a file can be anything."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
 def converted(source: Path, target: Path, base: str) -> None:
     """Write a file of ours as a folder of Hugging Face's peft, or such a folder as a file of ours.
 
     Raises:
         ValueError: the source is absent, damaged or of another base, or has no exact counterpart.
-        OSError: a file cannot be read or written.
+        OSError: a file cannot be read or written, or the target is there already.
         ModuleNotFoundError: the base is in a package that is not installed.
     """
     described(source)  # before the base is loaded
+    if target.exists() and (source.is_dir() or not target.is_dir()):  # of a folder, writing it says whether it is empty
+        raise FileExistsError(f"{target} is there already; choose another name, or remove it first")
     model = base_model(base)
     if source.is_dir():
         peft.save(peft.from_huggingface(model, source), target)
@@ -82,7 +90,7 @@ def convert(arguments: Sequence[str] | None = None) -> None:
         converted(options.source, options.target, options.base)
         print(described(options.target))
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {one_line(error)}\n")
 
 
 def describe(arguments: Sequence[str] | None = None) -> None:
@@ -95,4 +103,4 @@ def describe(arguments: Sequence[str] | None = None) -> None:
     try:
         print(described(options.path))
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {one_line(error)}\n")

@@ -61,7 +61,8 @@ def test_a_prefix_in_a_classifier_which_theirs_cannot_run_is_refused(tmp_path):
 
 def test_a_prefix_of_theirs_is_read(tmp_path):
     given = torch.randn(N, LAYERS * 2 * D_KV, generator=torch.Generator().manual_seed(0))
-    config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": N, "prefix_projection": True}
+    config = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM"}
+    config |= {"num_virtual_tokens": N, "prefix_projection": True}
     model = peft.from_huggingface(built("llama"), write(tmp_path / "folder", config, {"prompt_embeddings": given}))
     torch.testing.assert_close(logits(model), behind(given), rtol=0, atol=1e-5)
 

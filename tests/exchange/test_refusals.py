@@ -52,6 +52,8 @@ OPTIONS = {  # method, option, value, message
     "biases": (LoRA(rank=2), "bias", "all", "only 'none'"),
     "an unknown option": (LoRA(rank=2), "use_mora", True, "use_mora=True"),
     "weights that change": (LoRA(rank=2), "init_lora_weights", "pissa", "init_lora_weights='pissa'"),
+    "a variant with its defaults": (LoRA(rank=2), "kasa_config", {}, r"kasa_config=\{\}"),
+    "four bits at the start": (LoRA(rank=2), "loftq_config", {"loftq_bits": 4}, "loftq_config"),
     "parameters": (LoRA(rank=2), "target_parameters", ["w"], "target_parameters"),
     "an expression for targets": (LoRA(rank=2), "target_modules", ".*q_proj", "write the names"),
     "more targets": (LoRA(rank=2), "target_modules", ["q_proj", "k_proj", "v_proj"], "lacks .*k_proj.lora_A"),
@@ -67,6 +69,8 @@ OPTIONS = {  # method, option, value, message
     "random A": (VeRA(rank=4), "vera_dropout", 0.1, "vera_dropout"),
     "other layers": (PrefixTuning(length=3), "num_layers", 3, "num_layers=3"),
     "other heads": (PrefixTuning(length=3), "num_attention_heads", 4, "num_attention_heads=4"),
+    "a prefix without a task": (PrefixTuning(length=3), "task_type", None, "without a task_type"),
+    "a prompt without a task": (PromptTuning(length=3), "task_type", None, "without a task_type"),
     "another length": (PromptTuning(length=3), "num_virtual_tokens", 4, "say"),
     "two stacks": (PromptTuning(length=3), "num_transformer_submodules", 2, "only 1 is supported"),
 }
@@ -110,6 +114,13 @@ def test_an_option_that_we_do_not_compute_is_refused(case, tmp_path):
     recipe, name, value, message = OPTIONS[case]
     config, tensors = read(folder_of(recipe, tmp_path / "folder"))
     refused(built("llama"), write(tmp_path / "folder", config | {name: value}, tensors), message)
+
+
+def test_of_an_option_and_its_tensors_the_option_is_the_reason(tmp_path):
+    """As `lora_bias` has them: what to change is in the config, and no other model would take the folder."""
+    config, tensors = read(folder_of(LoRA(rank=2), tmp_path / "folder"))
+    tensors[LORA.replace("lora_A.weight", "lora_B.bias")] = torch.zeros(24)
+    refused(built("llama"), write(tmp_path / "folder", config | {"lora_bias": True}, tensors), "lora_bias=True")
 
 
 @pytest.mark.parametrize(

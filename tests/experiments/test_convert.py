@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from reference.exchange_with_huggingface import TOKENS, our_base, with_methods
+from safetensors.torch import save_file
 
 import peft
+from minitransformer.files import pack, unpack
 from minitransformer.pretrained import from_pretrained, save_pretrained
 from peft import BottleneckAdapter, LoRA
+from peft.contents import KEY
 from peft.experiments.cli import main
 
 LORA = LoRA(rank=3, alpha=5)
@@ -64,6 +67,42 @@ def test_what_a_folder_says_cannot_steer_a_terminal(files, capsys):
     (path / "folder" / "adapter_config.json").write_text(json.dumps(config))
     main(["describe", str(path / "folder")])
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_no_name_in_a_file_can_steer_a_terminal(files, capsys):
+    """An error stays on its one line; a file of ours can be made by anybody, with its checksum."""
+    path, _ = files
+    tensors, record, _ = unpack((path / "lora.safetensors").read_bytes(), KEY)
+    odd = {f"\x1b[2J{name}": tensor for name, tensor in tensors.items()}
+    (path / "odd.safetensors").write_bytes(pack(odd, record, KEY))
+    main(["describe", str(path / "odd.safetensors")])
+    assert "\x1b" not in capsys.readouterr().out
+    peft.to_huggingface(with_methods("llama", (LORA,)), path / "folder")
+    for name, dtype in [("\x1b[2J\nx", torch.int8), ("\u2028\u202e", torch.int8)]:
+        save_file({name: torch.ones(1, dtype=dtype)}, path / "folder" / "adapter_model.safetensors")
+        code, said = stopped(["convert", path / "folder", path / "out", "--base", path / "base"], capsys)
+        assert code == 1 and said[:-1].isprintable() and "is of torch.int8" in said
+
+
+def test_nothing_that_is_there_is_replaced(files, capsys):
+    """Least of all what is read."""
+    path, _ = files
+    folder, lora, base = path / "folder", path / "lora.safetensors", path / "base"
+    peft.to_huggingface(with_methods("llama", (LORA,)), folder)
+    (path / "empty").mkdir()
+    (path / "link").symlink_to(lora)
+
+    def files_of_all():
+        return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+    before = files_of_all()
+    for source, target in [
+        *[(folder, file) for file in (*folder.iterdir(), folder, path / "empty", lora, path / "link")],
+        *[(lora, file) for file in (lora, path / "link", base)],
+    ]:
+        code, said = stopped(["convert", source, target, "--base", base], capsys)
+        assert code == 1 and "is there already; choose another name" in said and files_of_all() == before
+    main(["convert", str(lora), str(path / "empty"), "--base", str(base)])
 
 
 def test_an_error_is_one_line_and_an_exit_status(files, capsys):
