@@ -17,7 +17,7 @@ from torch import Tensor
 from minitransformer.code_book import Bytes, Weight
 from minitransformer.pretrained.gguf_file import dequantized, gguf_tensors
 from minitransformer.pretrained.llama import HEAD, from_llama, names
-from minitransformer.quantized_layer import QuantizedEmbedding, QuantizedLinear
+from minitransformer.quantized_layer import PART, QuantizedEmbedding, QuantizedLinear
 from minitransformer.transformer import Transformer
 
 
@@ -54,7 +54,7 @@ def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Tran
     tensors, config = gguf_tensors(path)
     stored, weights = {}, {}
     for name, (kind, rows) in tensors:
-        if kind in KINDS and name != HEAD:
+        if kind in KINDS and rows.ndim == 2 and name != HEAD:
             stored[name] = kind, rows
             weights[name] = _placeholder(kind, rows, dtype)
         else:
@@ -70,5 +70,8 @@ def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Tran
 
 
 def _placeholder(kind: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight of the right shape that takes no memory, until the blocks take its place."""
-    return torch.zeros((), dtype=dtype).expand(len(rows), rows.shape[1] // KINDS[kind][1] * 32)
+    """A weight of the right shape that takes no memory, until the blocks take its place; 0, or NaN where one of theirs
+    is not finite."""
+    unpack, size = KINDS[kind]
+    value = sum(0 * unpack(part).sum() for part in rows.split(PART))
+    return value.to(dtype).expand(len(rows), rows.shape[1] // size * 32)
