@@ -17,7 +17,7 @@ from torch import Tensor
 from minitransformer.code_book import Bytes, Weight
 from minitransformer.pretrained.gguf_file import dequantized, gguf_tensors
 from minitransformer.pretrained.llama import HEAD, from_llama, names
-from minitransformer.quantized_layer import PART, QuantizedEmbedding, QuantizedLinear
+from minitransformer.quantized_layer import QuantizedEmbedding, QuantizedLinear
 from minitransformer.transformer import Transformer
 
 
@@ -37,7 +37,7 @@ def q8_0(blocks: Bytes) -> Weight:
     return q.float().mul_(d).view(len(blocks), -1)
 
 
-KINDS = {"Q4_1": (q4_1, 20), "Q8_0": (q8_0, 34)}  # and the bytes of 32 weights
+KINDS = {"Q4_1": (q4_1, 20, 4), "Q8_0": (q8_0, 34, 2)}  # and the bytes of 32 weights, and of their d and m
 
 
 def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -70,8 +70,8 @@ def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Tran
 
 
 def _placeholder(kind: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight of the right shape that takes no memory, until the blocks take its place; 0, or NaN where one of theirs
-    is not finite."""
-    unpack, size = KINDS[kind]
-    value = sum(0 * unpack(part).sum() for part in rows.split(PART))
-    return value.to(dtype).expand(len(rows), rows.shape[1] // size * 32)
+    """A weight of the right shape that takes no memory, until the blocks take its place: 0, or NaN if a weight of
+    theirs is not finite."""
+    _, size, front = KINDS[kind]
+    scales = rows.view(-1, size)[:, :front].contiguous().view(torch.float16)
+    return (0 * scales.float().sum()).to(dtype).expand(len(rows), rows.shape[1] // size * 32)
