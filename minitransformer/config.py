@@ -101,10 +101,11 @@ class TransformerConfig:
         return self.bias == "all" or layer in self.bias.split("+")
 
 
-def check_whole(name: str, value, least: int) -> None:
-    """Raise ValueError unless the value is a whole number, and at least that."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+def check_whole(name: str, value, least: int, below: float | int = math.inf) -> None:
+    """Raise ValueError unless the value is a whole number, at least the one and below the other."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value < below:
+        most = "" if below == math.inf else f" and at most {below - 1}"
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}{most}")
 
 
 def _checked(name: str, value, kind: type):

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -221,8 +220,7 @@ def _stop_words(stop: int | Iterable[int] | Tensor | None, pad_id: int | None, n
     stop = stop.tolist() if isinstance(stop, Tensor) else stop
     words = list(stop) if isinstance(stop, Iterable) else [stop]
     for name, word in [("stop", word) for word in words] + [("pad_id", pad_id or 0)]:
-        if not isinstance(word, Integral) or isinstance(word, bool) or not 0 <= word < n_words:
-            raise ValueError(f"{name} must be a number of the vocabulary, 0 to {n_words - 1}, got {word!r}")
+        check_whole(name, word, 0, below=n_words)
     if not words:
         raise ValueError("stop names no word, so it would be ignored; leave it out")
     return words

@@ -18,6 +18,7 @@ from minitransformer.attention import Attention
 from minitransformer.block import Block
 from minitransformer.checkpointing import give_memory_back
 from minitransformer.code_book import BOOKS, packed, unpacked
+from minitransformer.config import check_whole
 from minitransformer.feedforward import FeedForward
 from minitransformer.quantized_layer import Quantized, QuantizedLinear
 
@@ -40,10 +41,11 @@ def quantize(model: nn.Module, storage: str = "nf4", block: int = 64, double: bo
         raise ValueError(f"storage={storage!r} is unknown; choose one of {', '.join(BOOKS)}")
     if not isinstance(double, bool):
         raise ValueError(f"double={double!r} must be True or False")
+    check_whole("block", block, 2)
     places = _places(model)
     for name, (_, layer) in places.items():
         check_layer(model, name, layer)
-        if not isinstance(block, int) or block < 2 or block % 2 or layer.in_features % block:
+        if block % 2 or layer.in_features % block:
             raise ValueError(f"block={block} must be an even number that divides d_in = {layer.in_features} of {name}")
     _check_frozen(model)
     unpack = partial(unpacked, storage)

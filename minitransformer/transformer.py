@@ -29,6 +29,7 @@ from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
 from minitransformer.norm import norm_of
 from minitransformer.position import Rotary, rotary
+from minitransformer.quantized_layer import QuantizedEmbedding
 from minitransformer.randomness import random_state_restored
 
 
@@ -127,9 +128,10 @@ class Transformer(nn.Module):
         """Mean cross-entropy, in nats, of the words `targets` from the hidden states that should say them, and how many
         of them score highest."""
         table = self.embedding.token
-        known = says(self, "is_plain") and type(self.head) is LMHead and type(table) is nn.Embedding
-        if known and pays(hidden, table.weight) and may_stand_in(hidden, self, self.head, table):
-            return fast_cross_entropy(hidden, table.weight, targets, self.head.logit_scale)
+        known = says(self, "is_plain") and type(self.head) is LMHead
+        if known and pays(hidden, table) and may_stand_in(hidden, self, self.head, table):
+            embedding = table if isinstance(table, QuantizedEmbedding) else table.weight
+            return fast_cross_entropy(hidden, embedding, targets, self.head.logit_scale)
         logits = self.lm_head(hidden)
         return F.cross_entropy(logits, targets), (logits.argmax(dim=-1) == targets).sum()
 

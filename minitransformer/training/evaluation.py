@@ -54,14 +54,14 @@ def predict(
     Raises:
         ValueError: no choice, one that is no word of the model, or a batch_size below 1.
     """
-    if choices is not None and (not choices or min(choices) < 0):
-        raise ValueError(f"choices are word numbers, from 0, and at least one; got {choices}")
+    if choices is not None and not choices:
+        raise ValueError("no choices: give at least one word, or None for all")
     answers = dataset.targets.new_empty(len(dataset))
     with evaluation_mode(model):
         for rows in _batches(dataset, batch_size):
             logits = answer_logits(model, dataset.rows(rows).trimmed())
-            if choices is not None and max(choices) >= logits.shape[1]:
-                raise ValueError(f"the choice {max(choices)} is none of the {logits.shape[1]} words of the model")
+            for choice in choices or ():
+                check_whole("choice", choice, 0, below=logits.shape[1])
             among = torch.arange(logits.shape[1]) if choices is None else torch.tensor(choices)
             answers[rows] = among.to(logits.device)[logits[:, among].argmax(dim=-1)]
     return answers

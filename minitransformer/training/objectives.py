@@ -71,7 +71,7 @@ def answer_only(model: nn.Module, batch: Dataset) -> Score:
     _check_says_next_words(model, batch)
     check_targets(batch.targets, batch.tokens, batch.padding_mask, model.config.vocab_size)
     asked = batch.targets != -100  # [B, T]
-    return word_score(model, model.hidden(batch.tokens, batch.padding_mask)[asked], batch.targets[asked])
+    return _mean(model.hidden(batch.tokens, batch.padding_mask)[asked], batch.targets[asked], model.word_loss)
 
 
 def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
@@ -83,12 +83,7 @@ def next_token_loss(model: nn.Module, batch: Dataset) -> Score:
     _check_says_next_words(model, batch)
     hidden = model.hidden(batch.tokens, batch.padding_mask)[:, :-1]  # [B, T - 1, d_model]
     asked = batch.padding_mask[:, :-1] & batch.padding_mask[:, 1:]  # [B, T - 1]
-    return word_score(model, hidden[asked], batch.tokens[:, 1:][asked])  # only these meet the LM head
-
-
-def word_score(model: nn.Module, hidden: Float[Tensor, "N d_model"], targets: Int[Tensor, "N"]) -> Score:
-    """Cross-entropy of words, from the hidden states that should say them."""
-    return _score(hidden, targets, model.config.vocab_size, model.word_loss)
+    return _mean(hidden[asked], batch.tokens[:, 1:][asked], model.word_loss)  # only these meet the LM head
 
 
 def autocasting(objective: Objective, dtype: torch.dtype) -> Objective:
@@ -118,6 +113,11 @@ def _score(rows: Tensor, targets: Tensor, n: int, loss_of: Callable) -> Score:
     wrong = targets[(targets < 0) | (targets >= n)]
     if len(wrong):
         raise ValueError(f"the target {int(wrong[0])} is none of the {n} classes or words; only -100 asks nothing")
+    return _mean(rows, targets, loss_of)
+
+
+def _mean(rows: Tensor, targets: Tensor, loss_of: Callable) -> Score:
+    """The score of rows that all ask something, and for one of the choices."""
     loss, correct = loss_of(rows, targets.long()) if len(targets) else (rows.sum(), 0)  # of no rows: 0
     return Score(loss, int(correct), len(targets))
 

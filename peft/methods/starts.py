@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.code_book import packed, unpacked
+from minitransformer.config import check_whole
 from minitransformer.quantized import check_layer, quantize
 from minitransformer.quantized_layer import Quantized
 from peft.attach import attach, attached, freeze, restore
@@ -67,8 +68,9 @@ def attach_loftq(
 ) -> nn.Module:
     """Quantise the model, and attach a LoRA that starts as near as it can to what that took from the targets; `steps`
     says how often rounding and correcting take turns. The rest is as in `attach_pissa`."""
-    if storage is None or type(steps) is not int or steps < 1:
-        raise ValueError(f"storage={storage}, steps={steps}: LoftQ corrects a rounding, in at least one step")
+    check_whole("steps", steps, 1)
+    if storage is None:
+        raise ValueError("storage=None: LoftQ corrects a rounding; attach_pissa starts without one")
     return _attach(model, method, partial(loftq, steps=steps), storage, train_also)
 
 

@@ -12,15 +12,16 @@ from minitransformer.fast import loss as fast_loss
 from minitransformer.fast.loss import fast_cross_entropy, pays
 from minitransformer.heads import LMHead
 from minitransformer.tasks import Dataset
-from minitransformer.training.objectives import next_token_loss, word_score
+from minitransformer.training.objectives import next_token_loss
 
 N, V, D, SCALE = 11, 7, 5, 0.6
 
 
-@pytest.fixture(params=[1, 3 * V, 4 * V + 1, 10**6], ids=["row by row", "3 rows", "4 rows", "all at once"])
-def chunked(request, monkeypatch):
-    """Chunks of one, three, four and all of the 11 rows: the last one is full or not."""
-    monkeypatch.setattr(fast_loss, "CHUNK", request.param)
+@pytest.fixture(params=[(1, 1), (3, 2), (4, V), (N, 3), (100, 100)], ids=str)
+def tiled(request, monkeypatch):
+    """Tiles of one and of some of the 11 rows and 7 words, the last ones full or not; and all at once."""
+    for name, size in zip(("ROWS", "WORDS"), request.param, strict=True):
+        monkeypatch.setattr(fast_loss, name, size)
 
 
 def tensors(dtype=torch.float64):
@@ -35,7 +36,7 @@ def plain(hidden, embedding, targets):
     return F.cross_entropy(SCALE * F.linear(hidden, embedding), targets)
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("tiled")
 def test_it_equals_the_plain_form_in_value_gradient_and_right_answers():
     hidden, embedding, targets = tensors()
     loss, correct = fast_cross_entropy(hidden, embedding, targets, SCALE)
@@ -47,7 +48,7 @@ def test_it_equals_the_plain_form_in_value_gradient_and_right_answers():
     assert 0 < correct == (F.linear(hidden, embedding).argmax(dim=-1) == targets).sum() < N
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("tiled")
 def test_it_equals_its_equations_in_numpy():
     hidden, embedding, targets = tensors()
     loss, _ = fast_cross_entropy(hidden, embedding, targets, SCALE)
@@ -99,6 +100,7 @@ def test_without_autograd_no_gradient_is_made(monkeypatch):
     torch.testing.assert_close(loss, plain(hidden, embedding, targets).detach())
 
 
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
 def test_words_that_are_all_but_impossible_have_their_finite_loss(size):
     """Where softmax rounds to 0, its logarithm would be minus infinity: the loss is the distance to the best word."""
@@ -109,6 +111,7 @@ def test_words_that_are_all_but_impossible_have_their_finite_loss(size):
     assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
 
 
+@pytest.mark.usefixtures("tiled")
 def test_the_loss_of_a_sure_and_right_word_keeps_its_digits():
     """The loss is a small difference of large numbers: the large ones must meet first."""
     for size in (1e2, 1e4):
@@ -117,6 +120,7 @@ def test_the_loss_of_a_sure_and_right_word_keeps_its_digits():
         assert loss.item() == pytest.approx(np.log1p(np.exp(-5)), rel=1e-4) and correct == 1
 
 
+@pytest.mark.usefixtures("tiled")
 def test_of_equally_high_words_the_first_counts_as_the_answer():
     hidden, embedding = torch.zeros(3, D), torch.randn(V, D)
     assert fast_cross_entropy(hidden, embedding, torch.tensor([0, 1, 6]), 1.0)[1] == 1
@@ -130,9 +134,9 @@ def test_a_nan_in_the_hidden_states_is_a_nan_in_the_loss():
 
 def test_it_pays_where_there_are_many_logits_in_full_precision():
     many, few = torch.zeros(fast_loss.WORTH_IT // 8, 2), torch.zeros(fast_loss.WORTH_IT // 8 - 1, 2)
-    embedding = torch.zeros(8, 2)
-    assert pays(many, embedding) and not pays(few, embedding)
-    assert not pays(many.bfloat16(), embedding.bfloat16()) and not pays(many.double(), embedding)
+    table = nn.Embedding(8, 2)
+    assert pays(many, table) and not pays(few, table)
+    assert not pays(many.double(), table) and not pays(many.bfloat16(), table.bfloat16())
 
 
 def model_and_batch(**changes):
@@ -184,7 +188,7 @@ def test_a_head_that_somebody_changed_takes_the_plain_form(monkeypatch, how):
         hook = lambda module, _, out: out / 2 if type(module) is LMHead else None  # noqa: E731
         handle = nn.modules.module.register_module_forward_hook(hook)
     try:
-        loss = word_score(model, model.hidden(batch.tokens)[:, 0], batch.targets).loss
+        loss = model.word_loss(model.hidden(batch.tokens)[:, 0], batch.targets)[0]
     finally:
         if handle is not None:
             handle.remove()
@@ -196,5 +200,5 @@ def test_another_head_takes_the_plain_form(monkeypatch):
     model, batch = model_and_batch(lm_head="bert", causal=False)
     hidden = model.hidden(batch.tokens)[:, 0]
     torch.testing.assert_close(
-        word_score(model, hidden, batch.targets).loss, F.cross_entropy(model.lm_head(hidden), batch.targets)
+        model.word_loss(hidden, batch.targets)[0], F.cross_entropy(model.lm_head(hidden), batch.targets)
     )

@@ -275,7 +275,7 @@ REFUSED = {
     "storage": (lambda: model(), RECIPE, {"storage": "nf3"}, "nf3"),
     "a layer beside": (lambda: model(d_ff=96), LoRA(rank=4), {"storage": "nf4"}, "down"),
 }  # fmt: skip
-REFUSED_BY_LOFTQ = {"steps": (lambda: model(), RECIPE, {"steps": 0}, "at least one step")}
+REFUSED_BY_LOFTQ = {"steps": (lambda: model(), RECIPE, {"steps": 0}, "steps=0 must be a whole number, at least 1")}
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_without_a_rounding_loftq_has_nothing_to_correct(unchecked):
     before = fingerprint(own)
     with pytest.raises(ValueError, match="corrects a rounding"):
         attach_loftq(own, RECIPE, storage=None)
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match=r"steps=1\.5 must be a whole number, at least 1"):
         attach_loftq(own, RECIPE, steps=1.5)
     with pytest.raises(ValueError, match="plain LoRA"):
         attach_loftq(own, PrefixTuning(length=2))

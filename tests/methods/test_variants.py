@@ -90,7 +90,7 @@ def test_a_block_that_stands_twice_merges_into_a_copy(decoder):
 def test_choices_are_word_numbers(decoder):
     tokens, mask = batch()
     for choices in ([1, -1], []):
-        with pytest.raises(ValueError, match="word numbers"):
+        with pytest.raises(ValueError, match="choice"):
             predict(decoder(), Dataset(tokens, mask, tokens[:, 0]), choices)
 
 

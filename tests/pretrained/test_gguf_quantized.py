@@ -10,6 +10,7 @@ from torch import nn
 
 import peft
 from minitransformer import dequantize, quantize, stored_bytes
+from minitransformer.fast import loss as fast_loss
 from minitransformer.pretrained.gguf_file import gguf_llama
 from minitransformer.pretrained.gguf_quantized import gguf_quantized, q4_1, q8_0
 from minitransformer.pretrained.llama import from_llama
@@ -86,6 +87,20 @@ def test_the_head_is_the_same_whatever_part_of_the_table_is_unpacked_at_a_time(p
     torch.testing.assert_close(again, expected)
     each = torch.func.vmap(torch.func.grad(lambda h: loss(model, h)))(hidden.detach())
     torch.testing.assert_close(each, first.detach())
+
+
+@pytest.mark.parametrize("rows, words", [(1, 1), (4, 5), (100, V), (3, 100)])
+def test_the_loss_of_many_words_unpacks_the_words_of_a_tile_alone(path, monkeypatch, rows, words):
+    model, plain = gguf_quantized(path).double(), from_llama(*gguf_llama(path)).requires_grad_(False).double()
+    hidden = torch.randn(21, model.config.d_model, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    expected = nn.functional.cross_entropy(plain.lm_head(hidden.requires_grad_()), TOKENS.flatten())
+    for name, value in {"WORTH_IT": 1, "ROWS": rows, "WORDS": words}.items():
+        monkeypatch.setattr(fast_loss, name, value)
+    monkeypatch.setattr(QuantizedEmbedding, "scores", None)  # the other way
+    loss, correct = model.word_loss(hidden, TOKENS.flatten())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden))
+    assert correct == (plain.lm_head(hidden).argmax(dim=-1) == TOKENS.flatten()).sum()
 
 
 def test_another_precision_and_casts(path):

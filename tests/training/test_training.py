@@ -15,6 +15,7 @@ from minitransformer.training import (
     History,
     Score,
     answer_loss,
+    answer_only,
     check_optimizer,
     evaluate,
     fit,
@@ -23,7 +24,6 @@ from minitransformer.training import (
     next_token_loss,
     predict,
 )
-from minitransformer.training.objectives import word_score
 
 CONFIG = {"vocab_size": 11, "max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32}
 
@@ -136,13 +136,14 @@ def test_a_label_of_minus_100_counts_nowhere(objective):
 def test_a_word_of_minus_100_counts_nowhere(vocab_size):
     """Also where the loss has a fast form."""
     model = randomize(transformer(vocab_size=vocab_size))
-    hidden = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(400) % 11
-    logits = model.lm_head(hidden)
-    targets[::3] = -100
-    score = word_score(model, hidden, targets)
-    assert score.loss.item() == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
-    assert (score.count, score.correct) == (266, int((logits.argmax(dim=1) == targets).sum()))
+    tokens = torch.randint(11, (50, 8), generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(1, dims=1)
+    targets[:, ::3] = -100
+    logits = model(tokens)
+    score = answer_only(model, Dataset(tokens, torch.ones_like(tokens, dtype=torch.bool), targets))
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert score.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (score.count, score.correct) == (250, int((logits.argmax(dim=-1) == targets).sum()))
 
 
 def test_an_encoder_does_not_learn_to_copy():
@@ -206,7 +207,9 @@ def test_prediction_is_the_best_word_or_the_best_of_the_choices():
     assert torch.equal(among, torch.tensor([7, 2, 5])[logits[:, [7, 2, 5]].argmax(dim=-1)])
     answers = dataclasses.replace(DATA, targets=DATA.tokens)  # [N, T], as `answer_only` takes them
     assert torch.equal(predict(model, answers, batch_size=10), logits.argmax(dim=-1))
-    with pytest.raises(ValueError, match=f"the choice 99 is none of the {logits.shape[1]} words"):
+    with pytest.raises(
+        ValueError, match=f"choice=99 must be a whole number, at least 0 and at most {logits.shape[1] - 1}"
+    ):
         predict(model, DATA, choices=[1, 99])
 
 

@@ -332,7 +332,7 @@ def pruned(model):
         (None, {"storage": "fp4"}, "storage='fp4' is unknown; choose one of nf4, int4"),
         (None, {"block": 64}, "block=64 must be an even number that divides d_in = 16 of blocks.0.attention.query"),
         (None, {"block": 16}, "divides d_in = 24 of blocks.0.feedforward.down"),
-        (None, {"block": 0}, "block=0 must be an even number"),
+        (None, {"block": 0}, "block=0 must be a whole number, at least 2"),
         (None, {"block": 7}, "block=7 must be an even number"),
         (lambda m: m.norm.requires_grad_(), {}, r"norm.weight is trained, .* model.requires_grad_\(False\)"),
         (shared, {}, "weight of blocks.0.attention.key is shared with another module"),
