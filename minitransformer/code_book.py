@@ -14,11 +14,9 @@ Bits a weight, with blocks of 64: 4 + 32/64 = 4.5, and doubly quantised 4 + 8/64
 Differs from the paper: the scales get 8-bit integers, where it has 8-bit floats.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int8, Int64, UInt8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 GROUP = 256  # scales that share one of their own
@@ -38,14 +36,9 @@ def normal_float() -> Float[Tensor, "16"]:
     return (quantiles / quantiles[-1]).float()
 
 
-BOOKS = {"nf4": normal_float(), "int4": torch.arange(-8.0, 8.0) / 7}  # of the latter, the first is never used
-
-
-@cache
-def pairs(book: str, device: torch.device) -> Int64[Tensor, "256"]:
-    """What each byte says: the values of its two codes, two float32 that are moved as one number of 64 bits."""
-    with torch.inference_mode(False):
-        return torch.cartesian_prod(BOOKS[book], BOOKS[book]).to(device).view(torch.int64).flatten()
+BOOKS = {"nf4": normal_float(), "int4": torch.arange(-8, 8).float() / 7}  # of the latter, the first is never used
+# What each byte says: the values of its two codes, two float32 that are moved as one number of 64 bits.
+PAIRS = {name: torch.cartesian_prod(book, book).view(torch.int64).flatten() for name, book in BOOKS.items()}
 
 
 def packed(weight: Weight, book: str, block: int, double: bool) -> dict[str, Bytes]:
@@ -68,7 +61,7 @@ def unpacked(book: str, codes: Bytes, scales: Bytes, steps: Bytes | None = None)
         scales = scales.view(torch.float32)
     else:
         scales = unpacked_scales(scales.view(torch.int8), steps.view(torch.float32))
-    values = pairs(book, codes.device).index_select(0, codes.flatten().int())
+    values = PAIRS[book].to(codes.device).index_select(0, codes.flatten().int())
     return values.view(torch.float32).view(len(scales), -1).mul_(scales[:, None]).view(len(codes), -1)
 
 

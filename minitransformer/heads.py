@@ -19,21 +19,26 @@ from minitransformer.embedding import Real, Tokens
 from minitransformer.feedforward import activate
 from minitransformer.initialization import initialize
 from minitransformer.norm import norm_of
+from minitransformer.quantized_layer import QuantizedEmbedding
 from minitransformer.randomness import random_state_restored
 
 Rows = Float[Tensor, "*rows d_model"]
 
 
 class LMHead(nn.Module):
-    """Scores every word by its embedding: the table is handed in, so it stays tied."""
+    """Scores every word by its embedding: the table of these is handed in, so it stays tied."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.logit_scale = config.logit_scale
 
-    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
+    def forward(self, hidden: Rows, table: nn.Embedding) -> Float[Tensor, "*rows V"]:
         """logits = logit_scale * E h."""
-        logits = F.linear(hidden, embedding)
+        quantised = isinstance(table, QuantizedEmbedding)
+        return self.scaled(table.scores(hidden) if quantised else F.linear(hidden, table.weight))
+
+    def scaled(self, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+        """logit_scale * logits."""
         return logits if self.logit_scale == 1.0 else logits * self.logit_scale  # a walk over V numbers for each token
 
 
@@ -44,9 +49,9 @@ class UntiedLMHead(LMHead):
         super().__init__(config)
         self.weight = nn.Parameter(torch.zeros(config.vocab_size, config.d_model))
 
-    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
+    def forward(self, hidden: Rows, table: nn.Embedding) -> Float[Tensor, "*rows V"]:
         """logits = logit_scale * W h."""
-        return super().forward(hidden, self.weight)
+        return self.scaled(F.linear(hidden, self.weight))
 
 
 class MaskedLMHead(nn.Module):
@@ -59,9 +64,9 @@ class MaskedLMHead(nn.Module):
         self.norm = norm_of(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Rows, embedding: Float[Tensor, "V d_model"]) -> Float[Tensor, "*rows V"]:
+    def forward(self, hidden: Rows, table: nn.Embedding) -> Float[Tensor, "*rows V"]:
         """logits = E norm(act(W h + b)) + c."""
-        return F.linear(self.norm(activate(self.dense(hidden), self.activation)), embedding, self.bias)
+        return F.linear(self.norm(activate(self.dense(hidden), self.activation)), table.weight, self.bias)
 
 
 class SequenceClassifier(nn.Module):

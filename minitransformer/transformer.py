@@ -106,10 +106,7 @@ class Transformer(nn.Module):
         """Scores for every word from hidden states: all, or those that are needed. ValueError if there is no head."""
         if self.head is None:
             raise ValueError('this model has no language-model head (config.lm_head is "none"); use model.hidden(...)')
-        table = self.embedding.token
-        if type(self.head) is LMHead and isinstance(table, QuantizedEmbedding):
-            return self.head.logit_scale * table.scores(hidden)
-        return self.head(hidden, table.weight)
+        return self.head(hidden, self.embedding.token)
 
     def loss(self, tokens: Tokens, targets: Tokens, padding_mask: Real = None) -> Float[Tensor, ""]:
         """Mean cross-entropy, in nats, of the word that `targets` wants at each position; -100 wants none.

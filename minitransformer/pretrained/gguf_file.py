@@ -139,8 +139,12 @@ def _stored(path: str | Path, tensor, config: dict[str, Any]) -> tuple[str, Stor
         raise ValueError(f"{path} has the tensor {tensor.name!r}, which has no place in a Llama; choose another file")
     # Not `tensor.data`: what was read through a memory map would count as this process's memory to the end.
     stored = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-    rows, heads = torch.from_numpy(stored.reshape(tensor.data.shape)), PERMUTED.get(layer[-1])
-    return f"{name}.{last}", (tensor.tensor_type.name, rows if heads is None else in_halves(rows, config[heads]))
+    rows = torch.from_numpy(stored.reshape(tensor.data.shape))
+    if heads := PERMUTED.get(layer[-1]):
+        if config[heads] < 1 or len(rows) % (2 * config[heads]):
+            raise ValueError(f"{path} has {len(rows)} rows in {tensor.name}, but {heads}={config[heads]}")
+        rows = in_halves(rows, config[heads])
+    return f"{name}.{last}", (tensor.tensor_type.name, rows)
 
 
 def in_halves(rows: Shaped[Tensor, "d_out *d_in"], n_heads: int) -> Shaped[Tensor, "d_out *d_in"]:

@@ -37,7 +37,7 @@ def q8_0(blocks: Bytes) -> Weight:
     return q.float().mul_(d).view(len(blocks), -1)
 
 
-KINDS = {"Q4_1": (q4_1, 20), "Q8_0": (q8_0, 34)}  # and the bytes of 32 weights
+KINDS = {"Q4_1": (q4_1, 20, 4), "Q8_0": (q8_0, 34, 2)}  # and the bytes of 32 weights, and of their d and m
 
 
 def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -54,7 +54,7 @@ def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Tran
     tensors, config = gguf_tensors(path)
     stored, weights = {}, {}
     for name, (kind, rows) in tensors:
-        if kind in KINDS and name != HEAD:
+        if kind in KINDS and rows.ndim == 2 and name != HEAD:
             stored[name] = kind, rows
             weights[name] = _placeholder(kind, rows, dtype)
         else:
@@ -70,5 +70,8 @@ def gguf_quantized(path: str | Path, dtype: torch.dtype = torch.float32) -> Tran
 
 
 def _placeholder(kind: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight of the right shape that takes no memory, until the blocks take its place."""
-    return torch.zeros((), dtype=dtype).expand(len(rows), rows.shape[1] // KINDS[kind][1] * 32)
+    """A weight of the right shape that takes no memory, until the blocks take its place: 0, or NaN if a weight of
+    theirs is not finite."""
+    _, size, front = KINDS[kind]
+    scales = rows.view(-1, size)[:, :front].contiguous().view(torch.float16)
+    return (0 * scales.float().sum()).to(dtype).expand(len(rows), rows.shape[1] // size * 32)

@@ -51,8 +51,8 @@ class LearnedPositions(Method):
         words = self.init_tokens
         if words is None:
             again = torch.Generator().manual_seed(generator.initial_seed())
-            words = torch.randint(len(table.weight), (self.length,), generator=again, device="cpu").tolist()
-        return torch.tensor(words, device=table.weight.device)
+            words = torch.randint(table.num_embeddings, (self.length,), generator=again, device="cpu").tolist()
+        return torch.tensor(words, device=next(table.parameters()).device)
 
     @torch.no_grad()
     def activations(self, attention: Attention, model: nn.Module, generator: torch.Generator) -> Float[Tensor, "1 n d"]:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from minitransformer.code_book import packed, unpacked
 from minitransformer.config import check_whole
 from minitransformer.quantized import check_layer, quantize
+from minitransformer.quantized_layer import Quantized
 from peft.attach import attach, attached, freeze, restore
 from peft.functional import lora_weight
 from peft.methods.lora import LoRA
@@ -56,8 +57,8 @@ def attach_pissa(
 
     Raises:
         ValueError: no plain LoRA, dropout, something is attached, a target's weight that is not finite or no plain
-            tensor of its own, with a storage one outside of blocks, or what `attach` and `quantize` refuse. Nothing has
-            changed then.
+            tensor of its own, with a storage one outside of blocks, factors that overflow, since alpha is tiny, or what
+            `attach` and `quantize` refuse. Nothing has changed then, nor after an interruption.
     """
     return _attach(model, method, lambda W, r, s, q: pissa(W, r, s), storage, train_also)
 
@@ -124,19 +125,24 @@ def _attach(
             freeze(sites_of(model))
             quantize(model, storage, **HOW)
         attach(model, method, train_also=train_also)
+        for name, (wrapper,) in all_wrappers(model).items():
+            W = modules[name].weight.to(wrapper.A.dtype)
+            rest, A, B = start(W, method.rank, method.scale, partial(_rounded, storage))
+            if not bool(A.isfinite().all() & B.isfinite().all()):
+                raise ValueError(f"the factors of {name} are too large for {A.dtype}; choose alpha nearer to the rank")
+            wrapper.A.copy_(A), wrapper.B.copy_(B)
+            if storage is not None:
+                for own, tensor in zip(wrapper.base.stored, packed(rest, storage, **HOW).values(), strict=True):
+                    own.copy_(tensor)
     except BaseException:
         for name, site in sites_of(model).items():
-            for parent, attribute in site.places:
+            for parent, attribute in site.places if isinstance(site.module, Quantized) else ():
                 parent._modules[attribute] = modules[name]
         restore(model)
         raise
-    for name, (wrapper,) in all_wrappers(model).items():
-        W, base = modules[name].weight.to(wrapper.A.dtype), wrapper.base
-        rest, A, B = start(W, method.rank, method.scale, partial(_rounded, storage))
-        wrapper.A.copy_(A), wrapper.B.copy_(B)
-        stored = [rest] if storage is None else packed(rest, storage, **HOW).values()
-        for own, tensor in zip([base.weight] if storage is None else base.stored, stored, strict=True):
-            own.copy_(tensor)
+    if storage is None:  # at the end: a weight that was written to does not come back
+        for (wrapper,) in all_wrappers(model).values():
+            wrapper.base.weight.sub_(lora_weight(wrapper.A, wrapper.B, method.scale))
     return model
 
 

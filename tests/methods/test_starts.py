@@ -307,6 +307,35 @@ def test_a_weight_that_cannot_change_is_refused():
     assert not peft.attached(own) and own.blocks[1].attention.query is layer
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.linalg.LinAlgError])
+@pytest.mark.parametrize(("start", "storage"), [(attach_pissa, None), (attach_pissa, "nf4"), (attach_loftq, "int4")])
+def test_after_an_interruption_nothing_has_changed(start, storage, error, monkeypatch):
+    own, svd, seen = model(), torch.linalg.svd, []
+    own.norm.requires_grad_(False)
+    own.blocks[1] = torch.compile(own.blocks[1], backend="eager")
+    before = fingerprint(own)
+
+    def interrupted(*args, **options):
+        seen.append(1)
+        if len(seen) == 3:
+            raise error
+        return svd(*args, **options)
+
+    monkeypatch.setattr("torch.linalg.svd", interrupted)
+    with pytest.raises(error):
+        start(own, RECIPE, storage=storage)
+    assert_same(before, fingerprint(own))
+
+
+def test_an_alpha_that_makes_the_factors_overflow_is_refused():
+    for start in (attach_pissa, attach_loftq):
+        own = model()
+        before = fingerprint(own)
+        with pytest.raises(ValueError, match=r"too large for torch\.float32; choose alpha nearer to the rank"):
+            start(own, LoRA(rank=4, alpha=1e-90))
+        assert_same(before, fingerprint(own))
+
+
 def test_without_a_rounding_loftq_has_nothing_to_correct(unchecked):
     own = model()
     before = fingerprint(own)

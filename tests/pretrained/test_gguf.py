@@ -76,6 +76,15 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path, changes, said):
         gguf_llama(write(tmp_path / "m.gguf", weights(), **changes))
 
 
+@pytest.mark.parametrize(("heads", "kv"), [(3, 2), (0, 2), (4, 3), (4, 0)])
+def test_a_number_of_heads_that_does_not_fit_is_refused(tmp_path, monkeypatch, heads, kv):
+    path, count = tmp_path / "m.gguf", "llama.attention.head_count"
+    monkeypatch.setattr(gguf.GGUFWriter, "add_head_count", lambda own, _: own.add_uint32(count, heads))
+    monkeypatch.setattr(gguf.GGUFWriter, "add_head_count_kv", lambda own, _: own.add_uint32(f"{count}_kv", kv))
+    with pytest.raises(ValueError, match=r"m.gguf has \d\d rows in blk.0.attn_[qk].weight, but num_\w+=[03]"):
+        gguf_llama(write(path, weights()))
+
+
 def test_damaged_files_are_refused(tmp_path):
     whole = write(tmp_path / "m.gguf", weights()).read_bytes()
     for data in (b"", b"GGUF", whole[:200], whole[:5_000], whole[:-40_000], b"other" + whole):

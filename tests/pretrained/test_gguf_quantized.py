@@ -119,6 +119,48 @@ def test_what_is_not_quantised_stays_plain(tmp_path):
     assert torch.equal(gguf_quantized(path)(TOKENS), from_llama(*gguf_llama(path))(TOKENS))
 
 
+def test_norms_may_be_quantised_and_a_weight_that_is_not_finite_is_refused(tmp_path):
+    """As where the file is dequantised."""
+    norm = gguf.quantize(weights()["model.norm.weight"], Q8_0)
+    tensors = {name: own for name, own in weights().items() if name != "model.norm.weight"}
+
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self):
+            self.add_tensor("output_norm.weight", norm, raw_dtype=Q8_0)
+            super().write_header_to_file()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gguf, "GGUFWriter", Writer)
+        path = write(tmp_path / "m.gguf", tensors, Q8_0)
+        tensors["model.layers.1.mlp.up_proj.weight"][5, 40] = np.inf
+        damaged = write(tmp_path / "damaged.gguf", tensors, Q4_1)
+    assert torch.equal(gguf_quantized(path)(TOKENS), from_llama(*gguf_llama(path))(TOKENS))
+    for read in (gguf_quantized, lambda own: from_llama(*gguf_llama(own))):
+        with pytest.raises(ValueError, match=r"'layers.1.mlp.up_proj.weight' has values that are not finite"):
+            read(damaged)
+
+
+def test_who_watches_the_head_sees_it(path):
+    model = gguf_quantized(path)
+    expected = model(TOKENS) / 2
+    model.head.register_forward_hook(lambda *arguments: arguments[-1] / 2)
+    assert torch.equal(model(TOKENS), expected)
+    targets = TOKENS.flatten()
+    loss, _ = model.word_loss(model.hidden(TOKENS).flatten(0, 1), targets)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(expected.flatten(0, 1), targets))
+
+
+def test_the_table_is_never_unpacked_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("minitransformer.quantized_layer.PART", 5)
+    own = weights() | {"lm_head.weight": weights(1)["model.embed_tokens.weight"]}
+    tied, untied = (gguf_quantized(write(tmp_path / f"{len(w)}.gguf", w, Q8_0)) for w in (weights(), own))
+    monkeypatch.setattr(QuantizedEmbedding, "weight", property(lambda own: pytest.fail("unpacked")))
+    for model in (tied, untied):
+        peft.attach(peft.attach(model, peft.PrefixTuning(length=3)), peft.PromptTuning(length=3))
+        model.loss(TOKENS, TOKENS).backward()
+        model.generate(TOKENS, 4)
+
+
 @pytest.mark.parametrize(
     "recipe", [peft.LoRA(rank=2, targets=(*peft.ALL_LINEARS, "gate")), peft.PromptTuning(length=3),
                peft.PrefixTuning(length=3, init="normal"), peft.IA3()], ids=lambda recipe: type(recipe).__name__,

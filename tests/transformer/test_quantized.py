@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from reference.random_weights import randomize
 from reference.tiny_models import LLAMA, SIZES, tiny_of
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 from minitransformer import SequenceClassifier, Transformer, TransformerConfig, dequantize, quantize, stored_bytes
-from minitransformer.code_book import BOOKS, packed, unpacked
+from minitransformer.code_book import BOOKS, PAIRS, packed, unpacked
 from minitransformer.quantized_layer import QuantizedLinear
 
 PAPER = [  # Dettmers et al. 2023, appendix E
@@ -50,6 +52,17 @@ def test_nf4_is_derived_as_in_the_paper():
     assert BOOKS["nf4"].tolist() == pytest.approx(PAPER, abs=1e-6)
     assert BOOKS["nf4"][[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
     assert BOOKS["int4"][1:].tolist() == pytest.approx([i / 7 for i in range(-7, 8)])
+
+
+def test_the_books_do_not_depend_on_the_default_precision():
+    own, source = {}, Path(sys.modules["minitransformer.code_book"].__file__).read_text()
+    torch.set_default_dtype(torch.float64)
+    try:
+        exec(source, own)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(own["BOOKS"][name], book) for name, book in BOOKS.items())
+    assert all(torch.equal(own["PAIRS"][name], both) for name, both in PAIRS.items())
 
 
 def twin(weight, book, block, double):
@@ -301,6 +314,10 @@ def too_large(model):
     model.double().blocks[1].feedforward.down.weight[3, 3] = 1e300
 
 
+def almost_infinite(model):
+    model.blocks[1].feedforward.down.weight[:, ::8] = 3e38
+
+
 def wrapped(model):
     model.blocks[1].attention.key = nn.Sequential(model.blocks[1].attention.key)
 
@@ -321,6 +338,7 @@ def pruned(model):
         (shared, {}, "weight of blocks.0.attention.key is shared with another module"),
         (twice, {}, "weight of blocks.0.attention.key is shared with another module"),
         (infinite, {}, "weight of blocks.1.feedforward.down holds a NaN or an infinity"),
+        (almost_infinite, {}, "weight of blocks.1.feedforward.down holds a NaN or an infinity, or nearly one"),
         (too_large, {}, "weight of blocks.1.feedforward.down holds a NaN or an infinity"),
         (wrapped, {}, "blocks.1.attention.key is a Sequential"),
         (
@@ -339,6 +357,21 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_changes(damage, options
     with pytest.raises(ValueError, match=said):
         quantize(model, **({"block": 8} | options))
     assert [id(module) for module in model.modules()] == before
+
+
+def test_a_pass_that_is_traced_leaves_nothing_behind():
+    """What is made of tensors without values may not be kept for those that have some."""
+    model, stored = tiny(), tiny().blocks[0].attention.query.stored
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.blocks[0].attention.query.unpack(*stored)
+    torch.testing.assert_close(model(TOKENS), dequantize(copy.deepcopy(model))(TOKENS))
+
+
+def test_options_of_another_type_are_refused(unchecked):
+    for options in ({"block": 8.0}, {"block": True}, {"double": "no"}, {"double": None}):
+        name, value = next(iter(options.items()))
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be"):
+            quantize(tiny_of({})().requires_grad_(False), **({"block": 8} | options))
 
 
 def test_other_refusals():
