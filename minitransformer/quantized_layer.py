@@ -12,7 +12,7 @@ Shapes: x [..., d_in], W [d_out, d_in], y [..., d_out]. How bytes become weights
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +103,10 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         return rows.to(self.like.dtype).view(*tokens.shape, -1)
 
     def scores(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows V"]:
-        """E h, a tied head's product."""
-        return FrozenScores.apply(hidden, self.unpack, self.like.dtype, *self.stored)
+        """E h, a tied head's product, with a part of the table unpacked at a time."""
+        parts = zip(*[tensor.split(PART) for tensor in self.stored], strict=True)
+        products = [FrozenProduct.apply(hidden, None, self.unpack, self.like.dtype, *part) for part in parts]
+        return torch.cat(products, dim=-1)
 
     def plain(self) -> nn.Embedding:
         """An embedding with this table, frozen."""
@@ -137,30 +139,3 @@ class FrozenProduct(torch.autograd.Function):
         dx = g @ ctx.unpack(*ctx.saved_tensors).to(g.dtype) if needs_x else None
         db = g.reshape(-1, g.shape[-1]).sum(dim=0) if needs_bias else None
         return dx, db, *[None for _ in others]
-
-
-class FrozenScores(torch.autograd.Function):
-    """s = E h and its gradient for h; of the table E, whose rows are stored each by itself, a part is unpacked at a
-    time."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(hidden, unpack, dtype, *stored):
-        """E h."""
-        return torch.cat([F.linear(hidden, unpack(*part).to(dtype)) for part in _parts(stored)], dim=-1)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.unpack, _, *stored = inputs
-        ctx.save_for_backward(*stored)
-
-    @staticmethod
-    def backward(ctx, g):
-        parts = zip(g.split(PART, dim=-1), _parts(ctx.saved_tensors), strict=True)
-        dh = sum(own @ ctx.unpack(*part).to(g.dtype) for own, part in parts)
-        return dh, None, None, *[None for _ in ctx.saved_tensors]
-
-
-def _parts(stored: Sequence[Bytes]) -> Iterator[tuple[Bytes, ...]]:
-    return zip(*[tensor.split(PART) for tensor in stored], strict=True)

@@ -34,9 +34,10 @@ def pays(hidden: Tensor, table: nn.Module) -> bool:
     """Whether the fast form serves for this embedding: a known one, in one full precision, and where it costs less."""
     if type(table) not in (nn.Embedding, QuantizedEmbedding):
         return False
-    dtype = table.like.dtype if isinstance(table, Quantized) else table.weight.dtype
+    packed = type(table) is QuantizedEmbedding  # whose plain form leaves a node, and a hole in memory, for each part
+    dtype = table.like.dtype if packed else table.weight.dtype
     full = hidden.dtype == dtype and dtype in (torch.float32, torch.float64)
-    return full and len(hidden) * table.num_embeddings >= WORTH_IT
+    return full and (packed or len(hidden) * table.num_embeddings >= WORTH_IT)
 
 
 def fast_cross_entropy(

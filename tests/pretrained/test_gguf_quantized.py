@@ -90,11 +90,11 @@ def test_the_head_is_the_same_whatever_part_of_the_table_is_unpacked_at_a_time(p
 
 
 @pytest.mark.parametrize("rows, words", [(1, 1), (4, 5), (100, V), (3, 100)])
-def test_the_loss_of_many_words_unpacks_the_words_of_a_tile_alone(path, monkeypatch, rows, words):
+def test_the_loss_unpacks_the_words_of_a_tile_alone(path, monkeypatch, rows, words):
     model, plain = gguf_quantized(path).double(), from_llama(*gguf_llama(path)).requires_grad_(False).double()
     hidden = torch.randn(21, model.config.d_model, generator=torch.Generator().manual_seed(2), dtype=torch.double)
     expected = nn.functional.cross_entropy(plain.lm_head(hidden.requires_grad_()), TOKENS.flatten())
-    for name, value in {"WORTH_IT": 1, "ROWS": rows, "WORDS": words}.items():
+    for name, value in {"ROWS": rows, "WORDS": words}.items():
         monkeypatch.setattr(fast_loss, name, value)
     monkeypatch.setattr(QuantizedEmbedding, "scores", None)  # the other way
     loss, correct = model.word_loss(hidden, TOKENS.flatten())
@@ -168,10 +168,11 @@ def test_the_table_is_never_unpacked_as_a_whole(tmp_path, monkeypatch):
 def test_methods_over_the_file(path, recipe, tmp_path):
     model, plain = peft.attach(gguf_quantized(path), recipe), peft.attach(from_llama(*gguf_llama(path)), recipe)
     for own in (model, plain):
-        own.loss(TOKENS, TOKENS).backward()
+        own.double().loss(TOKENS, TOKENS).backward()
         assert own.generate(TOKENS, 3).shape == (3, 10)
     for name, ours in peft.trainable_parameters(model).items():
-        torch.testing.assert_close(ours.grad, peft.trainable_parameters(plain)[name].grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.grad, peft.trainable_parameters(plain)[name].grad)
+    model.float()
     assert peft.parameter_table(model).base == peft.parameter_table(plain).base
     peft.gradient_audit(model, lambda own: own.loss(TOKENS, TOKENS))
     peft.save(model, tmp_path / "file")
