@@ -48,7 +48,7 @@ def give_memory_back() -> None:
     """Let the C library return to the system what was freed, where it can.
 
     Else glibc keeps the blocks' tensors in pieces between the nodes of the graph, each too small by a few bytes for the
-    next one of the same size: some 20 MB for each block of SmolLM2.
+    next one of the same size, since a tensor asks for some bytes more than it takes (posix_memalign).
     """
     if not torch.compiler.is_compiling() and (trim := _malloc_trim()):
         trim(0)
