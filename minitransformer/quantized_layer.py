@@ -57,6 +57,23 @@ class Quantized(nn.Module):
         return 8 * sum(tensor.numel() for tensor in self.stored) / math.prod(self.shape)
 
 
+def unpacking(weight: Weight | nn.Module) -> tuple[Unpack, list[Tensor]]:
+    """How a weight is made, and of what: of the bytes of a quantised layer; that of a plain layer, or a tensor, is as
+    it is."""
+    if isinstance(weight, Quantized):
+        return weight.unpack, weight.stored
+    return _as_it_is, [weight if isinstance(weight, Tensor) else weight.weight]
+
+
+def _as_it_is(weight: Weight) -> Weight:
+    return weight
+
+
+def precision(layer: nn.Module) -> torch.dtype:
+    """That of the layer's weight, which is not unpacked for it."""
+    return (layer.like if isinstance(layer, Quantized) else layer.weight).dtype
+
+
 def take_over(layer: nn.Module, old: nn.Module, **parameters: nn.Parameter | None) -> nn.Module:
     """Let a new layer with these parameters be all else that the old one is: its sizes, its mode, its hooks, what
     others have noted on it. Returns it."""

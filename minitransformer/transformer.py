@@ -29,7 +29,6 @@ from minitransformer.initialization import initialize
 from minitransformer.modes import evaluation_mode
 from minitransformer.norm import norm_of
 from minitransformer.position import Rotary, rotary
-from minitransformer.quantized_layer import QuantizedEmbedding
 from minitransformer.randomness import random_state_restored
 
 
@@ -130,8 +129,7 @@ class Transformer(nn.Module):
         table = self.embedding.token
         known = says(self, "is_plain") and type(self.head) is LMHead
         if known and pays(hidden, table) and may_stand_in(hidden, self, self.head, table):
-            embedding = table if isinstance(table, QuantizedEmbedding) else table.weight
-            return fast_cross_entropy(hidden, embedding, targets, self.head.logit_scale)
+            return fast_cross_entropy(hidden, table, targets, self.head.logit_scale)
         logits = self.lm_head(hidden)
         return F.cross_entropy(logits, targets), (logits.argmax(dim=-1) == targets).sum()
 

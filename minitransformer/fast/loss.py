@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minitransformer.quantized_layer import Quantized, QuantizedEmbedding
+from minitransformer.quantized_layer import QuantizedEmbedding, precision, unpacking
 
 ROWS, WORDS = 2**10, 2**10  # of a tile: 4 MiB
 WORTH_IT = ROWS * WORDS  # logits in all: with fewer the plain form is as good
@@ -35,14 +35,13 @@ def pays(hidden: Tensor, table: nn.Module) -> bool:
     if type(table) not in (nn.Embedding, QuantizedEmbedding):
         return False
     packed = type(table) is QuantizedEmbedding  # whose plain form leaves a node, and a hole in memory, for each part
-    dtype = table.like.dtype if packed else table.weight.dtype
-    full = hidden.dtype == dtype and dtype in (torch.float32, torch.float64)
+    full = hidden.dtype == precision(table) and hidden.dtype in (torch.float32, torch.float64)
     return full and (packed or len(hidden) * table.num_embeddings >= WORTH_IT)
 
 
 def fast_cross_entropy(
     hidden: Float[Tensor, "N d_model"],
-    embedding: Float[Tensor, "V d_model"] | Quantized,
+    embedding: Float[Tensor, "V d_model"] | nn.Embedding,
     targets: Int[Tensor, "N"],
     scale: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
@@ -50,14 +49,9 @@ def fast_cross_entropy(
 
     `embedding` is E, or holds it.
     """
-    packed = isinstance(embedding, Quantized)
-    unpack, stored = (embedding.unpack, embedding.stored) if packed else (_as_it_is, [embedding])
+    unpack, stored = unpacking(embedding)
     learns = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, stored[0])]
     return FastCrossEntropy.apply(hidden, targets, float(scale), *learns, unpack, *stored)
-
-
-def _as_it_is(embedding: Tensor) -> Tensor:
-    return embedding
 
 
 class FastCrossEntropy(torch.autograd.Function):

@@ -115,6 +115,7 @@ def from_huggingface(model: nn.Module, folder: str | Path) -> nn.Module:
     head = _head(tensors, options, names, kind.front)
     rest = {name: tensor for name, tensor in tensors.items() if name not in head}
     recipes, own = kind.found(options, rest, names, record)
+    options.finish()  # once more: a kind that has not called it before its tensors would ignore options
     if record:
         raise ValueError(f"the metadata of the tensors speaks of {min(record)!r}, which is no part of them")
     own |= {ours: tensors[theirs] for theirs, ours in head.items()}

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitransformer.fast.stand_in import may_stand_in
-from minitransformer.quantized_layer import Quantized, QuantizedLinear
+from minitransformer.quantized_layer import QuantizedLinear, precision, unpacking
 from peft.functional import FactorA, FactorB, Inputs, Outputs, OutputVector, Weight
 from peft.method import Wrapper
 
@@ -33,20 +33,15 @@ def is_known(layer: Wrapper, x: Tensor) -> bool:
     known = type(base) in (nn.Linear, QuantizedLinear) and not (layer.training and layer.recipe.dropout)
     if not known or not may_stand_in(x, layer, base):
         return False
-    frozen = base.like if type(base) is QuantizedLinear else base.weight
-    return x.dtype == frozen.dtype == layer.A.dtype
+    return x.dtype == precision(base) == layer.A.dtype
 
 
 def fast_lora(
-    x: Inputs, frozen: Weight | Quantized, bias: OutputVector | None, A: FactorA, B: FactorB, scale: float | int
+    x: Inputs, frozen: Weight | nn.Linear, bias: OutputVector | None, A: FactorA, B: FactorB, scale: float | int
 ) -> Outputs:
     """W0 x + b + scale * B A x, where `frozen` is W0 or holds it. Hu et al. 2022, equation 3; scale = alpha / r."""
-    unpack, stored = (frozen.unpack, frozen.stored) if isinstance(frozen, Quantized) else (_as_it_is, [frozen])
+    unpack, stored = unpacking(frozen)
     return FastLoRA.apply(x, bias, A, B, scale, unpack, *stored)
-
-
-def _as_it_is(weight: Weight) -> Weight:
-    return weight
 
 
 class FastLoRA(torch.autograd.Function):

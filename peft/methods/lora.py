@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.config import TransformerConfig
-from minitransformer.quantized_layer import Quantized
 from peft.fast.lora import fast_lora, is_known
 from peft.functional import lora_update, lora_weight
 from peft.method import parameter_like, uniform
@@ -98,8 +97,7 @@ class LoRALinear(MergeableLinear):
     def adapted(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """W0 x + b + (alpha / r) B A dropout(x). Hu et al. 2022, equation 3."""
         if type(self) is LoRALinear and x.numel() >= self.many and is_known(self, x):
-            frozen = self.base if isinstance(self.base, Quantized) else self.base.weight
-            return fast_lora(x, frozen, self.base.bias, self.A, self.B, self.scale)
+            return fast_lora(x, self.base, self.base.bias, self.A, self.B, self.scale)
         y = self.base(x)
         dropped = F.dropout(x.to(self.A.dtype), self.recipe.dropout, self.training)
         return y + lora_update(dropped, self.A, self.B, self.scale).to(y.dtype)
